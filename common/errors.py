@@ -1,0 +1,30 @@
+"""The one exception that means "the user can mend this"."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(Exception):
+    """Bad input. Carries one or more messages, each saying what is wrong, where, and how to mend it.
+
+    The command line prints them all and exits with code 2.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return " (did you mean 'x' or 'y'?)" with the nearest valid names, or "" when none is near."""
+    by_lower = {v.lower(): v for v in valid}
+    near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+
+
+def shorten(items: Sequence[str], limit: int = 10) -> str:
+    """Join at most `limit` items, one per line, and say how many are left out."""
+    lines = [f"  {item}" for item in items[:limit]]
+    if len(items) > limit:
+        lines.append(f"  ... and {len(items) - limit} more")
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Files are written whole or not at all; JSON is read strictly."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write(file)` on a temporary neighbour, flush it to disk, then rename it to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read UTF-8 JSON, with or without BOM. `what` names the file's role in messages.
+
+    Raises UserError when the file is missing, is not UTF-8, is not JSON, or repeats a key in one object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 ({error}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+        if repeated:
+            raise UserError(
+                f"{what} {path} repeats the key {', '.join(map(repr, repeated))}; keep one of each"
+            )
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=refuse_repeats)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{what} {path} is not valid JSON: {error}") from None

@@ -1,0 +1,1 @@
+"""From folders and sentences to batches: scan, read, check, split, augment, load."""

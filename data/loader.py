@@ -1,0 +1,115 @@
+"""Batches of uint8 images. An image is a function of seed, epoch and index alone, whatever worker loads it."""
+
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import common.torchvision_compat  # noqa: F401  (before torchvision)
+from data.images import read_image, to_square
+
+PRESETS = ("none", "minimal", "standard")
+
+
+def build_augmentation(preset: str, horizontal_flip: bool):
+    """Random changes of a square PIL image that a radiograph could have shown by itself.
+
+    none: nothing. minimal: small shifts. standard: rotation to 10 degrees, shifts, zoom, brightness and contrast.
+    The latter two also mirror half of the images when `horizontal_flip`. Never a vertical flip, never a hue.
+    """
+    from torchvision.transforms import InterpolationMode, v2
+
+    if preset not in PRESETS:
+        raise ValueError(f"unknown augmentation {preset!r}")
+    if preset == "none":
+        return v2.Identity()
+    steps = [v2.RandomHorizontalFlip(0.5)] if horizontal_flip else []
+    bilinear = {"interpolation": InterpolationMode.BILINEAR}
+    if preset == "minimal":
+        steps.append(v2.RandomAffine(0, translate=(0.04, 0.04), **bilinear))
+    else:
+        steps.append(v2.RandomAffine(10, translate=(0.06, 0.06), scale=(0.9, 1.2), **bilinear))
+        steps.append(v2.ColorJitter(brightness=0.2, contrast=0.2))
+    return v2.Compose(steps)
+
+
+class ImageDataset(Dataset):
+    """Gives (image (3, size, size) uint8, label, index) for a key (epoch, index).
+
+    pixels: (N, size, size, 3) uint8 decoded before, or None to read the files each time.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        labels: np.ndarray,
+        size: int,
+        pixels: np.ndarray | None = None,
+        augmentation: str = "none",
+        horizontal_flip: bool = False,
+        seed: int = 0,
+    ):
+        self.files, self.labels, self.size, self.pixels = files, labels, size, pixels
+        self.augment = build_augmentation(augmentation, horizontal_flip) if augmentation != "none" else None
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = key
+        square = (
+            self.pixels[index]
+            if self.pixels is not None
+            else to_square(read_image(self.files[index]), self.size)
+        )
+        if self.augment is not None:
+            seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
+            with torch.random.fork_rng(devices=[]):  # the caller's own random stream stays untouched
+                torch.manual_seed(int(seed))
+                square = np.asarray(self.augment(Image.fromarray(square)))
+        image = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))  # (3, size, size)
+        return image, int(self.labels[index]), index
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys: every index once per epoch, in batches whose sizes differ by at most one.
+
+    Even batches, because a last batch of one image has no batch statistics and no negatives.
+    The order depends on `seed` and `epoch` alone.
+    """
+
+    def __init__(self, indices: np.ndarray, batch_size: int, seed: int | None):
+        self.indices, self.batch_size, self.seed, self.epoch = indices, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self.indices
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+        for batch in np.array_split(order, len(self)):
+            yield [(self.epoch, int(i)) for i in batch]
+
+
+def build_loader(
+    dataset: ImageDataset, batches: EpochBatches, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """A loader of (images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64)."""
+    # Forked workers share the decoded images instead of copying them; elsewhere the platform's default is used.
+    context = multiprocessing.get_context("fork") if num_workers and sys.platform == "linux" else None
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context=context,
+    )

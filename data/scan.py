@@ -1,0 +1,234 @@
+"""Find the class folders and their images, and say which images belong to one patient."""
+
+import csv
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, did_you_mean, shorten
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"))
+_LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """N images in C class folders.
+
+    classes: C names in NFC, sorted by code point. paths: N POSIX paths relative to root, sorted within a class.
+    labels: (N,) int64 indices into classes. notes: what was passed over, for the user to read.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    notes: tuple[str, ...]
+
+    def files(self) -> list[Path]:
+        return [self.root / path for path in self.paths]
+
+    def without(self, dropped: set[int]) -> "ImageFolder":
+        keep = [i for i in range(len(self.paths)) if i not in dropped]
+        return ImageFolder(
+            self.root, self.classes, tuple(self.paths[i] for i in keep), self.labels[keep], self.notes
+        )
+
+
+def nfc(text: str) -> str:
+    """One spelling per name: macOS stores "é" as two code points, other systems as one."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _has_dicom_magic(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(128)
+        return file.read(4) == b"DICM"
+
+
+def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
+    """Image paths below `folder`, relative to its parent. Uses the directory entries alone: no stat per file."""
+    found: list[str] = []
+    visited = {os.path.realpath(folder)}
+    todo = [(str(folder), folder.name)]
+    while todo:
+        directory, prefix = todo.pop()
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if _is_litter(entry.name):
+                    continue
+                if entry.is_dir():
+                    if entry.is_symlink():
+                        target = os.path.realpath(entry.path)
+                        if target in visited:
+                            continue
+                        visited.add(target)
+                    todo.append((entry.path, f"{prefix}/{entry.name}"))
+                    continue
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if suffix in IMAGE_SUFFIXES or (not suffix and _has_dicom_magic(entry.path)):
+                    found.append(f"{prefix}/{entry.name}")
+                else:
+                    ignored[suffix or "no suffix"] += 1
+    found.sort(key=nfc)
+    return found
+
+
+def scan_folder(root: Path, option: str = "--data-dir") -> ImageFolder:
+    """List the images of every class folder, in an order that no file system changes.
+
+    Hidden entries and system litter are passed over; other files that are no images are counted in `notes`.
+    Raises UserError when the folder is missing, is empty, or holds fewer than two classes with images.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"{option} {root} is not a folder; give the folder that holds one sub-folder per class"
+        )
+    try:
+        with os.scandir(root) as entries:
+            names = sorted((e.name for e in entries if not _is_litter(e.name) and e.is_dir()), key=nfc)
+            loose = sum(
+                1
+                for e in os.scandir(root)
+                if e.is_file() and os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES
+            )
+        ignored: Counter[str] = Counter()
+        per_class = {name: _images_below(root / name, ignored) for name in names}
+    except PermissionError as error:
+        raise UserError(f"{option}: no permission to read {error.filename}") from None
+
+    spelled: dict[str, str] = {}
+    for name in names:
+        if nfc(name) in spelled:
+            raise UserError(
+                f"{option} {root} has two folders that both read {nfc(name)!r}; rename or merge them"
+            )
+        spelled[nfc(name)] = name
+
+    notes = []
+    if loose:
+        notes.append(f"{loose} images lie beside the class folders of {root} and are not used")
+    empty = [name for name in names if not per_class[name]]
+    if empty:
+        notes.append(f"folders without images are no classes: {', '.join(empty)}")
+    if ignored:
+        kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
+        notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
+
+    used = [name for name in names if per_class[name]]
+    if len(used) < 2:
+        have = f"only {used[0]!r}" if used else "none"
+        hint = " (its images lie loose in the folder)" if loose and not used else ""
+        raise UserError(
+            f"{option} {root} needs at least two class folders with images, found {have}{hint}; "
+            f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    paths = [path for name in used for path in per_class[name]]
+    labels = np.repeat(np.arange(len(used)), [len(per_class[name]) for name in used])
+    return ImageFolder(
+        root, tuple(nfc(name) for name in used), tuple(paths), labels.astype(np.int64), tuple(notes)
+    )
+
+
+def check_class_sizes(folder: ImageFolder, at_least: int, why: str) -> None:
+    """Raises UserError naming every class with fewer than `at_least` images."""
+    counts = np.bincount(folder.labels, minlength=len(folder.classes))
+    small = [f"{name}: {n}" for name, n in zip(folder.classes, counts, strict=True) if n < at_least]
+    if small:
+        raise UserError(
+            f"every class needs at least {at_least} images {why}; too few in\n{shorten(small)}\n"
+            "add images, or move the folder out of the data folder"
+        )
+
+
+def fingerprint(folder: ImageFolder, digests: Sequence[str]) -> str:
+    """SHA-256 over classes, relative paths and pixel digests: equal data, equal fingerprint, on every machine."""
+    lines = [*folder.classes, *(f"{nfc(p)}\t{d}" for p, d in zip(folder.paths, digests, strict=True))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
+    """The patient of each image: the first group of `pattern`, searched in the file name."""
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--group-pattern {pattern!r} is not a regular expression: {error}") from None
+    if regex.groups < 1:
+        raise UserError(f"--group-pattern {pattern!r} needs a group in parentheses, such as '^(P\\d+)_'")
+    matches = [regex.search(path.rsplit("/", 1)[-1]) for path in folder.paths]
+    missed = [path for path, m in zip(folder.paths, matches, strict=True) if m is None or m.group(1) is None]
+    if missed:
+        raise UserError(
+            f"--group-pattern {pattern!r} matches no patient in {len(missed)} of {len(matches)} file names:\n"
+            + shorten(missed)
+        )
+    return [m.group(1) for m in matches if m]
+
+
+def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
+    """The patient of each image from a CSV with columns `path` (relative to the data folder) and `group`."""
+    try:
+        with open(csv_path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            for column in ("path", "group"):
+                if column not in header:
+                    raise UserError(
+                        f"--groups-file {csv_path} needs the columns path and group; its first line has "
+                        f"{', '.join(header) or 'nothing'}{did_you_mean(column, header)}"
+                    )
+            group_of: dict[str, str] = {}
+            for line, row in enumerate(reader, 2):
+                path = nfc((row["path"] or "").replace("\\", "/")).removeprefix("./")
+                group = (row["group"] or "").strip()
+                if not path or not group:
+                    raise UserError(f"--groups-file {csv_path}, line {line}: path or group is empty")
+                if group_of.setdefault(path, group) != group:
+                    raise UserError(
+                        f"--groups-file {csv_path}, line {line}: {path} is given two groups, "
+                        f"{group_of[path]!r} and {group!r}"
+                    )
+    except FileNotFoundError:
+        raise UserError(f"--groups-file {csv_path} does not exist") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--groups-file {csv_path} cannot be read as UTF-8 CSV: {error}") from None
+    missing = [path for path in folder.paths if nfc(path) not in group_of]
+    if missing:
+        raise UserError(
+            f"--groups-file {csv_path} names no group for {len(missing)} of {len(folder.paths)} images; "
+            f"its paths are relative to {folder.root}, such as {folder.paths[0]}. Missing:\n{shorten(missing)}"
+        )
+    return [group_of[nfc(path)] for path in folder.paths]
+
+
+def merge_groups(digests: Sequence[str], patients: Sequence[str] | None) -> np.ndarray | None:
+    """(N,) group index per image: images of one patient, or with identical pixels, share a group.
+
+    Returns None when nothing is known that ties images together.
+    """
+    if patients is None and len(set(digests)) == len(digests):
+        return None
+    parent = list(range(len(digests)))
+
+    def root_of(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for keys in (digests, patients or ()):
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            parent[root_of(i)] = root_of(first.setdefault(key, i))
+    return np.unique([root_of(i) for i in range(len(digests))], return_inverse=True)[1]

@@ -1,0 +1,93 @@
+"""Class name -> sentences, with the guide's priorities and checks."""
+
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, did_you_mean
+from common.files import read_json
+from data.scan import nfc
+
+
+def check_template(template: str, option: str = "--text-template") -> None:
+    """Raises UserError unless `template` holds {class_name} and no other braces."""
+    example = 'for example "这是一张{class_name}的图片"'
+    try:
+        fields = [
+            (name, spec, conv)
+            for _, name, spec, conv in string.Formatter().parse(template)
+            if name is not None
+        ]
+    except ValueError as error:
+        raise UserError(f"{option} {template!r}: {error}; {example}") from None
+    if not any(name == "class_name" for name, _, _ in fields):
+        raise UserError(
+            f"{option} {template!r} lacks {{class_name}}, so all classes would get one sentence; {example}"
+        )
+    if any(field != ("class_name", "", None) for field in fields):
+        raise UserError(f"{option} {template!r} may hold {{class_name}} and no other braces; {example}")
+
+
+def _sentences_of(name: str, value: Any, source: str, problems: list[str]) -> list[str]:
+    sentences = [value] if isinstance(value, str) else value
+    if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) for s in sentences):
+        problems.append(f"{source}: {name!r} must be a sentence or a list of sentences")
+        return []
+    if not all(s.strip() for s in sentences):
+        problems.append(f"{source}: {name!r} holds an empty sentence")
+    return [s.strip() for s in sentences]
+
+
+def class_sentences(
+    classes: Sequence[str],
+    *,
+    texts_file: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Sentences for every class, and notes for the user.
+
+    Priority: `texts_file` > `given` (a dictionary from Python) > `template` > the class name itself.
+    Raises UserError when a name is no class, a sentence is empty, or two classes share a sentence.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    if template is not None:
+        check_template(template)
+    texts: Mapping[str, Any] = given or {}
+    source = "class texts"
+    if texts_file is not None:
+        source = f"--class-texts-file {texts_file}"
+        texts = read_json(texts_file, "--class-texts-file")
+        if not isinstance(texts, dict):
+            raise UserError(f'{source} must hold one JSON object such as {{"类别1": "描述1"}}')
+
+    texts = {nfc(name): value for name, value in texts.items()}
+    for name in texts:
+        if name not in classes:
+            problems.append(
+                f"{source}: {name!r} is no class of the data{did_you_mean(name, classes)}; "
+                f"the classes are {', '.join(classes)}"
+            )
+    sentences: dict[str, list[str]] = {}
+    for name in classes:
+        if name in texts:
+            sentences[name] = _sentences_of(name, texts[name], source, problems)
+        else:
+            sentences[name] = [template.format(class_name=name) if template else name]
+            if texts:
+                notes.append(f"class {name!r} is not in the class texts and uses {sentences[name][0]!r}")
+
+    owner: dict[str, str] = {}
+    for name, own in sentences.items():
+        for sentence in dict.fromkeys(own):
+            if sentence in owner:
+                problems.append(
+                    f"classes {owner[sentence]!r} and {name!r} share the sentence {sentence!r}, "
+                    "so nothing could tell them apart"
+                )
+            owner[sentence] = name
+    if problems:
+        raise UserError(*problems)
+    return sentences, notes

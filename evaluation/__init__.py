@@ -1,0 +1,1 @@
+"""Probabilities from a model, metrics from probabilities."""

@@ -1,0 +1,158 @@
+"""CLIPModel: an image tower and a text tower that meet in one space, where each class is one or more sentences.
+
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models.starnet_dual_pyramid_rcf  # noqa: F401  (enters its encoder into the registry)
+from common.errors import UserError, did_you_mean
+from models.image_encoders import ImageTower, build_timm
+from models.registry import IMAGE_ENCODERS
+from models.text_encoders import TextTower, build_text_tower
+
+MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+
+
+class CLIPModel(nn.Module):
+    """Two towers, one bias-free projection each to D dimensions, and logit_scale = log(1 / temperature)."""
+
+    def __init__(self, image_tower: ImageTower, text_tower: TextTower, embed_dim: int, temperature: float):
+        super().__init__()
+        self.image_tower, self.text_tower = image_tower, text_tower
+        self.image_projection = nn.Linear(image_tower.num_features, embed_dim, bias=False)
+        self.text_projection = nn.Linear(text_tower.num_features, embed_dim, bias=False)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(
+                projection.weight, std=projection.in_features**-0.5
+            )  # as in the CLIP paper's code
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.frozen: list[nn.Module] = []
+
+    def freeze(self, tower: nn.Module) -> None:
+        """No gradient, and evaluation mode for good: running statistics and dropout stay as they are."""
+        tower.requires_grad_(False)
+        self.frozen.append(tower)
+        tower.eval()
+
+    def train(self, mode: bool = True) -> "CLIPModel":
+        super().train(mode)
+        for tower in self.frozen:
+            tower.eval()
+        return self
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 or 0..255 float -> (B, D) of unit length, float32."""
+        return F.normalize(self.image_projection(self.image_tower(images)).float(), dim=-1)
+
+    def project_text(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(S, num_features) of the text tower -> (S, D) of unit length, float32."""
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    def encode_text(self, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """{"input_ids", "attention_mask"} (S, T) -> (S, D) of unit length, float32."""
+        return self.project_text(self.text_tower(**tokens))
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+class ClassSentences:
+    """The sentences of C classes, tokenised once, and their features: the text side of every step.
+
+    A step encodes each sentence it uses once, whatever the batch holds. With the text tower frozen all sentences
+    are encoded here, once per run, and the tower goes back to the CPU.
+    """
+
+    def __init__(self, model: CLIPModel, sentences: Mapping[str, Sequence[str]], device: torch.device):
+        self.model, self.device = model, device
+        self.counts = torch.tensor([len(own) for own in sentences.values()])  # (C,)
+        self.starts = self.counts.cumsum(0) - self.counts
+        self.class_of = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts).to(
+            device
+        )  # (S,)
+        every = [sentence for own in sentences.values() for sentence in own]
+        tokens, self.notes = model.text_tower.tokenize(every)
+        self._refuse_equal(tokens["input_ids"], every)
+        self.tokens = {key: value.to(device) for key, value in tokens.items()}
+        self.pooled: torch.Tensor | None = None
+        if model.text_tower in model.frozen:
+            with torch.no_grad():
+                self.pooled = model.text_tower.to(device)(**self.tokens)  # (S, H)
+            model.text_tower.cpu()
+
+    def _refuse_equal(self, input_ids: torch.Tensor, every: Sequence[str]) -> None:
+        seen: dict[tuple[int, ...], int] = {}
+        for i, ids in enumerate(input_ids.tolist()):
+            other = seen.setdefault(tuple(ids), i)
+            if self.class_of[other] != self.class_of[i]:
+                raise UserError(
+                    f"the text encoder cannot tell {every[other]!r} from {every[i]!r} (equal tokens after cutting "
+                    "or for want of vocabulary); write sentences that differ earlier or in other words"
+                )
+
+    def features_for_step(self, generator: torch.Generator) -> torch.Tensor:
+        """(C, D) with gradient: one sentence per class, drawn by `generator` where a class has several."""
+        drawn = (torch.rand(len(self.counts), generator=generator) * self.counts).long()
+        chosen = (self.starts + drawn).to(self.device)
+        if self.pooled is not None:
+            return self.model.project_text(self.pooled[chosen])
+        return self.model.encode_text({key: value[chosen] for key, value in self.tokens.items()})
+
+    @torch.no_grad()
+    def features(self) -> torch.Tensor:
+        """(C, D): the normalised mean over each class's sentences (prompt ensemble). Call in evaluation mode."""
+        every = (
+            self.model.project_text(self.pooled)
+            if self.pooled is not None
+            else self.model.encode_text(self.tokens)
+        )
+        sums = torch.zeros(len(self.counts), every.shape[1], device=self.device)
+        return F.normalize(sums.index_add_(0, self.class_of, every), dim=-1)
+
+
+def check_image_encoder(name: str) -> None:
+    """Raises UserError naming the nearest encoders when `name` is unknown."""
+    if name in IMAGE_ENCODERS:
+        return
+    if name.startswith("timm:"):
+        return  # timm's own list is asked when it is built
+    raise UserError(
+        f"unknown image encoder {name!r}{did_you_mean(name, IMAGE_ENCODERS)}; "
+        f"give {', '.join(IMAGE_ENCODERS)}, or timm:NAME"
+    )
+
+
+def build_image_tower(name: str, weights: str, img_size: int) -> ImageTower:
+    check_image_encoder(name)
+    if name.startswith("timm:"):
+        return build_timm(name.removeprefix("timm:"), weights, img_size)
+    return IMAGE_ENCODERS[name](weights, img_size)
+
+
+def build_clip(
+    image_encoder: str,
+    text_encoder: str,
+    *,
+    img_size: int,
+    embed_dim: int,
+    temperature: float,
+    image_weights: str = "auto",
+    text_weights: str = "auto",
+    freeze_image: bool = False,
+    freeze_text: bool = False,
+) -> CLIPModel:
+    """Both towers by name, joined. Raises UserError for unknown names and for weights that cannot be had."""
+    image_tower = build_image_tower(image_encoder, image_weights, img_size)
+    model = CLIPModel(image_tower, build_text_tower(text_encoder, text_weights), embed_dim, temperature)
+    if freeze_image:
+        model.freeze(model.image_tower)
+    if freeze_text:
+        model.freeze(model.text_tower)
+    return model

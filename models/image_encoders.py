@@ -1,0 +1,118 @@
+"""Image towers from timm: the guide's names, and `timm:NAME` for any other."""
+
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from common.errors import UserError, did_you_mean
+from models.registry import IMAGE_ENCODERS, register
+from models.weights import fetch_from_hub, load_into, part_of, read_state_dict
+
+OPTION = "--image-weights"
+OWN_PREFIX = "image_tower.backbone."  # of a backbone's tensors in this program's checkpoints
+
+
+class ImageTower(nn.Module):
+    """A backbone with its own input normalisation.
+
+    backbone: nn.Module, (B, 3, S, S) normalised float -> (B, num_features). mean, std: of the images (0..1) that the
+    backbone was made for. pretrained: names of the backbone's parameters that came from published weights.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        pretrained: frozenset[str] = frozenset(),
+    ):
+        super().__init__()
+        self.backbone, self.num_features = backbone, num_features
+        self.pretrained = frozenset(f"backbone.{name}" for name in pretrained)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 or 0..255 float -> (B, num_features)."""
+        images = (images.float() / 255 - self.mean) / self.std
+        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+
+
+def feature_size(backbone: nn.Module, img_size: int) -> int:
+    """Length of the feature vector, found by one image in evaluation mode: no running statistic changes."""
+    was_training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        features = backbone(torch.zeros(1, 3, img_size, img_size))
+    backbone.train(was_training)
+    if features.ndim != 2:
+        raise UserError(
+            f"the image encoder gives {tuple(features.shape)} for one image, not one feature vector"
+        )
+    return features.shape[1]
+
+
+def timm_repo(name: str) -> str:
+    """Hub repository of the weights that timm takes by default for `name`."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        raise UserError(
+            f"timm publishes no weights for {name!r}; use {OPTION} none, or a file: {OPTION} PATH"
+        )
+    return cfg.hf_hub_id
+
+
+def published_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
+    """The state of timm model `name`: from its repository ("pretrained") or from a path."""
+    if weights != "pretrained":
+        return read_state_dict(Path(weights), OPTION)
+    folder = fetch_from_hub(
+        [timm_repo(name)], ["config.json", "model.safetensors"], "model.safetensors", OPTION
+    )
+    return read_state_dict(folder, OPTION)
+
+
+def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
+    """Any timm model without its classifier. Raises UserError for an unknown name or unfit image size."""
+    weights = "pretrained" if weights == "auto" else weights
+    if not timm.is_model(name):
+        raise UserError(f"timm knows no model {name!r}{did_you_mean(name, timm.list_models())}")
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    state = None if weights == "none" else published_weights(name, weights)
+    own = part_of(state or {}, OWN_PREFIX)
+    arguments: dict = {"num_classes": 0}
+    if cfg.fixed_input_size:
+        arguments["img_size"] = img_size
+    try:
+        if state is None or own:
+            backbone = timm.create_model(name, **arguments)
+        else:  # timm converts old layouts and resamples position embeddings as it loads
+            backbone = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **arguments
+            )
+        if own:
+            load_into(backbone, own, f"{OPTION} {weights}")
+        num_features = feature_size(backbone, img_size)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"image encoder {name!r} cannot be built for --img-size {img_size}: {detail}"
+        ) from None
+    loaded = frozenset(n for n, _ in backbone.named_parameters()) if state is not None else frozenset()
+    return ImageTower(backbone, num_features, cfg.mean, cfg.std, loaded)
+
+
+# The guide's name -> timm's. efficientnet_b6 and b7 have no weights in timm's own layout, only in TensorFlow's.
+_TIMM_NAMES = {
+    **{f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)},
+    "vit": "vit_base_patch16_224",
+    **{f"efficientnet-b{i}": f"efficientnet_b{i}" for i in range(6)},
+    **{f"efficientnet-b{i}": f"tf_efficientnet_b{i}" for i in (6, 7)},
+    **{f"convnext-{size}": f"convnext_{size}" for size in ("tiny", "small", "base", "large")},
+}
+for _name, _timm_name in _TIMM_NAMES.items():
+    register(IMAGE_ENCODERS, _name)(partial(build_timm, _timm_name))

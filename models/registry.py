@@ -1,0 +1,26 @@
+"""Names of encoders -> functions that build them. A new encoder is one file and one import in models/clip.py.
+
+An image builder takes (weights, img_size) and returns an `ImageTower`; see models/image_encoders.py.
+A text builder takes (weights,) and returns a `TextTower`; see models/text_encoders.py.
+`weights` is "pretrained", "none", a path, or "auto": pretrained where the encoder is published with weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+Builder = Callable[..., Any]
+
+IMAGE_ENCODERS: dict[str, Builder] = {}
+TEXT_ENCODERS: dict[str, Builder] = {}
+
+
+def register(registry: dict[str, Builder], name: str) -> Callable[[Builder], Builder]:
+    """Decorator that enters a builder under `name`. Raises ValueError when the name is taken."""
+
+    def enter(builder: Builder) -> Builder:
+        if name in registry:
+            raise ValueError(f"encoder {name!r} is registered twice")
+        registry[name] = builder
+        return builder
+
+    return enter

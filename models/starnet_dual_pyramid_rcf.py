@@ -1,0 +1,170 @@
+"""starnet_dual_pyramid_rcf: a local pyramid (StarNet-S1) and a global pyramid (attention), fused stage by stage.
+
+RCF = residual cascaded fusion. With L_i, G_i the outputs of the two pyramids at stage i, A_i an adapter, a_i a gain
+per channel and g_i a gain per stage:
+
+    F_i = L_i + a_i * A_i(G_i)                      fused map
+    input of local stage i + 1 = L_i + g_i * (F_i - L_i)      the cascade, i = 0, 1, 2
+
+Only what the global pyramid adds is injected, so that the published StarNet function is kept where a_i is small.
+StarNet: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
+"""
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import UserError
+from models.image_encoders import OPTION, OWN_PREFIX, ImageTower, published_weights
+from models.registry import IMAGE_ENCODERS, register
+from models.weights import load_into, part_of
+
+CHANNELS = (24, 48, 96, 192)
+STRIDE = 32
+# Adapters end in a normalisation, so a_i is the size of what is injected, in units of one standard deviation.
+INITIAL_FUSION_GAIN = 0.2
+
+
+def sincos_position_code(height: int, width: int, channels: int) -> torch.Tensor:
+    """(height * width, channels) float32: sines and cosines of row and column, channels / 4 frequencies each.
+
+    Wavelengths run geometrically from 4 tokens to twice the longer side, so that each of the few frequencies
+    changes visibly over the map (those of Vaswani et al. 2017, up to 10000, would be constant on 7 x 7 tokens).
+    """
+    count = channels // 4
+    slowest = torch.pi / max(height, width, 2)
+    exponents = torch.linspace(0, 1, count)
+    frequencies = slowest * (torch.pi / 2 / slowest) ** exponents  # (count,)
+    rows = torch.arange(height)[:, None] * frequencies  # (height, count)
+    columns = torch.arange(width)[:, None] * frequencies  # (width, count)
+    rows = rows[:, None].expand(-1, width, -1)
+    columns = columns[None].expand(height, -1, -1)
+    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1).flatten(0, 1)
+
+
+class PooledAttention(nn.Module):
+    """Multi-head attention whose keys and values are average-pooled by `pool` (as in PVT, arXiv 2102.12122).
+
+    The number of keys is that of the coarsest stage, (H/32)(W/32), and the weights are never stored.
+    """
+
+    def __init__(self, dim: int, heads: int, pool: int):
+        super().__init__()
+        self.heads, self.pool = heads, pool
+        self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        batch, height, width, dim = tokens.shape
+        pooled = tokens
+        if self.pool > 1:
+            pooled = F.avg_pool2d(tokens.permute(0, 3, 1, 2), self.pool).permute(0, 2, 3, 1)
+        query = self.query(tokens).reshape(batch, height * width, self.heads, -1).transpose(1, 2)
+        key, value = (
+            x.reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)  # (B, heads, keys, C / heads)
+            for x in self.key_value(pooled).chunk(2, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+class GlobalStage(nn.Module):
+    """Stride-2 convolution, position code, LayerNorm, one pre-norm transformer block. (B, C, H, W) in and out."""
+
+    def __init__(self, in_channels: int, dim: int, pool: int, heads: int = 4, mlp_ratio: int = 4):
+        super().__init__()
+        self.downsample = nn.Conv2d(in_channels, dim, 3, stride=2, padding=1)
+        self.position = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.attention_norm, self.attention = nn.LayerNorm(dim), PooledAttention(dim, heads, pool)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self._codes: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+    def _code(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+        key = (height, width, device)
+        if key not in self._codes:
+            code = sincos_position_code(height, width, self.position.in_features)
+            self._codes[key] = code.view(height, width, -1).to(device)
+        return self._codes[key]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.downsample(x).permute(0, 2, 3, 1)  # (B, H, W, C); a view where memory is channels_last
+        tokens = self.norm(tokens + self.position(self._code(*tokens.shape[1:3], tokens.device)))
+        tokens = tokens + self.attention(self.attention_norm(tokens))
+        tokens = tokens + self.mlp(self.mlp_norm(tokens))
+        return tokens.permute(0, 3, 1, 2)
+
+
+class Adapter(nn.Module):
+    """Brings a global map to the local one: 1x1 conv + GroupNorm(1), plus its input, 1x1 conv + GroupNorm(1)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.GroupNorm(1, dim))
+        self.second = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.GroupNorm(1, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x + self.first(x))
+
+
+class StarNetDualPyramidRCF(nn.Module):
+    """(B, 3, H, W) with H, W multiples of 32 -> (B, 192)."""
+
+    num_features = CHANNELS[-1]
+
+    def __init__(self):
+        super().__init__()
+        # timm's starnet_s1 is the local pyramid itself: stem, four stages, final BatchNorm (`norm`).
+        self.local = timm.create_model("starnet_s1", num_classes=0, drop_path_rate=0.1)
+        self.global_stem = nn.Sequential(
+            nn.Conv2d(3, CHANNELS[0], 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(CHANNELS[0]),
+            nn.GELU(),
+        )
+        inputs = (CHANNELS[0], *CHANNELS[:-1])
+        self.global_stages = nn.ModuleList(
+            GlobalStage(c_in, c, pool) for c_in, c, pool in zip(inputs, CHANNELS, (8, 4, 2, 1), strict=True)
+        )
+        self.adapters = nn.ModuleList(Adapter(c) for c in CHANNELS)
+        self.fusion_gains = nn.ParameterList(torch.full((c,), INITIAL_FUSION_GAIN) for c in CHANNELS)  # a_i
+        self.cascade_gains = nn.Parameter(torch.ones(len(CHANNELS) - 1))  # g_i
+
+    def forward_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The fused maps F_0 .. F_3, (B, c_i, H / s_i, W / s_i) with s_i = 4, 8, 16, 32."""
+        local, global_map = self.local.stem(images), self.global_stem(images)
+        fused = []
+        for i, stage in enumerate(self.local.stages):
+            local = stage(local)
+            global_map = self.global_stages[i](global_map)
+            injected = self.fusion_gains[i].view(1, -1, 1, 1) * self.adapters[i](global_map)
+            fused.append(local + injected)
+            if i < len(self.cascade_gains):
+                local = local + self.cascade_gains[i] * injected
+        return fused
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.local.norm(self.forward_features(images)[-1]).mean(dim=(2, 3))
+
+
+@register(IMAGE_ENCODERS, "starnet_dual_pyramid_rcf")
+def starnet_dual_pyramid_rcf(weights: str, img_size: int) -> ImageTower:
+    """`weights`: none (also auto); pretrained (StarNet-S1's published weights in the local pyramid); or a path to either those
+    or a checkpoint of this encoder. Raises UserError when img_size is no multiple of 32."""
+    if img_size % STRIDE:
+        near = max(STRIDE, round(img_size / STRIDE) * STRIDE)
+        raise UserError(
+            f"--img-size {img_size}: starnet_dual_pyramid_rcf needs a multiple of {STRIDE}, such as {near}"
+        )
+    backbone = StarNetDualPyramidRCF()
+    cfg = timm.get_pretrained_cfg("starnet_s1")
+    loaded: frozenset[str] = frozenset()
+    if weights not in ("auto", "none"):
+        state = published_weights("starnet_s1", weights)
+        own = part_of(state, OWN_PREFIX)
+        target, prefix = (backbone, "") if own else (backbone.local, "local.")
+        load_into(target, own or state, f"{OPTION} {weights}")
+        loaded = frozenset(prefix + name for name, _ in target.named_parameters())
+    return ImageTower(backbone, backbone.num_features, cfg.mean, cfg.std, loaded)

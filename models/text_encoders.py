@@ -1,0 +1,231 @@
+"""Text towers: any Hugging Face encoder by id or local folder, bert-base-chinese, and a tiny one over bytes."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    ByT5Tokenizer,
+    logging,
+)
+
+from common.errors import UserError, did_you_mean
+from models.registry import TEXT_ENCODERS, register
+from models.weights import fetch_from_hub, load_into, part_of, read_state_dict
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the loader's forks do not mix
+logging.set_verbosity_error()  # its loading reports; what matters is checked below and said by us
+
+OPTION = "--text-weights"
+OWN_PREFIX = "text_tower.encoder."  # of an encoder's tensors in this program's checkpoints
+_TOKENIZER_FILES = ["config.json", "tokenizer*", "vocab*", "special_tokens_map.json", "added_tokens.json",
+                    "merges.txt", "*.model"]  # fmt: skip
+_MOST_TOKENS = 512
+
+
+class TextTower(nn.Module):
+    """An encoder whose token features are averaged over the sentence.
+
+    encoder: Hugging Face model with `last_hidden_state`. load_tokenizer: called when first needed.
+    pretrained: names of the parameters that came from published weights.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_features: int,
+        load_tokenizer: Callable[[], Any],
+        pretrained: bool = False,
+    ):
+        super().__init__()
+        self.encoder, self.num_features = encoder, num_features
+        self._load_tokenizer, self._tokenizer = load_tokenizer, None
+        names = (name for name, _ in self.named_parameters())
+        self.pretrained = frozenset(names) if pretrained else frozenset()
+
+    def tokenize(self, sentences: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """{"input_ids", "attention_mask"}, each (S, T) int64, and notes on what the tokenizer lost."""
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        tokenizer = self._tokenizer
+        longest = min(
+            tokenizer.model_max_length,
+            getattr(self.encoder.config, "max_position_embeddings", _MOST_TOKENS),
+            _MOST_TOKENS,
+        )
+        notes = []
+        for sentence in sentences:
+            ids = tokenizer(sentence)["input_ids"]
+            if len(ids) > longest:
+                notes.append(
+                    f"the sentence {sentence[:30]!r}… has {len(ids)} tokens; the last {len(ids) - longest} are cut"
+                )
+            elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+                notes.append(
+                    f"the text encoder's vocabulary lacks {ids.count(tokenizer.unk_token_id)} of the tokens of {sentence!r}"
+                )
+        batch = tokenizer(
+            list(sentences), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        return {key: batch[key] for key in ("input_ids", "attention_mask")}, notes
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(S, T), (S, T) -> (S, num_features): mean over the tokens that are no padding."""
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state  # (S, T, H)
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def _random_encoder(config: Any) -> nn.Module:
+    return AutoModel.from_config(config, **_without_pooler(config))
+
+
+def _without_pooler(config: Any) -> dict[str, bool]:
+    """BERT's pooler would get no gradient, since the sentence is the mean of its tokens."""
+    model_class = MODEL_MAPPING[type(config)]
+    has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if has_option else {}
+
+
+def _feature_size(encoder: nn.Module, name: str) -> int:
+    """Size of a token's feature vector, found by one forward; refuses models that are no plain text encoder."""
+    try:
+        with torch.no_grad():
+            ids = torch.ones(1, 2, dtype=torch.long)
+            hidden = encoder.eval()(input_ids=ids, attention_mask=ids).last_hidden_state
+    except Exception as error:
+        raise UserError(
+            f"--text-encoder {name} is no plain text encoder ({type(encoder).__name__}: {str(error)[:100]}); "
+            "use a BERT-like model"
+        ) from None
+    encoder.train()
+    return hidden.shape[-1]
+
+
+def build_hugging_face(
+    name: str, weights: str, known_config: Any = None, hub_ids: Sequence[str] = ()
+) -> TextTower:
+    """A text encoder by local folder or hub id. No code from the hub is run.
+
+    known_config: used when weights are not asked for, so that no network is needed before the tokenizer is.
+    """
+    weights = "pretrained" if weights == "auto" else weights
+    local = Path(name) if Path(name).is_dir() else None
+    hub_ids = hub_ids or [name]
+
+    def folder_with(needed: str, patterns: list[str]) -> Path:
+        return local or fetch_from_hub(hub_ids, patterns, needed, OPTION.replace("weights", "encoder"))
+
+    def load_tokenizer() -> Any:
+        folder = folder_with("*.json", _TOKENIZER_FILES)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(
+                f"--text-encoder {name}: its tokenizer cannot be loaded: {str(error)[:200]}"
+            ) from None
+
+    if local and not (local / "config.json").is_file():
+        raise UserError(
+            f"--text-encoder {name} is a folder without config.json; give a Hugging Face model folder"
+        )
+    if weights == "pretrained":
+        folder = folder_with(
+            "*.safetensors", [*_TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
+        )
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"--text-encoder {name} holds no weights (*.safetensors); put model.safetensors there, "
+                f"or ask for random weights: {OPTION} none"
+            )
+    elif known_config is None:
+        folder = folder_with("config.json", _TOKENIZER_FILES)
+    try:
+        config = known_config if weights != "pretrained" and known_config else None
+        config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_MAPPING:
+            raise UserError(
+                f"--text-encoder {name}: {config.model_type} is no plain text encoder; use a BERT-like model"
+            )
+        if weights == "pretrained":
+            encoder, loading = AutoModel.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+                output_loading_info=True, **_without_pooler(config),
+            )  # fmt: skip
+            if loading["missing_keys"]:
+                raise UserError(
+                    f"--text-encoder {name}: its weights lack {shortest(loading['missing_keys'])}"
+                )
+        else:
+            encoder = _random_encoder(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--text-encoder {name} cannot be loaded: {str(error).splitlines()[0][:200]}"
+        ) from None
+    if weights not in ("pretrained", "none"):
+        state = read_state_dict(Path(weights), OPTION)
+        prefix = encoder.base_model_prefix + "."
+        load_into(
+            encoder, part_of(state, OWN_PREFIX) or part_of(state, prefix) or state, f"{OPTION} {weights}"
+        )
+    return TextTower(encoder, _feature_size(encoder, name), load_tokenizer, pretrained=weights != "none")
+
+
+def shortest(names: Sequence[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@register(TEXT_ENCODERS, "bert-base-chinese")
+def bert_base_chinese(weights: str) -> TextTower:
+    """google-bert/bert-base-chinese: 12 layers, 768 wide, 21128 tokens (Devlin et al. 2018, arXiv 1810.04805)."""
+    if Path("bert-base-chinese").is_dir():  # a downloaded copy in the working folder
+        return build_hugging_face("bert-base-chinese", weights)
+    ids = ["bert-base-chinese", "google-bert/bert-base-chinese"]
+    return build_hugging_face("bert-base-chinese", weights, BertConfig(vocab_size=21128), ids)
+
+
+@register(TEXT_ENCODERS, "bert-tiny-bytes")
+def bert_tiny_bytes(weights: str) -> TextTower:
+    """A 2-layer BERT, 128 wide, over UTF-8 bytes: no vocabulary file, nothing to download. No dropout: it sees the
+    same few sentences each step, and noise on them would move every target at once."""
+    if weights == "pretrained":
+        raise UserError(
+            f"bert-tiny-bytes has no published weights; use {OPTION} none, or a file: {OPTION} PATH"
+        )
+    config = BertConfig(
+        vocab_size=384, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
+        max_position_embeddings=_MOST_TOKENS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    encoder = _random_encoder(config)
+    if weights not in ("auto", "none"):
+        state = read_state_dict(Path(weights), OPTION)
+        load_into(encoder, part_of(state, OWN_PREFIX) or state, f"{OPTION} {weights}")
+    return TextTower(encoder, config.hidden_size, ByT5Tokenizer, pretrained=weights not in ("auto", "none"))
+
+
+def build_text_tower(name: str, weights: str) -> TextTower:
+    """By registered name, local folder, or hub id. Raises UserError for anything else."""
+    if name in TEXT_ENCODERS:
+        return TEXT_ENCODERS[name](weights)
+    looks_like_path = name.startswith((".", "/", "~")) or "\\" in name
+    if looks_like_path and not Path(name).is_dir():
+        raise UserError(f"--text-encoder {name}: there is no such folder")
+    if not Path(name).is_dir() and name.count("/") != 1:
+        near = did_you_mean(name, TEXT_ENCODERS)
+        raise UserError(
+            f"unknown text encoder {name!r}{near}; give {', '.join(TEXT_ENCODERS)}, a Hugging Face id such as "
+            "hfl/chinese-roberta-wwm-ext, or a local folder"
+        )
+    return build_hugging_face(name, weights)

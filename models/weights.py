@@ -1,0 +1,119 @@
+"""Published weights: from the local cache, the configured hub, or its mirror; and weights from a file or folder.
+
+Never random weights in place of the ones asked for, and nothing is unpickled.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError
+
+MIRROR = "https://hf-mirror.com"
+CONNECT_SECONDS = 3  # per endpoint, so that without a network the run stops well within 10 seconds
+
+
+def _way_out(what: str, option: str) -> str:
+    return (
+        f"Ways out: (1) set HTTPS_PROXY, or HF_ENDPOINT to a hub this machine reaches; (2) download {what} elsewhere "
+        f"and give its local folder: {option} FOLDER; (3) use an encoder that needs no download "
+        f"(--text-encoder bert-tiny-bytes, or {option} none for random weights)"
+    )
+
+
+def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str, option: str) -> Path:
+    """Local folder with the files of the first of `repo_ids` that can be had; `needed` is a glob that must match.
+
+    Looks in the cache, then at the configured endpoint, then at the mirror.
+    Raises UserError within seconds when there is no network, naming the ways out.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    for repo_id in repo_ids:
+        try:
+            folder = Path(snapshot_download(repo_id, allow_patterns=list(patterns), local_files_only=True))
+        except Exception:  # not in the cache; each hub version has its own error for it
+            continue
+        if any(folder.glob(needed)):
+            return folder
+    repo_id = repo_ids[-1]
+    endpoints = list(dict.fromkeys([constants.ENDPOINT, MIRROR]))
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids downloading. "
+            + _way_out(repo_id, option)
+        )
+    failures = []
+    for endpoint in endpoints:
+        print(f"fetching {repo_id} from {endpoint}", flush=True)
+        try:
+            folder = Path(
+                snapshot_download(
+                    repo_id, allow_patterns=list(patterns), endpoint=endpoint, etag_timeout=CONNECT_SECONDS
+                )
+            )
+        except RepositoryNotFoundError:
+            failures.append(f"{endpoint}: has no repository {repo_id}")
+        except Exception as error:  # whatever its wording, this endpoint did not deliver; try the next
+            failures.append(f"{endpoint}: {str(error).splitlines()[0][:120]}")
+        else:
+            if any(folder.glob(needed)):
+                return folder
+            failures.append(f"{endpoint}: {repo_id} holds no {needed}")
+    raise UserError(
+        f"the weights of {repo_id} could not be had ({'; '.join(failures)}). " + _way_out(repo_id, option)
+    )
+
+
+def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors or .pth file, or of the folder that holds model.safetensors.
+
+    A checkpoint of this program gives its whole model, with names such as `image_tower.…`.
+    Raises UserError when the file is missing, damaged, or holds anything but tensors.
+    """
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{option} {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(
+            f"{option} {path} cannot be read as weights: {str(error).splitlines()[0][:200]}; "
+            "give a .safetensors file, or a .pth file that holds tensors only"
+        ) from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{option} {path} holds no table of tensors")
+    return state
+
+
+def part_of(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load every tensor of `module` from `state`; extra tensors (a classifier head) are left out.
+
+    Raises UserError when one is missing or has another shape.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
+    if missing or wrong:
+        example = (missing or wrong)[0]
+        raise UserError(
+            f"{source} does not fit the encoder: {len(missing)} tensors are missing and {len(wrong)} have another "
+            f"shape (first: {example}); is it for another architecture?"
+        )
+    module.load_state_dict({name: state[name] for name in own if name in state}, strict=False)

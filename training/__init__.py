@@ -1,0 +1,1 @@
+"""Configuration, losses, optimisation, checkpoints and the training loop."""

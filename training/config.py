@@ -1,0 +1,354 @@
+"""Every option once: name, type, default, range, help. The flags, the JSON keys and config.json come from here.
+
+Nothing heavy is imported, so that `--help` answers at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, did_you_mean
+from common.files import read_json
+
+MONITORS = ("val_acc", "val_loss", "val_balanced_acc", "val_macro_f1")
+
+
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    flag: str | None = None,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    shapes_model: bool = False,
+) -> Any:
+    """A field of Config. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
+
+    `shapes_model` marks what a checkpoint cannot be resumed with another value of.
+    """
+    return field(
+        default=default, metadata={key: value for key, value in locals().items() if key != "default"}
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run. Field names are the JSON keys of the guide."""
+
+    data_dir: str | None = option(None, "data", "folder with one sub-folder of images per class (required)")
+    output_dir: str | None = option(None, "data", "folder for everything the run writes (required)")
+    val_dir: str | None = option(None, "data", "a ready validation folder, instead of holding images out")
+    val_ratio: float = option(0.2, "data", "share of images held out for validation", above=0, high=0.5)
+    group_pattern: str | None = option(
+        None, "data", "regular expression on the file name whose first group is the patient"
+    )
+    groups_file: str | None = option(
+        None, "data", "CSV with columns path,group that names each image's patient"
+    )
+    skip_unreadable: bool = option(False, "data", "leave unreadable images out instead of stopping")
+    overwrite: bool = option(False, "data", "replace another run's results in --output-dir")
+
+    text_template: str | None = option(
+        None,
+        "text",
+        'sentence for every class, such as "这是一张{class_name}的图片" (default: the class name)',
+    )
+    class_texts_file: str | None = option(
+        None, "text", "JSON file: class name -> one sentence or a list of sentences"
+    )
+
+    image_encoder_name: str = option(
+        "starnet_dual_pyramid_rcf",
+        "model",
+        "image encoder, or timm:NAME for any timm model",
+        flag="--image-encoder",
+        shapes_model=True,
+    )
+    text_encoder_name: str = option(
+        "bert-base-chinese",
+        "model",
+        "text encoder: bert-base-chinese, bert-tiny-bytes (no download), a Hugging Face id or a local folder",
+        flag="--text-encoder",
+        shapes_model=True,
+    )
+    image_weights: str = option(
+        "auto",
+        "model",
+        "pretrained, none (random), or a file or folder; auto: none for starnet_dual_pyramid_rcf, else pretrained",
+    )
+    text_weights: str = option(
+        "auto",
+        "model",
+        "pretrained, none (random), or a file or folder; auto: none for bert-tiny-bytes, else pretrained",
+    )
+    embed_dim: int = option(
+        512, "model", "size of the shared embedding space", low=2, high=8192, shapes_model=True
+    )
+    temperature: float = option(
+        0.07, "model", "temperature at the start; learned afterwards", low=0.01, high=1.0
+    )
+    freeze_image_encoder: bool = option(False, "model", "keep the image tower as it is; train its projection")
+    freeze_text_encoder: bool = option(
+        False, "model", "keep the text tower as it is; its sentences are then encoded once per run"
+    )
+
+    batch_size: int = option(32, "training", "images per step", low=2)
+    epochs: int = option(100, "training", "passes over the training images", low=1)
+    learning_rate: float = option(
+        1e-4, "training", "peak learning rate of a pretrained image tower", above=0, high=1
+    )
+    new_lr_ratio: float = option(
+        10.0,
+        "training",
+        "times --learning-rate: projections, scale, image layers without pretrained weights",
+        above=0,
+    )
+    text_lr_ratio: float = option(0.2, "training", "times --learning-rate: the text tower", above=0)
+    weight_decay: float = option(0.01, "training", "AdamW's decay of weight matrices", low=0, below=1)
+    warmup_epochs: float | None = option(
+        None, "training", "epochs of linear warm-up (default: 5 %% of --epochs)", low=0
+    )
+    grad_clip: float = option(
+        1.0, "training", "largest norm of a step's gradient; 0 switches clipping off", low=0
+    )
+    loss: str = option(
+        "unicl",
+        "training",
+        "unicl: class-aware, both directions; clip: in-batch pairs; ce: image to text only",
+        choices=("unicl", "clip", "ce"),
+    )
+    img_size: int = option(224, "training", "image side in pixels", low=32, high=4096, shapes_model=True)
+    augmentation: str = option(
+        "standard", "training", "training augmentation", choices=("none", "minimal", "standard")
+    )
+    horizontal_flip: bool = option(
+        True, "training", "no mirrored images (a mirror swaps left and right)", flag="--no-horizontal-flip"
+    )
+
+    num_workers: int = option(
+        4, "other", "processes that load images, at most one per CPU core", low=0, high=256
+    )
+    gpu_id: int = option(0, "other", "CUDA device; -1 trains on the CPU", low=-1)
+    use_amp: bool = option(True, "other", "train in float32 instead of mixed precision", flag="--no-amp")
+    resume_from: str | None = option(None, "other", "checkpoint to continue from")
+    save_best: bool = option(True, "other", "do not write checkpoint_best.pth", flag="--no-save-best")
+
+    use_cv: bool = option(False, "cross-validation", "k-fold cross-validation")
+    n_splits: int = option(5, "cross-validation", "number of folds", low=2)
+    fold: int | None = option(
+        None, "cross-validation", "train this fold alone (1 to --n-splits), as one of several jobs", low=1
+    )
+    random_state: int = option(
+        42, "cross-validation", "seed of splits, weights and order", low=0, high=2**31 - 1
+    )
+
+    early_stopping_patience: int | None = option(
+        None, "early stopping", "stop after this many epochs without improvement (default: never)", low=1
+    )
+    early_stopping_min_delta: float = option(
+        0.0,
+        "early stopping",
+        "smallest change that counts: percentage points for accuracies and F1, absolute for loss",
+        low=0,
+    )
+    early_stopping_monitor: str = option(
+        "val_acc", "early stopping", "what early stopping and checkpoint_best.pth go by", choices=MONITORS
+    )
+
+    multi_config: bool = option(False, "several configurations", "train every entry of --config-file")
+    config_file: str | None = option(None, "several configurations", "JSON array of configurations")
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+_TYPES = typing.get_type_hints(Config)
+
+
+def flag_of(name: str) -> str:
+    return FIELDS[name].metadata["flag"] or "--" + name.replace("_", "-")
+
+
+def _optional_and_type(name: str) -> tuple[bool, type]:
+    hint = _TYPES[name]
+    if isinstance(hint, types.UnionType):
+        return True, next(t for t in typing.get_args(hint) if t is not type(None))
+    return False, hint
+
+
+def _range_text(metadata: Mapping[str, Any]) -> str:
+    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    return " and ".join(
+        f"{word} {metadata[key]:g}" for key, word in words.items() if metadata[key] is not None
+    )
+
+
+def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
+    """What is wrong with one value, or None. `shown_as` is the flag or the quoted JSON key."""
+    optional, kind = _optional_and_type(name)
+    metadata = FIELDS[name].metadata
+    if value is None:
+        return None if optional else f"{shown_as} must not be null"
+    right_type = {
+        bool: isinstance(value, bool),
+        int: isinstance(value, int) and not isinstance(value, bool),
+        float: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+        str: isinstance(value, str) and value.strip() != "",
+    }[kind]
+    if not right_type:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty text"}[
+            kind
+        ]
+        return f"{shown_as} must be {wanted}, not {value!r}"
+    if metadata["choices"] and value not in metadata["choices"]:
+        return f"{shown_as} must be one of {', '.join(metadata['choices'])}, not {value!r}" + did_you_mean(
+            value, metadata["choices"]
+        )
+    low, high, above, below = (metadata[key] for key in ("low", "high", "above", "below"))
+    outside = (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+        or (below is not None and value >= below)
+    )
+    return f"{shown_as} must be {_range_text(metadata)}, not {value}" if outside else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Values stay text here, so that `options_from_flags` can report every mistake at once."""
+    parser = argparse.ArgumentParser(
+        prog="train_clip.py",
+        description="Train a CLIP-style image classifier on a folder with one sub-folder per class.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for name, f in FIELDS.items():
+        title = f.metadata["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        _, kind = _optional_and_type(name)
+        help_text = f.metadata["help"]
+        if kind is bool:
+            group.add_argument(
+                flag_of(name), dest=name, action="store_const", const=not f.default, help=help_text
+            )
+            continue
+        if f.default is not None:
+            help_text += f" (default: {f.default})"
+        choices = f.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+        group.add_argument(flag_of(name), dest=name, metavar=metavar, help=help_text)
+    return parser
+
+
+def options_from_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options typed on the command line, converted and checked. Raises UserError naming every mistake."""
+    parser = build_parser()
+    found, unknown = parser.parse_known_args(arguments)
+    problems = []
+    flags = [flag_of(name) for name in FIELDS]
+    for word in unknown:
+        if word.startswith("--"):
+            problems.append(
+                f"unknown option {word}{did_you_mean(word.split('=')[0], flags)}; --help lists all"
+            )
+        else:
+            problems.append(f"unexpected argument {word!r}; quote values that contain spaces")
+    options: dict[str, Any] = {}
+    for name, value in vars(found).items():
+        _, kind = _optional_and_type(name)
+        if kind in (int, float):
+            with contextlib.suppress(ValueError):  # else it stays text, and _problem_with says what was wanted
+                value = kind(value)
+        problem = _problem_with(name, value, flag_of(name))
+        if problem:
+            problems.append(problem)
+        options[name] = value
+    if problems:
+        raise UserError(*problems)
+    return options
+
+
+def check_options(options: Mapping[str, Any], where: str) -> list[str]:
+    """Problems of a mapping of options read from JSON, each prefixed with `where`."""
+    problems = []
+    for name, value in options.items():
+        if name not in FIELDS:
+            problems.append(f"{where}unknown key {name!r}{did_you_mean(name, FIELDS)}")
+        else:
+            problem = _problem_with(name, value, repr(name))
+            if problem:
+                problems.append(where + problem)
+    return problems
+
+
+def contradictions(config: Config) -> list[str]:
+    """Pairs of options that cannot both be meant."""
+    problems = []
+    for name in ("data_dir", "output_dir"):
+        if getattr(config, name) is None:
+            problems.append(f"{flag_of(name)} is required")
+    exclusive = [
+        ("resume_from", "overwrite", "one continues the old results, the other throws them away"),
+        ("group_pattern", "groups_file", "both say which patient an image is of"),
+        ("val_dir", "use_cv", "cross-validation makes its own validation sets"),
+        (
+            "resume_from",
+            "use_cv",
+            "a cross-validation continues by itself when the same command is given again",
+        ),
+        ("overwrite", "fold", "jobs of other folds may be writing there; clear the folder by hand"),
+        ("resume_from", "multi_config", "finished entries are skipped when the same command is given again"),
+    ]
+    for first, second, why in exclusive:
+        if getattr(config, first) and getattr(config, second):
+            problems.append(f"{flag_of(first)} and {flag_of(second)} exclude each other: {why}")
+    if config.fold is not None and not config.use_cv:
+        problems.append("--fold needs --use-cv")
+    elif config.fold is not None and config.fold > config.n_splits:
+        problems.append(f"--fold {config.fold} must be between 1 and --n-splits {config.n_splits}")
+    if config.multi_config and not config.config_file:
+        problems.append("--multi-config needs --config-file FILE.json")
+    if config.config_file and not config.multi_config:
+        problems.append("--config-file is only read with --multi-config; add it, or leave the file out")
+    if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
+        problems.append(
+            f"--warmup-epochs {config.warmup_epochs:g} must be less than --epochs {config.epochs}"
+        )
+    return problems
+
+
+def make_config(options: Mapping[str, Any]) -> Config:
+    """Build and cross-check a configuration. Raises UserError naming every contradiction."""
+    config = Config(**options)
+    problems = contradictions(config)
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def read_config_file(path: Path) -> list[dict[str, Any]]:
+    """The entries of a --config-file, every entry checked before any is used."""
+    entries = read_json(path, "--config-file")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"--config-file {path} must hold a JSON array with at least one configuration")
+    problems = []
+    for number, entry in enumerate(entries, 1):
+        where = f"--config-file {path}, entry {number}: "
+        if not isinstance(entry, dict):
+            problems.append(where + "must be a JSON object")
+        else:
+            problems += check_options(entry, where)
+    if problems:
+        raise UserError(*problems)
+    return entries

@@ -1,0 +1,42 @@
+"""Contrastive losses between B image features and C class-sentence features, averaged over images."""
+
+import torch
+import torch.nn.functional as F
+
+
+def image_to_text(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each image over all C class sentences. logits (B, C), labels (B,)."""
+    return F.cross_entropy(logits, labels)
+
+
+def text_to_image(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Each label's sentence over the B images, every image of the same class a positive. logits (B, C), labels (B,).
+
+    UniCL's text half (Yang et al. 2022, arXiv 2204.03610) less its constant: where n_c images share class c, a perfect
+    model would score ln n_c, so that losses of different batches could not be compared. Subtracting the entropy of
+    the targets leaves every gradient as it is and makes the floor 0.
+    """
+    of_label = logits.log_softmax(dim=0).gather(1, labels[:, None]).squeeze(1)  # (B,)
+    positives = torch.bincount(labels, minlength=logits.shape[1])[labels]  # (B,) n_c of each image's class
+    return -(of_label + positives.log()).mean()
+
+
+def contrastive_loss(
+    kind: str, logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss to minimise and its image-to-text part over all classes (for the log), from logits (B, C).
+
+    unicl: class-aware in both directions; equal to `clip` when all labels of the batch differ and cover the classes.
+    clip: InfoNCE over the B image-sentence pairs (Radford et al. 2021), same-class pairs taken for negatives.
+    ce: image to text only.
+    """
+    over_classes = image_to_text(logits, labels)
+    if kind == "ce":
+        return over_classes, over_classes
+    if kind == "unicl":
+        return (over_classes + text_to_image(logits, labels)) / 2, over_classes
+    if kind == "clip":
+        pairs = logits[:, labels]  # (B, B): image i against the sentence of image j
+        diagonal = torch.arange(len(labels), device=logits.device)
+        return (F.cross_entropy(pairs, diagonal) + F.cross_entropy(pairs.T, diagonal)) / 2, over_classes
+    raise ValueError(f"unknown loss {kind!r}")

@@ -1,0 +1,59 @@
+"""Parameter groups and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from models.clip import CLIPModel
+
+
+def parameter_groups(
+    model: CLIPModel, *, learning_rate: float, new_lr_ratio: float, text_lr_ratio: float, weight_decay: float
+) -> list[dict]:
+    """AdamW groups: each trainable parameter in exactly one, with its `peak_lr` and decay.
+
+    Peak rates: learning_rate for image layers with published weights, times new_lr_ratio for everything that starts
+    at random (projections, scale, other image layers), times text_lr_ratio for the text tower. Biases, norms, gains
+    and the scale (all of at most one dimension) and what timm lists in no_weight_decay() are not decayed.
+    """
+    exempt = {f"image_tower.backbone.{name}" for name in _no_weight_decay(model.image_tower.backbone)}
+    pretrained = {f"image_tower.{name}" for name in model.image_tower.pretrained}
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("text_tower."):
+            kind, peak_lr = "text tower", learning_rate * text_lr_ratio
+        elif name in pretrained:
+            kind, peak_lr = "pretrained image layers", learning_rate
+        else:
+            kind, peak_lr = "new layers", learning_rate * new_lr_ratio
+        decays = parameter.ndim > 1 and name not in exempt
+        group = groups.setdefault(
+            (kind, decays),
+            {
+                "name": kind,
+                "peak_lr": peak_lr,
+                "lr": peak_lr,
+                "weight_decay": weight_decay if decays else 0.0,
+                "params": [],
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _no_weight_decay(backbone: nn.Module) -> Iterable[str]:
+    return backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at `step` (0-based): linear warm-up to 1, then a cosine to 0.
+
+    The cosine of Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,311 @@
+"""One run from options to results: check, build, read, split, train, sum up."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from common.files import write_json
+from data.loader import EpochBatches, ImageDataset, build_loader
+from data.splits import Split
+from evaluation.metrics import majority_baseline
+from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
+from training.config import FIELDS, Config, flag_of
+from training.dataset import (
+    DataSet,
+    patients_of,
+    read_images,
+    record_of,
+    scan,
+    sentences_of,
+    split_fingerprint,
+    split_of,
+)
+from training.device import Hardware, choose_hardware
+from training.fit import duration, fit, validate
+from training.optim import parameter_groups
+from training.outputs import RESULT_FILES, prepare_output_folder, refuse_results, run_record
+from training.state import EarlyStopping, TrainState, read_checkpoint
+
+_NOT_FROM_CHECKPOINT = ("resume_from", "overwrite")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What is left of a run. probs (n_val, C): the last epoch's, of the images split.val in that order."""
+
+    history: dict[str, list[float]]
+    best_epoch: int
+    stopped_early: bool
+    seconds: float
+    probs: np.ndarray
+
+
+def run(config: Config, typed: Mapping[str, Any]) -> int:
+    """Dispatch to the kind of run that is asked for. `typed`: the options given on the command line.
+
+    Returns the exit code.
+    """
+    if config.multi_config:
+        from training.multi_config import train_entries
+
+        return train_entries(config, typed)
+    train(config, typed)
+    return 0
+
+
+def train(config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, Any] | None = None) -> None:
+    """Train one configuration, on one split or on the folds of a cross-validation.
+
+    `class_texts`: class name -> sentence or list of sentences, for callers from Python.
+    """
+    if config.use_cv:
+        from training.cross_validation import train_folds
+
+        train_folds(config, class_texts)
+    else:
+        train_single(config, typed, class_texts)
+
+
+def train_single(
+    config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, Any] | None = None
+) -> RunResult:
+    """Train one model on one split. Everything that can be refused is refused before the images are read."""
+    checkpoint = None
+    if config.resume_from:
+        checkpoint = read_checkpoint(Path(config.resume_from))
+        config = config_of_resumed_run(config, checkpoint, typed)
+    output_dir = Path(config.output_dir)
+    refuse_results(output_dir, config)
+    hardware = choose_hardware(config.gpu_id, config.use_amp)
+    folder, val_folder = scan(config)
+    sentences = sentences_of(config, folder, class_texts)
+    patients = patients_of(config, folder)
+    if checkpoint and tuple(checkpoint["classes"]) != folder.classes:
+        raise UserError(
+            f"--resume-from {config.resume_from} was trained on the classes {', '.join(checkpoint['classes'])}; "
+            f"--data-dir has {', '.join(folder.classes)}"
+        )
+
+    print(f"device: {hardware.description}")
+    model = build_model(config, checkpoint)
+    data = read_images(config, folder, val_folder, patients)
+    split = split_of(config, data)
+    check_same_data(checkpoint, data, split)
+
+    prepare_output_folder(output_dir, config.overwrite)
+    write_json(output_dir / "splits.json", record_of(config, data, [split]))
+    write_json(output_dir / "config.json", run_record(config, data, sentences, hardware))
+    return train_on_split(
+        config, hardware, model, data, split, sentences, output_dir, checkpoint, seed=config.random_state
+    )
+
+
+def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
+    """The checkpoint's options, overridden by typed ones.
+
+    Raises UserError when a typed one shapes the model anew.
+    """
+    problems, changed = [], []
+    options = {name: value for name, value in checkpoint["config"].items() if name in FIELDS}
+    for name, value in typed.items():
+        if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
+            continue
+        if FIELDS[name].metadata["shapes_model"]:
+            problems.append(
+                f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
+                f"which was trained with {options.get(name)}; leave the option out, or start a new run"
+            )
+        changed.append(f"{flag_of(name)} {options.get(name)} -> {value}")
+    if problems:
+        raise UserError(*problems)
+    if changed:
+        print("resuming with changed options: " + ", ".join(changed))
+    kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}
+    return Config(**{**options, **typed, **kept})
+
+
+def check_same_data(checkpoint: Mapping[str, Any] | None, data: DataSet, split: Split) -> None:
+    """A resumed run must not validate on images it has trained on."""
+    if checkpoint is None:
+        return
+    if checkpoint["dataset_fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"the images of {data.folder.root} have changed since the checkpoint was written, so images already "
+            "trained on could move to validation; restore them, or start a new run in another --output-dir"
+        )
+    if checkpoint["split_fingerprint"] != split_fingerprint(data, split):
+        raise UserError(
+            "the split differs from the checkpoint's; leave --val-ratio, --val-dir, --random-state, "
+            "--group-pattern and --groups-file as they were"
+        )
+
+
+def build_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> CLIPModel:
+    """Both towers, seeded. Where a checkpoint will fill them, published weights are not fetched again."""
+    check_image_encoder(config.image_encoder_name)
+    torch.manual_seed(config.random_state)
+    model = build_clip(
+        config.image_encoder_name,
+        config.text_encoder_name,
+        img_size=config.img_size,
+        embed_dim=config.embed_dim,
+        temperature=config.temperature,
+        image_weights="none" if checkpoint else config.image_weights,
+        text_weights="none" if checkpoint else config.text_weights,
+        freeze_image=config.freeze_image_encoder,
+        freeze_text=config.freeze_text_encoder,
+    )
+    if checkpoint:
+        model.image_tower.pretrained = frozenset(checkpoint["pretrained"]["image"])
+        model.text_tower.pretrained = frozenset(checkpoint["pretrained"]["text"])
+    names = {"image": config.image_encoder_name, "text": config.text_encoder_name}
+    for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
+        millions = sum(p.numel() for p in tower.parameters()) / 1e6
+        share = len(tower.pretrained) / sum(1 for _ in tower.parameters())
+        origin = (
+            "random weights" if share == 0 else f"{100 * share:.0f} % of its tensors from published weights"
+        )
+        frozen = ", frozen" if tower in model.frozen else ""
+        print(f"{side} encoder: {names[side]}, {millions:.1f} M parameters, {origin}{frozen}")
+    return model
+
+
+def train_on_split(
+    config: Config,
+    hardware: Hardware,
+    model: CLIPModel,
+    data: DataSet,
+    split: Split,
+    class_texts: Mapping[str, Sequence[str]],
+    output_dir: Path,
+    checkpoint: Mapping[str, Any] | None,
+    *,
+    seed: int,
+) -> RunResult:
+    """Train `model` on one split, from `checkpoint` where given; checkpoints and history go to `output_dir`."""
+    started = time.monotonic()
+    device = hardware.device
+    torch.manual_seed(seed)
+    model.to(device, memory_format=torch.channels_last)
+    train_batches = EpochBatches(split.train, config.batch_size, seed)
+    warmup_epochs = 0.05 * config.epochs if config.warmup_epochs is None else config.warmup_epochs
+    state = TrainState(
+        model=model,
+        optimizer=torch.optim.AdamW(
+            parameter_groups(
+                model,
+                learning_rate=config.learning_rate,
+                new_lr_ratio=config.new_lr_ratio,
+                text_lr_ratio=config.text_lr_ratio,
+                weight_decay=config.weight_decay,
+            ),
+            fused=True,
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16),
+        early_stopping=EarlyStopping(
+            config.early_stopping_monitor, config.early_stopping_patience, config.early_stopping_min_delta
+        ),
+        total_steps=config.epochs * len(train_batches),
+        warmup_steps=round(warmup_epochs * len(train_batches)),
+    )
+    if checkpoint:
+        state.restore(checkpoint, config.resume_from or str(output_dir))
+        print(f"resuming after epoch {state.epoch} of {config.epochs}")
+    sentences = ClassSentences(model, class_texts, device)
+    for note in sentences.notes:
+        print(f"note: {note}")
+
+    train_set = ImageDataset(
+        data.files,
+        data.labels,
+        config.img_size,
+        data.pixels,
+        config.augmentation,
+        config.horizontal_flip,
+        seed,
+    )
+    val_set = ImageDataset(data.files, data.labels, config.img_size, data.pixels)
+    workers = min(config.num_workers, os.cpu_count() or 1)
+    # Decoded images need no work before validation, so its loader needs no processes of its own.
+    val_workers = 0 if data.pixels is not None else workers
+    pin_memory = device.type == "cuda"
+    train_loader = build_loader(train_set, train_batches, workers, pin_memory)
+    val_batches = EpochBatches(split.val, config.batch_size, None)
+    val_loader = build_loader(val_set, val_batches, val_workers, pin_memory)
+
+    majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
+    print(
+        f"training on {len(split.train)} images, validating on {len(split.val)}{_grouping(config)}; "
+        f"always answering {data.folder.classes[majority]!r} would score {100 * baseline:.1f} %"
+    )
+    facts = {
+        "config": dataclasses.asdict(config),
+        "classes": list(data.folder.classes),
+        "class_texts": {name: list(own) for name, own in class_texts.items()},
+        "preprocessing": {"img_size": config.img_size, "resize": "whole image to a square, bicubic"},
+        "pretrained": {
+            "image": sorted(model.image_tower.pretrained),
+            "text": sorted(model.text_tower.pretrained),
+        },
+        "dataset_fingerprint": data.fingerprint,
+        "split_fingerprint": split_fingerprint(data, split),
+    }
+    fit(
+        state,
+        sentences,
+        train_loader,
+        val_loader,
+        hardware,
+        output_dir=output_dir,
+        facts=facts,
+        epochs=config.epochs,
+        loss_kind=config.loss,
+        grad_clip=config.grad_clip,
+        seed=seed,
+        save_best=config.save_best,
+    )
+    _, probs, _ = validate(state, sentences, val_loader, hardware)
+    result = RunResult(
+        state.history, state.best_epoch, state.stopped_early, time.monotonic() - started, probs
+    )
+    print_summary(config, result, baseline, output_dir)
+    return result
+
+
+def _grouping(config: Config) -> str:
+    if config.val_dir:
+        return " of --val-dir"
+    if config.group_pattern or config.groups_file:
+        return " of other patients"
+    return (
+        " (split by image; if patients have several images, name them with --group-pattern or --groups-file)"
+    )
+
+
+def print_summary(config: Config, result: RunResult, baseline: float, output_dir: Path) -> None:
+    history, last = result.history, len(result.history["val_acc"])
+    print(f"\ndone: {last} epochs, {duration(sum(history['epoch_seconds']))}")
+    for title, epoch in (
+        (f"last epoch ({last})", last),
+        (f"best epoch ({result.best_epoch})", result.best_epoch),
+    ):
+        row = {key: values[epoch - 1] for key, values in history.items()}
+        print(
+            f"  {title:16s}  val accuracy {row['val_acc']:6.2f} %  balanced {row['val_balanced_acc']:6.2f} %  "
+            f"macro-F1 {row['val_macro_f1']:6.2f} %  loss {row['val_loss']:.4f}"
+        )
+    print(f"  {'majority class':16s}  val accuracy {100 * baseline:6.2f} %")
+    print(
+        f"The best epoch was chosen by {config.early_stopping_monitor} on these same images, so its numbers "
+        "are optimistic; the last epoch's are not chosen."
+    )
+    written = [name for name in RESULT_FILES if (output_dir / name).exists()]
+    print(f"files in {output_dir}: {', '.join(written)}")

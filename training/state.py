@@ -1,0 +1,162 @@
+"""Everything that changes during training, saved and loaded as one.
+
+| field | on resume |
+|---|---|
+| model, optimizer, scaler | restored |
+| epoch, step, history, best, early stopping | restored; training goes on after the last whole epoch |
+| random states (Python, NumPy, torch, CUDA) | restored |
+| order of samples, augmentation | functions of seed, epoch and index; nothing to restore |
+| learning rate | a function of the step; follows a changed --epochs |
+| options | the checkpoint's, where the command line does not say otherwise; the model's shape must match |
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from common.files import write_whole
+from models.clip import CLIPModel
+
+FORMAT = 1
+HISTORY_KEYS = (
+    "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
+    "train_loss_image_to_text", "lr", "temperature", "epoch_seconds", "images_per_second",
+)  # fmt: skip
+
+
+@dataclass
+class EarlyStopping:
+    """Stops after `patience` epochs in a row without a change of more than `min_delta` over the reference."""
+
+    monitor: str
+    patience: int | None
+    min_delta: float
+    reference: float | None = None
+    epochs_without: int = 0
+
+    def is_better(self, value: float, than: float | None, margin: float = 0.0) -> bool:
+        if than is None:
+            return True
+        return value < than - margin if self.monitor == "val_loss" else value > than + margin
+
+    def update(self, value: float) -> bool:
+        """Compare first, then move the reference. True: stop now."""
+        if self.is_better(value, self.reference, self.min_delta):
+            self.reference, self.epochs_without = value, 0
+        else:
+            self.epochs_without += 1
+        return self.patience is not None and self.epochs_without >= self.patience
+
+
+@dataclass
+class TrainState:
+    """What a run holds between two epochs. `epoch` and `step` count what is done."""
+
+    model: CLIPModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    early_stopping: EarlyStopping
+    total_steps: int
+    warmup_steps: int
+    epoch: int = 0
+    step: int = 0
+    best_value: float | None = None
+    best_epoch: int = 0
+    stopped_early: bool = False
+    history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
+
+    def save(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Write a whole checkpoint. `facts`: what does not change (config, classes, sentences, fingerprint)."""
+        payload = {
+            "format": FORMAT,
+            **facts,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "warmup_steps": self.warmup_steps,
+            },
+            "scaler": self.scaler.state_dict(),
+            "rng": _random_states(),
+            "epoch": self.epoch,
+            "best": {"value": self.best_value, "epoch": self.best_epoch},
+            "early_stopping": {
+                "reference": self.early_stopping.reference,
+                "epochs_without": self.early_stopping.epochs_without,
+            },
+            "history": self.history,
+        }
+        write_whole(path, lambda file: torch.save(payload, file))
+
+    def restore(self, checkpoint: Mapping[str, Any], path: str) -> None:
+        """Take over what `checkpoint` holds. Raises UserError when it does not fit the model."""
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["scheduler"]["step"]
+            self.best_value, self.best_epoch = checkpoint["best"]["value"], checkpoint["best"]["epoch"]
+            stopping = checkpoint["early_stopping"]
+            self.early_stopping.reference = stopping["reference"]
+            self.early_stopping.epochs_without = stopping["epochs_without"]
+            patience = self.early_stopping.patience
+            self.stopped_early = patience is not None and stopping["epochs_without"] >= patience
+            self.history = {key: list(values) for key, values in checkpoint["history"].items()}
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            detail = str(error).splitlines()[0]
+            raise UserError(
+                f"--resume-from {path} does not fit this model or is incomplete: {detail}"
+            ) from None
+        _restore_random_states(checkpoint["rng"])
+
+
+def _random_states() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_states(states: Mapping[str, Any]) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def read_checkpoint(path: Path, option: str = "--resume-from") -> dict[str, Any]:
+    """Load a checkpoint of this program on the CPU; nothing is unpickled but tensors and plain values.
+
+    Raises UserError when it is missing, truncated, or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"{option} {path} does not exist; give a run's checkpoint_latest.pth")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file raises many kinds
+        detail = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"{option} {path} is damaged or no checkpoint of this program ({detail}); "
+            "give another one, such as checkpoint_best.pth beside it"
+        ) from None
+    needed = ("format", "config", "classes", "class_texts", "model", "optimizer", "history", "rng", "epoch")
+    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing or checkpoint["format"] != FORMAT:
+        raise UserError(
+            f"{option} {path} is no checkpoint of this program (it lacks {', '.join(missing) or 'its format'})"
+        )
+    return checkpoint
