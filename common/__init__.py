@@ -1,1 +1,4 @@
-"""The leaf every package may import: errors, whole-file writing, the torchvision workaround. Imports none of them."""
+"""The leaf every package may import: errors, whole-file writing, the torchvision workaround.
+
+Imports none of them.
+"""

@@ -22,6 +22,12 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
 def shorten(items: Sequence[str], limit: int = 10) -> str:
     """Join at most `limit` items, one per line, and say how many are left out."""
     lines = [f"  {item}" for item in items[:limit]]

@@ -31,7 +31,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str) -> Any:
     """Read UTF-8 JSON, with or without BOM. `what` names the file's role in messages.
 
-    Raises UserError when the file is missing, is not UTF-8, is not JSON, or repeats a key in one object.
+    Raises UserError when the file is missing, is not UTF-8, is not JSON (NaN and Infinity are not), or
+    repeats a key in one object.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -50,7 +51,10 @@ def read_json(path: Path, what: str) -> Any:
             )
         return dict(pairs)
 
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
     try:
-        return json.loads(text, object_pairs_hook=refuse_repeats)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=refuse_repeats, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:  # ValueError also stands for a number of too many digits
         raise UserError(f"{what} {path} is not valid JSON: {error}") from None

@@ -1,8 +1,9 @@
 """Import this before torchvision (or timm, which imports it).
 
-torchvision's wheel on PyPI is built for CUDA. Beside a CPU-only PyTorch its compiled part cannot be loaded, and
-`import torchvision` then fails because two operators it describes were never declared. Transforms and models need
-neither operator, so declaring their schemas is enough. On an install that fits this module does nothing.
+torchvision's wheel on PyPI is built for CUDA. Beside a CPU-only PyTorch its compiled part cannot be loaded,
+and `import torchvision` then fails because two operators it describes were never declared. Transforms and
+models need neither operator, so declaring their schemas is enough. On an install that fits this module does
+nothing.
 """
 
 import importlib.util

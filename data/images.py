@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from tqdm import tqdm
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
+# A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
+MOST_PIXELS = 2**30 // 4 // 3
 
 
 class UnreadableImage(Exception):
@@ -36,7 +37,7 @@ def scale_to_8_bit(pixels: np.ndarray) -> np.ndarray:
 
 def _read_dicom(path: Path) -> Image.Image:
     import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 
     try:
         dataset = pydicom.dcmread(path)
@@ -44,6 +45,8 @@ def _read_dicom(path: Path) -> Image.Image:
         if frames != 1:
             raise UnreadableImage(f"holds {frames} frames; save each frame as its own file")
         pixels = dataset.pixel_array  # YBR is converted to RGB by pydicom
+        if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, dataset)
         if pixels.ndim == 3:
             return Image.fromarray(pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels))
         pixels = scale_to_8_bit(apply_voi_lut(apply_modality_lut(pixels, dataset), dataset))
@@ -66,27 +69,32 @@ def _is_dicom(path: Path) -> bool:
 
 def _has_16_bit_colour(image: Image.Image) -> bool:
     """Pillow keeps only the high byte of 16-bit colour, which makes 12-bit images black: better to say so."""
-    rawmodes = [str(tile[3]) for tile in getattr(image, "tile", [])]
-    return image.mode in ("RGB", "RGBA", "LA") and any("16" in rawmode for rawmode in rawmodes)
+    arguments = [tile[3] for tile in getattr(image, "tile", [])]  # the raw mode, alone or first in a tuple
+    rawmodes = [str(a[0] if isinstance(a, tuple) else a) for a in arguments]
+    is_16_bit = any(rawmode.endswith((";16B", ";16L", ";16N")) for rawmode in rawmodes)
+    return is_16_bit and image.mode in ("RGB", "RGBA", "LA", "CMYK")
 
 
 def read_image(path: Path) -> Image.Image:
     """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit RGB image.
 
-    16-bit and float images are scaled by their own range; EXIF orientation is applied; transparency is composed
-    on black; palettes are expanded. Raises UnreadableImage.
+    16-bit and float images are scaled by their own range; EXIF orientation is applied; transparency is
+    composed on black; palettes are expanded. Raises UnreadableImage.
     """
     try:
         if _is_dicom(path):
             return _read_dicom(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            if getattr(image, "n_frames", 1) > 1:
-                raise UnreadableImage(f"holds {image.n_frames} frames or pages; save each as its own file")
-            if _has_16_bit_colour(image):
-                raise UnreadableImage("16-bit colour is not supported; save it with 8 bits per channel")
-            image.load()
+        image = Image.open(path)
+        if image.width * image.height > MOST_PIXELS:
+            raise UnreadableImage(
+                f"holds {image.width} x {image.height} pixels, more than {MOST_PIXELS} in all; shrink it"
+            )
+        # MPO is a camera's JPEG with further pictures behind the photograph, such as its preview.
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            raise UnreadableImage(f"holds {image.n_frames} frames or pages; save each as its own file")
+        if _has_16_bit_colour(image):
+            raise UnreadableImage("16-bit colour is not supported; save it with 8 bits per channel")
+        image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             return Image.fromarray(scale_to_8_bit(np.asarray(image))).convert("RGB")
@@ -111,8 +119,8 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
 class Inspection:
     """What one reading of N files found.
 
-    errors: index -> why the file cannot be read. digests: N hashes of the decoded pixels ("" where unreadable).
-    pixels: (N, size, size, 3) uint8, or None when they would not fit MEMORY_FOR_IMAGES.
+    errors: index -> why the file cannot be read. digests: N hashes of the decoded pixels, "" where
+    unreadable. pixels: (N, size, size, 3) uint8, or None when they would not fit MEMORY_FOR_IMAGES.
     """
 
     errors: dict[int, str]

@@ -1,4 +1,7 @@
-"""Batches of uint8 images. An image is a function of seed, epoch and index alone, whatever worker loads it."""
+"""Batches of uint8 images.
+
+An image is a function of seed, epoch and index alone, whatever worker loads it.
+"""
 
 import math
 import multiprocessing
@@ -12,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import common.torchvision_compat  # noqa: F401  (before torchvision)
-from data.images import read_image, to_square
+from data.images import UnreadableImage, read_image, to_square
 
 PRESETS = ("none", "minimal", "standard")
 
@@ -20,8 +23,9 @@ PRESETS = ("none", "minimal", "standard")
 def build_augmentation(preset: str, horizontal_flip: bool):
     """Random changes of a square PIL image that a radiograph could have shown by itself.
 
-    none: nothing. minimal: small shifts. standard: rotation to 10 degrees, shifts, zoom, brightness and contrast.
-    The latter two also mirror half of the images when `horizontal_flip`. Never a vertical flip, never a hue.
+    none: nothing. minimal: small shifts. standard: rotation to 7 degrees, shifts, zoom, brightness and
+    contrast. The latter two also mirror half of the images when `horizontal_flip`. Never a vertical flip,
+    never a hue.
     """
     from torchvision.transforms import InterpolationMode, v2
 
@@ -34,8 +38,8 @@ def build_augmentation(preset: str, horizontal_flip: bool):
     if preset == "minimal":
         steps.append(v2.RandomAffine(0, translate=(0.04, 0.04), **bilinear))
     else:
-        steps.append(v2.RandomAffine(10, translate=(0.06, 0.06), scale=(0.9, 1.2), **bilinear))
-        steps.append(v2.ColorJitter(brightness=0.2, contrast=0.2))
+        steps.append(v2.RandomAffine(7, translate=(0.05, 0.05), scale=(0.95, 1.1), **bilinear))
+        steps.append(v2.ColorJitter(brightness=0.1, contrast=0.1))
     return v2.Compose(steps)
 
 
@@ -64,11 +68,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = key
-        square = (
-            self.pixels[index]
-            if self.pixels is not None
-            else to_square(read_image(self.files[index]), self.size)
-        )
+        square = self.pixels[index] if self.pixels is not None else self._read(index)
         if self.augment is not None:
             seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
             with torch.random.fork_rng(devices=[]):  # the caller's own random stream stays untouched
@@ -77,9 +77,15 @@ class ImageDataset(Dataset):
         image = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))  # (3, size, size)
         return image, int(self.labels[index]), index
 
+    def _read(self, index: int) -> np.ndarray:
+        try:
+            return to_square(read_image(self.files[index]), self.size)
+        except UnreadableImage as error:  # it could be read when the run began: say which file it is
+            raise UnreadableImage(f"{self.files[index]}: {error}") from None
+
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) keys: every index once per epoch, in batches whose sizes differ by at most one.
+    """Batches of (epoch, index) keys: every index once per epoch, in sizes that differ by at most one.
 
     Even batches, because a last batch of one image has no batch statistics and no negatives.
     The order depends on `seed` and `epoch` alone.
@@ -103,7 +109,7 @@ def build_loader(
     dataset: ImageDataset, batches: EpochBatches, num_workers: int, pin_memory: bool
 ) -> DataLoader:
     """A loader of (images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64)."""
-    # Forked workers share the decoded images instead of copying them; elsewhere the platform's default is used.
+    # Forked workers share the decoded images instead of copying them; elsewhere the platform decides.
     context = multiprocessing.get_context("fork") if num_workers and sys.platform == "linux" else None
     return DataLoader(
         dataset,

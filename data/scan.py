@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import heapq
 import os
 import re
 import unicodedata
@@ -22,8 +23,8 @@ _LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 class ImageFolder:
     """N images in C class folders.
 
-    classes: C names in NFC, sorted by code point. paths: N POSIX paths relative to root, sorted within a class.
-    labels: (N,) int64 indices into classes. notes: what was passed over, for the user to read.
+    classes: C names in NFC, sorted by code point. paths: N POSIX paths relative to root, sorted within a
+    class. labels: (N,) int64 indices into classes. notes: what was passed over, for the user to read.
     """
 
     root: Path
@@ -57,31 +58,47 @@ def _has_dicom_magic(path: str) -> bool:
         return file.read(4) == b"DICM"
 
 
+def _spelling(name: str) -> tuple[str, str]:
+    """Sort key: by code point of the NFC form; two spellings of one name still have one order."""
+    return nfc(name), name
+
+
 def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
-    """Image paths below `folder`, relative to its parent. Uses the directory entries alone: no stat per file."""
+    """Image paths below `folder`, relative to its parent. From directory entries alone: no stat per file.
+
+    Each real folder is read once. Links wait until the folders are done and are then followed in sorted
+    order, so that no file system decides by which way a folder is reached. A link to a folder above is not
+    followed: it would bring in the images of other classes.
+    """
     found: list[str] = []
-    visited = {os.path.realpath(folder)}
-    todo = [(str(folder), folder.name)]
-    while todo:
-        directory, prefix = todo.pop()
+    parent = Path(os.path.realpath(folder.parent))
+    visited = {str(parent), *map(str, parent.parents)}
+    todo, links = [(str(folder), folder.name)], []
+    while todo or links:
+        directory, prefix = todo.pop() if todo else heapq.heappop(links)
+        target = os.path.realpath(directory)
+        if target in visited:
+            continue
+        visited.add(target)
         with os.scandir(directory) as entries:
             for entry in entries:
                 if _is_litter(entry.name):
                     continue
                 if entry.is_dir():
+                    below = (entry.path, f"{prefix}/{entry.name}")
                     if entry.is_symlink():
-                        target = os.path.realpath(entry.path)
-                        if target in visited:
-                            continue
-                        visited.add(target)
-                    todo.append((entry.path, f"{prefix}/{entry.name}"))
+                        heapq.heappush(links, below)
+                    else:
+                        todo.append(below)
                     continue
                 suffix = os.path.splitext(entry.name)[1].lower()
-                if suffix in IMAGE_SUFFIXES or (not suffix and _has_dicom_magic(entry.path)):
+                # scanners name DICOM files without a suffix, or by a UID such as 1.2.840.10008.7
+                nameless = not suffix.strip(".0123456789") and entry.is_file()
+                if suffix in IMAGE_SUFFIXES or (nameless and _has_dicom_magic(entry.path)):
                     found.append(f"{prefix}/{entry.name}")
                 else:
                     ignored[suffix or "no suffix"] += 1
-    found.sort(key=nfc)
+    found.sort(key=_spelling)
     return found
 
 
@@ -97,11 +114,13 @@ def scan_folder(root: Path, option: str = "--data-dir") -> ImageFolder:
         )
     try:
         with os.scandir(root) as entries:
-            names = sorted((e.name for e in entries if not _is_litter(e.name) and e.is_dir()), key=nfc)
+            names = sorted((e.name for e in entries if not _is_litter(e.name) and e.is_dir()), key=_spelling)
             loose = sum(
                 1
                 for e in os.scandir(root)
-                if e.is_file() and os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES
+                if not _is_litter(e.name)
+                and e.is_file()
+                and os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES
             )
         ignored: Counter[str] = Counter()
         per_class = {name: _images_below(root / name, ignored) for name in names}
@@ -153,7 +172,7 @@ def check_class_sizes(folder: ImageFolder, at_least: int, why: str) -> None:
 
 
 def fingerprint(folder: ImageFolder, digests: Sequence[str]) -> str:
-    """SHA-256 over classes, relative paths and pixel digests: equal data, equal fingerprint, on every machine."""
+    """SHA-256 over classes, relative paths and pixel digests: the same for equal data on every machine."""
     lines = [*folder.classes, *(f"{nfc(p)}\t{d}" for p, d in zip(folder.paths, digests, strict=True))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -161,13 +180,14 @@ def fingerprint(folder: ImageFolder, digests: Sequence[str]) -> str:
 def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
     """The patient of each image: the first group of `pattern`, searched in the file name."""
     try:
-        regex = re.compile(pattern)
+        regex = re.compile(nfc(pattern))
     except re.error as error:
         raise UserError(f"--group-pattern {pattern!r} is not a regular expression: {error}") from None
     if regex.groups < 1:
         raise UserError(f"--group-pattern {pattern!r} needs a group in parentheses, such as '^(P\\d+)_'")
-    matches = [regex.search(path.rsplit("/", 1)[-1]) for path in folder.paths]
-    missed = [path for path, m in zip(folder.paths, matches, strict=True) if m is None or m.group(1) is None]
+    # An empty group would make one patient of all images that have none.
+    matches = [regex.search(nfc(path.rsplit("/", 1)[-1])) for path in folder.paths]
+    missed = [path for path, m in zip(folder.paths, matches, strict=True) if m is None or not m.group(1)]
     if missed:
         raise UserError(
             f"--group-pattern {pattern!r} matches no patient in {len(missed)} of {len(matches)} file names:\n"
@@ -189,9 +209,10 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
                         f"{', '.join(header) or 'nothing'}{did_you_mean(column, header)}"
                     )
             group_of: dict[str, str] = {}
-            for line, row in enumerate(reader, 2):
+            for row in reader:
+                line = reader.line_num
                 path = nfc((row["path"] or "").replace("\\", "/")).removeprefix("./")
-                group = (row["group"] or "").strip()
+                group = nfc(row["group"] or "").strip()
                 if not path or not group:
                     raise UserError(f"--groups-file {csv_path}, line {line}: path or group is empty")
                 if group_of.setdefault(path, group) != group:
@@ -207,7 +228,8 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
     if missing:
         raise UserError(
             f"--groups-file {csv_path} names no group for {len(missing)} of {len(folder.paths)} images; "
-            f"its paths are relative to {folder.root}, such as {folder.paths[0]}. Missing:\n{shorten(missing)}"
+            f"its paths are relative to {folder.root}, such as {folder.paths[0]}. Missing:\n"
+            + shorten(missing)
         )
     return [group_of[nfc(path)] for path in folder.paths]
 

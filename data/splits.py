@@ -1,5 +1,6 @@
 """Which images train and which validate. Written once to splits.json, the same on every machine."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ def _check_groups(labels: np.ndarray, groups: np.ndarray, classes: Sequence[str]
             few.append(f"{name!r} has images of only {have} patient{'s' if have != 1 else ''}")
     if few:
         raise UserError(
-            f"to split by patient every class needs at least {at_least} patients (identical images count as one): "
-            f"{'; '.join(few)}; add patients, or leave the class out"
+            f"to split by patient every class needs at least {at_least} patients "
+            f"(identical images count as one): {'; '.join(few)}; add patients, or leave the class out"
         )
 
 
@@ -41,9 +42,10 @@ def k_folds(
     counts = np.bincount(labels, minlength=len(classes))
     small = [f"{classes[c]!r} has {n} images" for c, n in enumerate(counts) if n < n_splits]
     if small:
+        fewer = f", or use --n-splits {counts.min()}" if counts.min() >= 2 else ""
         raise UserError(
             f"{n_splits} folds need at least {n_splits} images of every class: {'; '.join(small)}; "
-            f"add images, leave the class out, or use --n-splits {max(2, counts.min())}"
+            f"add images or leave the class out{fewer}"
         )
     if groups is None:
         folds = StratifiedKFold(n_splits, shuffle=True, random_state=random_state).split(labels, labels)
@@ -61,6 +63,10 @@ def hold_out(
 
     Every class has at least one image on each side. Raises UserError when that cannot be.
     """
+    counts = np.bincount(labels, minlength=len(classes))
+    small = [f"{classes[c]!r} has {n}" for c, n in enumerate(counts) if n < 2]
+    if small:
+        raise UserError(f"every class needs an image to train on and one to validate on: {'; '.join(small)}")
     if groups is None:
         random = np.random.RandomState(random_state)  # its stream is frozen across NumPy versions
         val = []
@@ -74,12 +80,16 @@ def hold_out(
     from sklearn.model_selection import StratifiedGroupKFold
 
     _check_groups(labels, groups, classes, 2)
-    n_folds = max(2, min(round(1 / val_ratio), len(np.unique(groups))))
-    shares = np.bincount(labels, minlength=len(classes)) / len(labels)
+    # scikit-learn refuses more folds than there are groups, or images of the largest class
+    n_folds = max(2, min(round(1 / val_ratio), len(np.unique(groups)), counts.max()))
+    shares = counts / len(labels)
     best: tuple[float, Split] | None = None
     for count in dict.fromkeys((n_folds, 2)):
         splitter = StratifiedGroupKFold(count, shuffle=True, random_state=random_state)
-        for train, val in splitter.split(labels, labels, groups):
+        with warnings.catch_warnings():  # folds that lack a small class are left out below
+            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+            folds = list(splitter.split(labels, labels, groups))
+        for train, val in folds:
             sides = [np.bincount(labels[side], minlength=len(classes)) for side in (train, val)]
             if min(side.min() for side in sides) == 0:
                 continue

@@ -1,6 +1,5 @@
 """Class name -> sentences, with the guide's priorities and checks."""
 
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,12 @@ from data.scan import nfc
 def check_template(template: str, option: str = "--text-template") -> None:
     """Raises UserError unless `template` holds {class_name} and no other braces."""
     example = 'for example "这是一张{class_name}的图片"'
-    try:
-        fields = [
-            (name, spec, conv)
-            for _, name, spec, conv in string.Formatter().parse(template)
-            if name is not None
-        ]
-    except ValueError as error:
-        raise UserError(f"{option} {template!r}: {error}; {example}") from None
-    if not any(name == "class_name" for name, _, _ in fields):
+    if "{class_name}" not in template:
         raise UserError(
             f"{option} {template!r} lacks {{class_name}}, so all classes would get one sentence; {example}"
         )
-    if any(field != ("class_name", "", None) for field in fields):
+    rest = template.replace("{class_name}", "")
+    if "{" in rest or "}" in rest:
         raise UserError(f"{option} {template!r} may hold {{class_name}} and no other braces; {example}")
 
 
@@ -63,8 +55,12 @@ def class_sentences(
         if not isinstance(texts, dict):
             raise UserError(f'{source} must hold one JSON object such as {{"类别1": "描述1"}}')
 
-    texts = {nfc(name): value for name, value in texts.items()}
-    for name in texts:
+    by_name: dict[str, Any] = {}
+    for key, value in texts.items():
+        name = nfc(str(key))
+        if name in by_name:
+            problems.append(f"{source}: two keys both read {name!r}; keep one")
+        by_name[name] = value
         if name not in classes:
             problems.append(
                 f"{source}: {name!r} is no class of the data{did_you_mean(name, classes)}; "
@@ -72,11 +68,11 @@ def class_sentences(
             )
     sentences: dict[str, list[str]] = {}
     for name in classes:
-        if name in texts:
-            sentences[name] = _sentences_of(name, texts[name], source, problems)
+        if name in by_name:
+            sentences[name] = _sentences_of(name, by_name[name], source, problems)
         else:
             sentences[name] = [template.format(class_name=name) if template else name]
-            if texts:
+            if texts or texts_file is not None:
                 notes.append(f"class {name!r} is not in the class texts and uses {sentences[name][0]!r}")
 
     owner: dict[str, str] = {}

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, first_line
 from models.registry import IMAGE_ENCODERS, register
 from models.weights import fetch_from_hub, load_into, part_of, read_state_dict
 
@@ -98,9 +98,8 @@ def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
             load_into(backbone, own, f"{OPTION} {weights}")
         num_features = feature_size(backbone, img_size)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"image encoder {name!r} cannot be built for --img-size {img_size}: {detail}"
+            f"image encoder {name!r} cannot be built for --img-size {img_size}: {first_line(error)}"
         ) from None
     loaded = frozenset(n for n, _ in backbone.named_parameters()) if state is not None else frozenset()
     return ImageTower(backbone, num_features, cfg.mean, cfg.std, loaded)

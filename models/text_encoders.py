@@ -18,7 +18,7 @@ from transformers import (
     logging,
 )
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, first_line
 from models.registry import TEXT_ENCODERS, register
 from models.weights import fetch_from_hub, load_into, part_of, read_state_dict
 
@@ -106,7 +106,7 @@ def _feature_size(encoder: nn.Module, name: str) -> int:
             hidden = encoder.eval()(input_ids=ids, attention_mask=ids).last_hidden_state
     except Exception as error:
         raise UserError(
-            f"--text-encoder {name} is no plain text encoder ({type(encoder).__name__}: {str(error)[:100]}); "
+            f"--text-encoder {name} is no plain text encoder ({type(encoder).__name__}: {first_line(error, 100)}); "
             "use a BERT-like model"
         ) from None
     encoder.train()
@@ -133,7 +133,7 @@ def build_hugging_face(
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise UserError(
-                f"--text-encoder {name}: its tokenizer cannot be loaded: {str(error)[:200]}"
+                f"--text-encoder {name}: its tokenizer cannot be loaded: {first_line(error)}"
             ) from None
 
     if local and not (local / "config.json").is_file():
@@ -170,9 +170,7 @@ def build_hugging_face(
         else:
             encoder = _random_encoder(config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--text-encoder {name} cannot be loaded: {str(error).splitlines()[0][:200]}"
-        ) from None
+        raise UserError(f"--text-encoder {name} cannot be loaded: {first_line(error)}") from None
     if weights not in ("pretrained", "none"):
         state = read_state_dict(Path(weights), OPTION)
         prefix = encoder.base_model_prefix + "."

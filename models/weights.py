@@ -3,26 +3,37 @@
 Never random weights in place of the ones asked for, and nothing is unpickled.
 """
 
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 MIRROR = "https://hf-mirror.com"
 CONNECT_SECONDS = 3  # per endpoint, so that without a network the run stops well within 10 seconds
 
 
-def _way_out(what: str, option: str) -> str:
+def _ways_out(what: str, folder_option: str) -> str:
+    # a text encoder without weights would still need its vocabulary from the hub
+    without = "--text-encoder bert-tiny-bytes" if folder_option == "--text-encoder" else "--image-weights none"
     return (
-        f"Ways out: (1) set HTTPS_PROXY, or HF_ENDPOINT to a hub this machine reaches; (2) download {what} elsewhere "
-        f"and give its local folder: {option} FOLDER; (3) use an encoder that needs no download "
-        f"(--text-encoder bert-tiny-bytes, or {option} none for random weights)"
+        f"Ways out: (1) set HTTPS_PROXY, or HF_ENDPOINT to a hub this machine reaches; (2) download {what} "
+        f"elsewhere and give its local folder: {folder_option} FOLDER; (3) do without the download: {without}"
     )
 
 
-def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str, option: str) -> Path:
+def _check_answers(endpoint: str) -> None:
+    """Raise OSError unless the endpoint answers at once; the hub library itself would wait and retry for minutes."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # any answer is an answer
+
+
+def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str, folder_option: str) -> Path:
     """Local folder with the files of the first of `repo_ids` that can be had; `needed` is a glob that must match.
 
     Looks in the cache, then at the configured endpoint, then at the mirror.
@@ -43,12 +54,13 @@ def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids downloading. "
-            + _way_out(repo_id, option)
+            + _ways_out(repo_id, folder_option)
         )
     failures = []
     for endpoint in endpoints:
         print(f"fetching {repo_id} from {endpoint}", flush=True)
         try:
+            _check_answers(endpoint)
             folder = Path(
                 snapshot_download(
                     repo_id, allow_patterns=list(patterns), endpoint=endpoint, etag_timeout=CONNECT_SECONDS
@@ -57,13 +69,13 @@ def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str
         except RepositoryNotFoundError:
             failures.append(f"{endpoint}: has no repository {repo_id}")
         except Exception as error:  # whatever its wording, this endpoint did not deliver; try the next
-            failures.append(f"{endpoint}: {str(error).splitlines()[0][:120]}")
+            failures.append(f"{endpoint}: {first_line(error, 120)}")
         else:
             if any(folder.glob(needed)):
                 return folder
             failures.append(f"{endpoint}: {repo_id} holds no {needed}")
     raise UserError(
-        f"the weights of {repo_id} could not be had ({'; '.join(failures)}). " + _way_out(repo_id, option)
+        f"the weights of {repo_id} could not be had ({'; '.join(failures)}). " + _ways_out(repo_id, folder_option)
     )
 
 
@@ -86,7 +98,7 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(
-            f"{option} {path} cannot be read as weights: {str(error).splitlines()[0][:200]}; "
+            f"{option} {path} cannot be read as weights: {first_line(error)}; "
             "give a .safetensors file, or a .pth file that holds tensors only"
         ) from None
     for wrapper in ("model", "state_dict"):

@@ -168,6 +168,12 @@ class Config:
 
     multi_config: bool = option(False, "several configurations", "train every entry of --config-file")
     config_file: str | None = option(None, "several configurations", "JSON array of configurations")
+    config_index: int | None = option(
+        None,
+        "several configurations",
+        "train this entry alone (1 is the first), as one of several jobs",
+        low=1,
+    )
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -268,7 +274,9 @@ def options_from_flags(arguments: Sequence[str]) -> dict[str, Any]:
     for name, value in vars(found).items():
         _, kind = _optional_and_type(name)
         if kind in (int, float):
-            with contextlib.suppress(ValueError):  # else it stays text, and _problem_with says what was wanted
+            with contextlib.suppress(
+                ValueError
+            ):  # else it stays text, and _problem_with says what was wanted
                 value = kind(value)
         problem = _problem_with(name, value, flag_of(name))
         if problem:
@@ -321,6 +329,8 @@ def contradictions(config: Config) -> list[str]:
         problems.append("--multi-config needs --config-file FILE.json")
     if config.config_file and not config.multi_config:
         problems.append("--config-file is only read with --multi-config; add it, or leave the file out")
+    if config.config_index is not None and not config.multi_config:
+        problems.append("--config-index needs --multi-config")
     if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
         problems.append(
             f"--warmup-epochs {config.warmup_epochs:g} must be less than --epochs {config.epochs}"
@@ -338,7 +348,7 @@ def make_config(options: Mapping[str, Any]) -> Config:
 
 
 def read_config_file(path: Path) -> list[dict[str, Any]]:
-    """The entries of a --config-file, every entry checked before any is used."""
+    """The entries of a --config-file, every entry checked before any is used. A "name" is kept beside the options."""
     entries = read_json(path, "--config-file")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"--config-file {path} must hold a JSON array with at least one configuration")
@@ -347,8 +357,12 @@ def read_config_file(path: Path) -> list[dict[str, Any]]:
         where = f"--config-file {path}, entry {number}: "
         if not isinstance(entry, dict):
             problems.append(where + "must be a JSON object")
-        else:
-            problems += check_options(entry, where)
+            continue
+        options = dict(entry)
+        name = options.pop("name", "unnamed")
+        if not isinstance(name, str) or not name.strip():
+            problems.append(f"{where}'name' must be a non-empty text, not {name!r}")
+        problems += check_options(options, where)
     if problems:
         raise UserError(*problems)
     return entries

@@ -44,13 +44,13 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     splits = k_folds(data.labels, data.groups, config.n_splits, config.random_state, data.folder.classes)
 
     prepare_output_folder(output_dir, config.overwrite)
+    if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
+        write_json(output_dir / "config.json", run_record(config, data, sentences, hardware))
     splits_file = output_dir / "splits.json"
     if splits_file.exists():
         splits = stored_splits(splits_file, data)
     else:
         write_json(splits_file, record_of(config, data, splits))
-    if not going_on:
-        write_json(output_dir / "config.json", run_record(config, data, sentences, hardware))
 
     for number, split in enumerate(splits, 1):
         if config.fold not in (None, number):

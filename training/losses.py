@@ -17,7 +17,7 @@ def text_to_image(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     the targets leaves every gradient as it is and makes the floor 0.
     """
     of_label = logits.log_softmax(dim=0).gather(1, labels[:, None]).squeeze(1)  # (B,)
-    positives = torch.bincount(labels, minlength=logits.shape[1])[labels]  # (B,) n_c of each image's class
+    positives = torch.bincount(labels, minlength=logits.shape[1])[labels].to(logits.dtype)  # (B,) n_c
     return -(of_label + positives.log()).mean()
 
 

@@ -33,8 +33,11 @@ RESULT_FILES = (
 # May differ when a cross-validation or an entry is continued: they say where and how, not what. The images
 # themselves are compared by content.
 FREE_ON_CONTINUE = frozenset(
-    "data_dir output_dir overwrite resume_from gpu_id num_workers fold multi_config config_file".split()
-)
+    {
+        "data_dir", "output_dir", "overwrite", "resume_from", "gpu_id", "num_workers", "fold",
+        "multi_config", "config_file", "config_index",
+    }
+)  # fmt: skip
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "scikit-learn", "pillow", "numpy", "pydicom")
 
 

@@ -101,8 +101,8 @@ def train_single(
     check_same_data(checkpoint, data, split)
 
     prepare_output_folder(output_dir, config.overwrite)
-    write_json(output_dir / "splits.json", record_of(config, data, [split]))
     write_json(output_dir / "config.json", run_record(config, data, sentences, hardware))
+    write_json(output_dir / "splits.json", record_of(config, data, [split]))
     return train_on_split(
         config, hardware, model, data, split, sentences, output_dir, checkpoint, seed=config.random_state
     )
@@ -220,6 +220,8 @@ def train_on_split(
         state.restore(checkpoint, config.resume_from or str(output_dir))
         print(f"resuming after epoch {state.epoch} of {config.epochs}")
     sentences = ClassSentences(model, class_texts, device)
+    if not checkpoint:
+        sentences.center()
     for note in sentences.notes:
         print(f"note: {note}")
 

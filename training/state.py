@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import write_whole
 from models.clip import CLIPModel
 
@@ -99,7 +99,13 @@ class TrainState:
         """Take over what `checkpoint` holds. Raises UserError when it does not fit the model."""
         try:
             self.model.load_state_dict(checkpoint["model"])
+            rates = [
+                {key: group[key] for key in ("peak_lr", "weight_decay")}
+                for group in self.optimizer.param_groups
+            ]
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for group, own in zip(self.optimizer.param_groups, rates, strict=True):
+                group |= own  # the options may have changed; moments and step counts are the checkpoint's
             self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch, self.step = checkpoint["epoch"], checkpoint["scheduler"]["step"]
             self.best_value, self.best_epoch = checkpoint["best"]["value"], checkpoint["best"]["epoch"]
@@ -110,9 +116,8 @@ class TrainState:
             self.stopped_early = patience is not None and stopping["epochs_without"] >= patience
             self.history = {key: list(values) for key, values in checkpoint["history"].items()}
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            detail = str(error).splitlines()[0]
             raise UserError(
-                f"--resume-from {path} does not fit this model or is incomplete: {detail}"
+                f"--resume-from {path} does not fit this model or is incomplete: {first_line(error)}"
             ) from None
         _restore_random_states(checkpoint["rng"])
 
@@ -148,9 +153,8 @@ def read_checkpoint(path: Path, option: str = "--resume-from") -> dict[str, Any]
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file raises many kinds
-        detail = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(
-            f"{option} {path} is damaged or no checkpoint of this program ({detail}); "
+            f"{option} {path} is damaged or no checkpoint of this program ({first_line(error)}); "
             "give another one, such as checkpoint_best.pth beside it"
         ) from None
     needed = ("format", "config", "classes", "class_texts", "model", "optimizer", "history", "rng", "epoch")

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set up .venv where needed, then lint and test. Arguments go to pytest: bash tests/run.sh -k splits
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source common/venv.sh
+ensure_venv requirements.txt tests/requirements.txt
+
+"$PY" -m ruff check .
+"$PY" -m ruff format --check .
+exec "$PY" -m pytest "$@"

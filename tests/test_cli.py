@@ -1,0 +1,159 @@
+"""The programs as a user starts them: processes, exit codes, messages, Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(*arguments, **options):
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def run(*arguments):
+    process = start(*arguments)
+    output, error = process.communicate(timeout=300)
+    return process.returncode, output, error
+
+
+def small(data, output, *more):
+    return (
+        "train_clip.py", "--data-dir", data, "--output-dir", output, "--text-encoder", "bert-tiny-bytes",
+        "--img-size", "32", "--batch-size", "8", "--num-workers", "0", "--gpu-id", "-1", *more,
+    )  # fmt: skip
+
+
+def test_help_imports_nothing_heavy():
+    code, output, _ = run("-X", "importtime", "train_clip.py", "--help")
+    assert code == 0 and "--early-stopping-monitor" in output
+    _, _, imports = run("-X", "importtime", "train_clip.py", "--help")
+    assert not re.search(r"\| +(torch|timm|transformers|sklearn|numpy)$", imports, re.MULTILINE)
+
+
+BAD_DATA = [
+    ([], "nowhere", "is not a folder"),
+    ([], "empty", "at least two class folders"),
+    (["--class-texts-file", "missing.json"], "good", "does not exist"),
+    (["--text-template", "no braces"], "good", "lacks {class_name}"),
+    (["--image-encoder", "resnet19"], "good", "did you mean 'resnet18'"),
+    (["--gpu-id", "99"], "good", "--gpu-id 99 does not exist"),
+    (["--group-pattern", "("], "good", "not a regular expression"),
+    (["--resume-from", "missing.pth"], "good", "--resume-from missing.pth does not exist"),
+    (["--use-cv", "--n-splits", "25"], "good", "25 folds need at least 25 images"),
+    (["--image-encoder", "resnet18"], "good", "Ways out: (1)"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "data", "message"), BAD_DATA)
+def test_bad_input_gets_one_clear_message_exit_code_2_and_writes_nothing(
+    flags, data, message, class_folder, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    folder = class_folder if data == "good" else tmp_path / data
+    code, _, error = run(*small(folder, tmp_path / "out", *flags))
+    assert code == 2 and message in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_continue_and_the_resumed_run_is_whole(class_folder, tmp_path):
+    output = tmp_path / "run"
+    process = start(*small(class_folder, output, "--epochs", "40"))
+    for line in process.stdout:
+        if line.startswith("epoch  2/40"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    latest = output / "checkpoint_latest.pth"
+    assert f"--resume-from {latest}" in error
+    done = len(json.loads((output / "history.json").read_text("utf-8"))["val_acc"])
+    assert 2 <= done < 40
+    code, text, _ = run(*small(class_folder, output, "--epochs", str(done + 2), "--resume-from", latest))
+    assert code == 0 and f"resuming after epoch {done}" in text
+    history = json.loads((output / "history.json").read_text("utf-8"))
+    assert {len(values) for values in history.values()} == {done + 2}
+
+
+@pytest.mark.slow
+def test_a_folder_with_results_is_not_touched_without_being_told(class_folder, tmp_path):
+    assert run(*small(class_folder, tmp_path / "run", "--epochs", "1"))[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    code, _, error = run(*small(class_folder, tmp_path / "run", "--epochs", "1"))
+    assert code == 2 and "holds another run's results" in error and "--overwrite" in error
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert run(*small(class_folder, tmp_path / "run", "--epochs", "1", "--overwrite"))[0] == 0
+
+
+@pytest.mark.slow
+def test_unreadable_images_are_all_named_or_left_out(class_folder, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(class_folder, data)
+    (data / "正常" / "zero.png").write_bytes(b"")
+    whole = (data / "肺炎" / "P100_0.png").read_bytes()
+    (data / "肺炎" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    code, _, error = run(*small(data, tmp_path / "run", "--epochs", "1"))
+    assert code == 2 and "2 of 74 images" in error and "zero.png" in error and "cut.png" in error
+    code, output, _ = run(*small(data, tmp_path / "run", "--epochs", "1", "--skip-unreadable"))
+    assert code == 0 and "left out 2 unreadable images" in output
+
+
+@pytest.mark.slow
+def test_model_check_passes_for_good_encoders_and_fails_for_a_broken_one():
+    code, output, _ = run("test_clip_model.py", "resnet18", "starnet_dual_pyramid_rcf", "bert-tiny-bytes")
+    assert code == 0 and "3 passed, 0 failed" in output
+    assert run("test_clip_model.py", "resnet19")[0] == 2
+    assert run("test_clip_model.py", "timm:nothing")[0] == 1
+
+
+def test_imports_between_packages_run_one_way():
+    allowed = {
+        "common": {"common"},
+        "data": {"common", "data"},
+        "models": {"common", "models"},
+        "evaluation": {"common", "data", "models", "evaluation"},
+        "training": {"common", "data", "models", "evaluation", "training"},
+    }
+    for package, may in allowed.items():
+        for file in (ROOT / package).glob("*.py"):
+            found = set(re.findall(r"^\s*(?:from|import) (\w+)", file.read_text("utf-8"), re.MULTILINE))
+            assert not (found & set(allowed)) - may, f"{file} imports {(found & set(allowed)) - may}"
+
+
+@pytest.mark.slow
+def test_no_network_is_noticed_within_ten_seconds_even_when_the_hub_never_answers(class_folder, tmp_path):
+    """A socket that accepts and says nothing, for endpoint and mirror alike."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        code = (
+            "import time, models.weights as w; w.MIRROR = w.MIRROR and '" + endpoint + "/mirror'\n"
+            "from common.errors import UserError\n"
+            "started = time.monotonic()\n"
+            "try: w.fetch_from_hub(['a/b'], ['*'], '*', '--image-weights')\n"
+            "except UserError as e: print(time.monotonic() - started)\n"
+        )
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout.split()[-1]) < 10 and time.monotonic() - started < 60

@@ -1,0 +1,174 @@
+"""DICOM files: rescaling, windows and tables, inverted grey, colour, compression, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+
+from data.images import UnreadableImage, read_image
+
+RANDOM = np.random.RandomState(0)
+COLOUR = RANDOM.randint(0, 256, (5, 7, 3)).astype(np.uint8)
+GREY = RANDOM.randint(0, 256, (5, 7)).astype(np.uint8)
+RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # what a 12-bit detector gives
+
+
+def read(path: Path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        read_image(path)
+    assert str(caught.value) and str(path.parent) not in str(caught.value)
+    return str(caught.value)
+
+
+def by_own_range(values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float64)
+    grey = np.rint(255 * (values - values.min()) / (values.max() - values.min())).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def dicom(path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2", **attributes) -> Path:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
+    dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
+    if pixels.ndim == 3:
+        dataset.PlanarConfiguration = 0
+    dataset.PhotometricInterpretation = photometric
+    dataset.BitsAllocated = dataset.BitsStored = 8 * pixels.dtype.itemsize
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    dataset.PixelData = pixels.tobytes()
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.dcm", "x.DICOM", "IM0001", "1.2.840.5"])
+def test_dicom_grey_is_scaled_by_its_own_range(tmp_path, name):
+    assert np.array_equal(read(dicom(tmp_path / name, RAMP)), by_own_range(RAMP))
+
+
+def test_monochrome1_is_the_inverse_of_monochrome2(tmp_path):
+    plain, inverse = (read(dicom(tmp_path / f"{p}.dcm", RAMP, p)) for p in ("MONOCHROME2", "MONOCHROME1"))
+    assert np.array_equal(plain, by_own_range(RAMP)) and np.array_equal(inverse, 255 - plain)
+
+
+def window(values: np.ndarray, center: float, width: float) -> np.ndarray:
+    """The LINEAR function of DICOM PS3.3 C.11.2.1.2, to 0..255."""
+    return np.clip(((values - (center - 0.5)) / (width - 1) + 0.5) * 255, 0, 255)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_the_voi_window_is_applied_to_rescaled_values(tmp_path, photometric):
+    path = dicom(
+        tmp_path / "x.dcm", RAMP.astype(np.int16), photometric,
+        RescaleSlope=2, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400,
+    )  # fmt: skip
+    expected = window(RAMP * 2.0 - 1024, 40, 400)
+    expected = 255 - expected if photometric == "MONOCHROME1" else expected
+    pixels = read(path)[..., 0].astype(float)
+    assert abs(pixels - expected).max() <= 1
+    assert 3500 < ((pixels == 0) | (pixels == 255)).sum() < 4000  # 200 of 4096 values lie inside
+
+
+def test_the_first_of_several_windows_is_used(tmp_path):
+    path = dicom(tmp_path / "x.dcm", RAMP, WindowCenter=[1000, 3000], WindowWidth=[500, 100])
+    assert abs(read(path)[..., 0] - window(RAMP.astype(float), 1000, 500)).max() <= 1
+
+
+def test_a_negative_slope_inverts(tmp_path):
+    path = dicom(tmp_path / "x.dcm", RAMP.astype(np.int16), RescaleSlope=-1, RescaleIntercept=0)
+    assert np.array_equal(read(path), by_own_range(-RAMP.astype(float)))
+
+
+def test_a_voi_table_is_applied(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [4, 0, 16], [0, 60000, 20000, 65535]
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
+    path = dicom(tmp_path / "x.dcm", np.array([[0, 1], [2, 3]], np.uint8), VOILUTSequence=[table])
+    expected = np.rint(np.array([[0, 60000], [20000, 65535]]) / 65535 * 255)
+    assert np.array_equal(read(path)[..., 0], expected)
+
+
+def test_rgb_dicom(tmp_path):
+    assert np.array_equal(read(dicom(tmp_path / "x.dcm", COLOUR, "RGB")), COLOUR)
+
+
+def test_rgb_dicom_by_planes(tmp_path):
+    planes = np.ascontiguousarray(COLOUR.transpose(2, 0, 1)).tobytes()
+    path = dicom(tmp_path / "x.dcm", COLOUR, "RGB", PlanarConfiguration=1, PixelData=planes)
+    assert np.array_equal(read(path), COLOUR)
+
+
+def test_ybr_dicom_becomes_rgb(tmp_path):
+    ybr = np.asarray(Image.fromarray(np.full((4, 4, 3), (200, 40, 30), np.uint8)).convert("YCbCr"))
+    assert abs(read(dicom(tmp_path / "x.dcm", ybr, "YBR_FULL")).astype(int) - (200, 40, 30)).max() <= 2
+
+
+def test_palette_dicom_is_expanded(tmp_path):
+    colours = np.array([(0, 0, 0), (255, 0, 0), (90, 200, 40), (255, 255, 255)])
+    indices = np.array([[0, 1, 2], [3, 2, 1]], np.uint8)
+    tables = {}
+    for channel, name in enumerate(("Red", "Green", "Blue")):
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, 16]
+        tables[f"{name}PaletteColorLookupTableData"] = (colours[:, channel] * 257).astype("<u2").tobytes()
+    path = dicom(tmp_path / "x.dcm", indices, "PALETTE COLOR", **tables)
+    assert np.array_equal(read(path), colours[indices])
+
+
+def test_compressed_dicom(tmp_path):
+    dataset = pydicom.dcmread(dicom(tmp_path / "x.dcm", RAMP))
+    dataset.compress(RLELossless, encoding_plugin="pydicom")
+    dataset.save_as(tmp_path / "rle.dcm")
+    assert np.array_equal(read(tmp_path / "rle.dcm"), by_own_range(RAMP))
+
+    colour = np.full((16, 16, 3), (200, 40, 30), np.uint8)
+    Image.fromarray(colour).save(tmp_path / "x.jpg", quality=95)
+    dataset = pydicom.dcmread(dicom(tmp_path / "x.dcm", colour, "YBR_FULL_422"))
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    dataset.PixelData = encapsulate([(tmp_path / "x.jpg").read_bytes()])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "jpeg.dcm")
+    assert abs(read(tmp_path / "jpeg.dcm").astype(int) - colour).max() <= 4
+
+
+def test_multi_frame_dicom_is_refused(tmp_path):
+    frames = np.stack([GREY] * 3)
+    path = dicom(tmp_path / "x.dcm", GREY, NumberOfFrames=3, PixelData=frames.tobytes())
+    assert "holds 3 frames" in refusal(path)
+    one = dicom(tmp_path / "one.dcm", GREY, NumberOfFrames=1)
+    assert np.array_equal(read(one), by_own_range(GREY))
+
+
+@pytest.mark.parametrize("damage", ["cut", "no pixels", "empty"])
+def test_damaged_dicom_is_refused(tmp_path, damage):
+    path = dicom(tmp_path / "x.dcm", RAMP)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-4000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        dataset = pydicom.dcmread(path)
+        del dataset.PixelData
+        dataset.save_as(path)
+    refusal(path)

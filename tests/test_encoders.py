@@ -1,0 +1,205 @@
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from common.errors import UserError
+from models.clip import build_image_tower
+from models.image_encoders import _TIMM_NAMES, feature_size, timm_repo
+from models.registry import IMAGE_ENCODERS, TEXT_ENCODERS, register
+from models.text_encoders import build_text_tower
+from models.weights import fetch_from_hub, read_state_dict
+
+SMALL = [
+    "resnet18",
+    "resnet50",
+    "efficientnet-b0",
+    "convnext-tiny",
+    "timm:vit_tiny_patch16_224",
+    "timm:mobilenetv3_small_050",
+]
+
+
+def test_the_guides_encoders_are_all_there():
+    named = (
+        "starnet_dual_pyramid_rcf vit resnet18 resnet34 resnet50 resnet101 resnet152 "
+        + " ".join(f"efficientnet-b{i}" for i in range(8))
+        + " convnext-tiny convnext-small convnext-base convnext-large"
+    ).split()
+    assert set(named) == set(IMAGE_ENCODERS)
+    assert set(TEXT_ENCODERS) == {"bert-base-chinese", "bert-tiny-bytes"}
+
+
+@pytest.mark.parametrize("name", _TIMM_NAMES)
+def test_each_timm_name_exists_and_has_published_weights(name):
+    timm_name = _TIMM_NAMES[name]
+    assert timm_name in timm.list_models() and timm_repo(timm_name).startswith("timm/")
+    assert timm.get_pretrained_cfg(timm_name).tag in [
+        tag.split(".", 1)[1] for tag in timm.list_pretrained(timm_name + ".*")
+    ]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_forward_backward_and_a_gradient_for_every_parameter(name):
+    tower = build_image_tower(name, "none", 64)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features = tower.train()(images)
+    assert features.shape == (2, tower.num_features)
+    features.cos().sum().backward()
+    assert [n for n, p in tower.named_parameters() if p.grad is None] == []
+
+
+def test_each_encoder_normalises_as_it_was_trained():
+    vit = build_image_tower("timm:vit_tiny_patch16_224", "none", 32)
+    resnet = build_image_tower("resnet18", "none", 32)
+    seen = {}
+    for name, tower in (("vit", vit), ("resnet", resnet)):
+        tower.backbone.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        tower.eval()(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
+    torch.testing.assert_close(seen["vit"][0, :, 0, 0], torch.tensor([1.0, 1.0, 1.0]))
+    expected = torch.tensor(
+        [(1 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
+    )
+    torch.testing.assert_close(seen["resnet"][0, :, 0, 0], expected)
+
+
+def test_finding_the_feature_size_touches_no_running_statistics_and_keeps_the_mode():
+    backbone = timm.create_model("resnet18", num_classes=0).train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert feature_size(backbone, 64) == 512 and backbone.training
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+
+
+def test_image_weights_from_a_local_file_fill_the_backbone(tmp_path):
+    published = timm.create_model("resnet18")
+    save_file(published.state_dict(), tmp_path / "w.safetensors")
+    tower = build_image_tower("resnet18", str(tmp_path / "w.safetensors"), 64)
+    assert all(
+        torch.equal(value, published.state_dict()[name])
+        for name, value in tower.backbone.state_dict().items()
+    )
+    assert len(tower.pretrained) == sum(1 for _ in tower.parameters())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_damaged_weights_are_refused(tmp_path, content):
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_state_dict(path, "--image-weights")
+
+
+def test_a_pickle_with_code_is_refused_and_its_code_never_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_state_dict(tmp_path / "evil.pth", "--image-weights")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    save_file(timm.create_model("resnet34").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="does not fit the encoder"):
+        build_image_tower("starnet_dual_pyramid_rcf", str(tmp_path / "w.safetensors"), 64)
+
+
+@pytest.mark.parametrize(("name", "near"), [("resnet5O", "resnet50"), ("efficientnet_b0", "efficientnet-b0")])
+def test_unknown_image_encoder_names_the_nearest(name, near):
+    with pytest.raises(UserError, match=f"unknown image encoder.*{near}"):
+        build_image_tower(name, "none", 64)
+
+
+def test_unknown_timm_and_text_names():
+    with pytest.raises(UserError, match="timm knows no model 'resnet_18'.*resnet18"):
+        build_image_tower("timm:resnet_18", "none", 64)
+    with pytest.raises(UserError, match="did you mean 'bert-base-chinese'"):
+        build_text_tower("bert-base-chinse", "none")
+    with pytest.raises(UserError, match="no such folder"):
+        build_text_tower("./nowhere", "none")
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="registered twice"):
+        register(IMAGE_ENCODERS, "vit")(lambda: None)
+
+
+def test_without_a_network_the_ways_out_are_named(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("models.weights.MIRROR", "http://127.0.0.1:9/mirror")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        fetch_from_hub(["nobody/nothing"], ["*"], "*.safetensors", "--image-weights")
+    for part in ("127.0.0.1:9:", "mirror", "(1)", "(2)", "(3)", "--image-weights none"):
+        assert part in str(caught.value)
+
+
+def test_tiny_text_encoder_reads_bytes_and_pads_without_effect():
+    tower = build_text_tower("bert-tiny-bytes", "none").eval()
+    tokens, notes = tower.tokenize(["正", "一句长一些的话"])
+    assert tokens["input_ids"][0, :4].tolist() == [b + 3 for b in "正".encode()] + [1] and notes == []
+    alone, _ = tower.tokenize(["正"])
+    torch.testing.assert_close(tower(**tokens)[:1], tower(**alone), atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_of_a_text_tower_gets_a_gradient():
+    tower = build_text_tower("bert-tiny-bytes", "none")
+    tokens, _ = tower.tokenize(["一", "二 three"])
+    tower(**tokens).cos().sum().backward()
+    assert [n for n, p in tower.named_parameters() if p.grad is None] == []
+
+
+def test_a_sentence_that_is_cut_is_said():
+    _, notes = build_text_tower("bert-tiny-bytes", "none").tokenize(["肺" * 200])
+    assert "601 tokens; the last 89 are cut" in notes[0]
+
+
+@pytest.fixture
+def small_bert(shared_data, tmp_path):
+    """The published vocabulary on a small random BERT, saved as a local folder."""
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((shared_data / "bert-base-chinese" / name).read_bytes())
+    config = json.loads((shared_data / "bert-base-chinese" / "config.json").read_text())
+    config |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_the_published_vocabulary_keeps_its_numbers(small_bert):
+    tower = build_text_tower(str(small_bert), "none")
+    tokens, notes = tower.tokenize(["肺炎", "X光"])
+    words = (small_bert / "vocab.txt").read_bytes().decode().split("\n")  # two entries hold U+2028
+    assert tokens["input_ids"][0].tolist() == [words.index(w) for w in ("[CLS]", "肺", "炎", "[SEP]")]
+    assert "lacks 1 of the tokens of 'X光'" in notes[0]
+
+
+def test_local_folder_without_weights_asks_for_them_or_for_none(small_bert):
+    with pytest.raises(UserError, match=r"holds no weights.*--text-weights none"):
+        build_text_tower(str(small_bert), "auto")
+
+
+def test_local_folder_with_weights_is_loaded(small_bert):
+    random = build_text_tower(str(small_bert), "none")
+    state = {f"bert.{name}": value for name, value in random.encoder.state_dict().items()}
+    save_file(
+        state | {"cls.predictions.bias": torch.zeros(3)}, small_bert / "model.safetensors", {"format": "pt"}
+    )
+    loaded = build_text_tower(str(small_bert), "auto")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), random.parameters(), strict=True))
+    assert len(loaded.pretrained) == len(list(loaded.parameters()))
+    del state["bert.encoder.layer.0.output.dense.weight"]
+    save_file(state, small_bert / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="weights lack"):
+        build_text_tower(str(small_bert), "auto")
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    with pytest.raises(UserError, match="no plain text encoder"):
+        build_text_tower(str(tmp_path), "none")

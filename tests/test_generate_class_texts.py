@@ -1,0 +1,284 @@
+"""generate_class_texts.py: from a template, by hand at a terminal, by piped answers; nothing is ever lost."""
+
+import codecs
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import generate_class_texts as program
+from data.texts import class_sentences
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("正常", "气胸", "肺炎")  # in the order of code points, as the program asks
+DEFAULT = {name: f"这是一张{name}的医学图像" for name in CLASSES}
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for n_images, name in enumerate(CLASSES, 2):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(n_images):
+            (tmp_path / "images" / name / f"{i}.png").touch()
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    return tmp_path / "new folder" / "class_texts.json"
+
+
+def command(images: Path, output: Path, *flags: str) -> list[str]:
+    script = str(ROOT / "generate_class_texts.py")
+    return [sys.executable, script, "--data-dir", str(images), "--output", str(output), *flags]
+
+
+def run(images: Path, output: Path, *flags: str, typed: str | bytes = "") -> subprocess.CompletedProcess:
+    if isinstance(typed, str):
+        typed = typed.encode()
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(command(images, output, *flags), input=typed, capture_output=True, env=environment)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def read(output: Path) -> dict:
+    return json.loads(output.read_bytes().decode("utf-8"))
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_template(images, output):
+    done = run(images, output, "--template", "一张{class_name}的胸片")
+    assert done.returncode == 0 and done.stderr == ""
+    assert read(output) == {name: f"一张{name}的胸片" for name in CLASSES}
+    assert list(read(output)) == list(CLASSES)
+    assert "肺炎" in output.read_bytes().decode("utf-8"), "Chinese is readable in the file, not escaped"
+    assert f"--class-texts-file '{output}'" in done.stdout
+
+
+def test_default_template_gives_what_train_clip_takes(images, output):
+    assert program.main(["--data-dir", str(images), "--output", str(output)]) == 0
+    assert class_sentences(CLASSES, texts_file=output) == ({k: [v] for k, v in DEFAULT.items()}, [])
+
+
+def test_starts_without_torch():
+    code = "import sys, generate_class_texts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_existing_file_is_kept(images, output):
+    output.parent.mkdir()
+    output.write_text("mine", encoding="utf-8")
+    refused(run(images, output), "--overwrite", "exists")
+    refused(run(images, output, "--interactive", typed="一\n\n"), "--overwrite", "piped answers")
+    refused(run(images, output, "--overwrite", "--template", "一样"), "{class_name}")
+    refused(run(images / "正常", output, "--overwrite"), "two class folders")
+    assert output.read_text(encoding="utf-8") == "mine"
+    assert run(images, output, "--overwrite").returncode == 0
+    assert read(output) == DEFAULT
+    assert list(output.parent.iterdir()) == [output], "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    "template", ["没有类别", "{class}", "{class_name", "{class_name!r}", "{class_name} {x}", ""]
+)
+def test_wrong_template(images, output, template):
+    refused(run(images, output, "--template", template), "--template", "{class_name}")
+    refused(run(images, output, "--interactive", "--template", template), "--template")
+    assert not output.exists()
+
+
+def test_wrong_options(images, output, tmp_path, capsys):
+    refused(run(tmp_path / "nowhere", output), "--data-dir")
+    refused(run(images, images), "is a folder", "class_texts.json")
+    refused(run(images, images / "正常" / "0.png" / "texts.json"), "cannot be written")
+    assert program.main(["--data-dir", str(images), "--overwrit"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in errors] == [True, True]
+    assert "'--overwrite'" in errors[0] and "--output is required" in errors[1]
+    assert program.main(["--data-dir"]) == 2
+    assert capsys.readouterr().err.startswith("error: argument --data-dir")
+
+
+def test_piped_answers(images, output):
+    done = run(images, output, "--interactive", typed="肺野清晰\n未见异常\n\n\n 大片实变 \n\n")
+    assert done.returncode == 0
+    assert read(output) == {"正常": ["肺野清晰", "未见异常"], "气胸": DEFAULT["气胸"], "肺炎": "大片实变"}
+    for word in (
+        "[1/3] 正常: 2 images; classes left after it: 2",
+        "[3/3] 肺炎: 4 images; classes left after it: 0",
+    ):
+        assert word in done.stdout
+    assert f"default: {DEFAULT['气胸']}" in done.stdout
+    assert "sentence 2> 未见异常\n" in done.stdout, "prompt and answer share a line"
+
+
+def test_default_follows_template(images, output):
+    done = run(images, output, "--interactive", "--template", "胸片：{class_name}", typed="\n" * 3)
+    assert done.returncode == 0
+    assert read(output) == {name: f"胸片：{name}" for name in CLASSES}
+
+
+@pytest.mark.parametrize("leave", ["q\n", "Q\n", ""])
+def test_leaving_keeps_the_answers(images, output, leave):
+    done = run(images, output, "--interactive", typed="肺野清晰\n\n胸腔积气\n" + leave)
+    assert done.returncode == 1
+    assert read(output) == {"正常": "肺野清晰", "气胸": "胸腔积气"}
+    assert "2 of 3 classes" in done.stdout and "Still without: 肺炎" in done.stdout
+    assert "To continue: python generate_class_texts.py" in done.stdout
+
+
+def test_end_of_input_after_the_last_answer_is_complete(images, output):
+    assert run(images, output, "--interactive", typed="\n\n大片实变").returncode == 0
+    assert read(output)["肺炎"] == "大片实变"
+
+
+def test_leaving_before_any_answer_writes_nothing(images, output):
+    done = run(images, output, "--interactive", typed="q\n")
+    assert done.returncode == 1 and "nothing was written" in done.stdout
+    assert not output.parent.exists()
+    output.parent.mkdir()
+    output.write_text("mine", encoding="utf-8")
+    assert run(images, output, "--interactive", "--overwrite", typed="q\n").returncode == 1
+    assert output.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_sentence_of_another_class_is_asked_again(images, output):
+    typed = f"{DEFAULT['气胸']}\n\n\n{DEFAULT['气胸']}\n胸腔积气\n胸腔积气\n\n\n"
+    done = run(images, output, "--interactive", typed=typed)
+    assert done.returncode == 0
+    assert read(output) == {"正常": DEFAULT["气胸"], "气胸": "胸腔积气", "肺炎": DEFAULT["肺炎"]}
+    assert done.stdout.count("class 正常 has this sentence; write one that only fits 气胸") == 2
+    assert "this class has that sentence already" in done.stdout
+
+
+def test_back(images, output):
+    done = run(images, output, "--interactive", typed="b\n错\n\nb\n对\n\n\n\n")
+    assert done.returncode == 0 and "now: 错" in done.stdout
+    assert read(output) == {**DEFAULT, "正常": "对"}
+
+
+def test_what_is_no_text_is_asked_again(images, output):
+    done = run(images, output, "--interactive", typed=b"\xef\xbb\xbf" + "肺\x1b[D\n清晰\n\n\n\n".encode())
+    assert done.returncode == 0 and "no text" in done.stdout
+    assert read(output)["正常"] == "清晰"
+    done = run(images, output, "--interactive", "--overwrite", typed=b"\xb7\xce\n\n\n\n")  # GBK
+    assert done.returncode == 0 and "no text" in done.stdout
+    assert read(output) == DEFAULT
+
+
+# At a terminal
+
+
+class Terminal:
+    """The program on a pseudo-terminal: `say` types, `hear` waits for words on the screen."""
+
+    def __init__(self, *arguments: str):
+        import pty
+
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            arguments,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**os.environ, "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8", "TERM": "dumb"},
+            preexec_fn=self.take_terminal,
+        )
+        os.close(slave)
+        self.screen, self.read_up_to = "", 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @staticmethod
+    def take_terminal() -> None:
+        """Ctrl-C reaches only the process that the terminal belongs to."""
+        import fcntl
+        import termios
+
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def say(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def hear(self, words: str) -> None:
+        """Wait until `words` come, after what was heard before."""
+        deadline = time.monotonic() + 20
+        while (found := self.screen.find(words, self.read_up_to)) < 0:
+            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"{words!r} never came: {self.screen!r}"
+            try:
+                self.screen += self.decoder.decode(os.read(self.master, 65536))
+            except OSError:  # Linux's way of saying that the program has ended
+                pytest.fail(f"ended without {words!r}: {self.screen!r}")
+        self.read_up_to = found + len(words)
+
+    def end(self) -> int:
+        code = self.process.wait(20)
+        os.close(self.master)
+        return code
+
+
+at_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+
+@at_a_terminal
+def test_an_interrupted_session_goes_on_where_it_stopped(images, output):
+    terminal = Terminal(*command(images, output, "--interactive"))
+    terminal.hear("[1/3] 正常")
+    terminal.hear("sentence 1> ")
+    terminal.say("肺野清晰\n")
+    terminal.hear("sentence 2> ")
+    terminal.say("\x03")  # Ctrl-C
+    terminal.hear("1 of 3 classes")
+    terminal.hear("To continue: ")
+    assert terminal.end() == 130
+    assert read(output) == {"正常": "肺野清晰"}
+
+    terminal = Terminal(*command(images, output, "--interactive"))
+    terminal.hear("has sentences for 1 of 3 classes; the 2 without come first")
+    terminal.hear("[1/3] 气胸")
+    terminal.hear("sentence 1> ")
+    terminal.say("\n")
+    terminal.hear("[2/3] 肺炎")
+    terminal.hear("sentence 1> ")
+    terminal.say("\n")
+    terminal.hear("[3/3] 正常")
+    terminal.hear("now: 肺野清晰")
+    terminal.hear("sentence 1> ")
+    terminal.say("\x04")  # Ctrl-D
+    terminal.hear("3 classes, 3 sentences")
+    assert terminal.end() == 0
+    assert read(output) == {**DEFAULT, "正常": "肺野清晰"}
+
+
+@at_a_terminal
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"肺炎 ": "一"}', "did you mean '肺炎'"),
+        ('{"肺炎": ["一", 2]}', "'肺炎' must be a sentence or a list"),
+        ('{"肺炎": "一", "气胸": "一"}', "share the sentence"),
+        ("[]", "no JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_spoilt_file_is_not_continued(images, output, content, words):
+    output.parent.mkdir()
+    output.write_text(content, encoding="utf-8")
+    terminal = Terminal(*command(images, output, "--interactive"))
+    terminal.hear("error: --output ")
+    terminal.hear(words)
+    assert terminal.end() == 2
+    assert output.read_text(encoding="utf-8") == content

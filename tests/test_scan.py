@@ -1,0 +1,364 @@
+"""Class folders, what is passed over, and the patients that tie images together."""
+
+import os
+import random
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common.errors import UserError
+from data.scan import (
+    ImageFolder,
+    check_class_sizes,
+    fingerprint,
+    groups_by_pattern,
+    groups_from_file,
+    merge_groups,
+    scan_folder,
+)
+
+NFC, NFD = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
+
+
+def fill(root: Path, *paths: str) -> Path:
+    """Put an image at every path; a path that ends in "/" becomes an empty folder."""
+    for path in paths:
+        file = root / path
+        if path.endswith("/"):
+            file.mkdir(parents=True)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (2, 2)).save(file, format="PNG")
+    return root
+
+
+def folder_of(*paths: str) -> ImageFolder:
+    classes = sorted({path.split("/")[0] for path in paths})
+    labels = np.array([classes.index(path.split("/")[0]) for path in paths])
+    return ImageFolder(Path("root"), tuple(classes), paths, labels, ())
+
+
+def refusal(call, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+# ---- class folders
+
+
+def test_labels_index_the_sorted_classes(tmp_path):
+    folder = scan_folder(fill(tmp_path, "肺炎/2.png", "正常/1.JPG", "肺炎/1.webp", "B/x.dcm", "a/x.TIFF"))
+    assert folder.classes == ("B", "a", "正常", "肺炎")  # by code point: 正 U+6B63 < 肺 U+80BA
+    assert folder.paths == ("B/x.dcm", "a/x.TIFF", "正常/1.JPG", "肺炎/1.webp", "肺炎/2.png")
+    assert folder.labels.dtype == np.int64 and folder.labels.tolist() == [0, 1, 2, 3, 3]
+    assert folder.files() == [tmp_path / path for path in folder.paths]
+    assert folder.notes == ()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_order_does_not_come_from_the_file_system(tmp_path, monkeypatch, seed):
+    fill(tmp_path, *(f"{c}/{n}.png" for c in "cab" for n in ("10", "9", "patient 1/2", "patient 1/1", "z/z")))
+    fill(tmp_path, f"a/{NFD}.png", f"a/{NFC}.png", "c/Caf.png", "c/Cafz.png")
+    (tmp_path / "a" / "link 2").symlink_to(tmp_path / "a" / "patient 1")
+    for name in ("a/link 1", "a/link 3", "a/link 4", "a/z/link 5", "a/link 6"):
+        (tmp_path / name).symlink_to(tmp_path / "b" / "z")
+    expected = scan_folder(tmp_path)
+    assert expected.paths[:2] == ("a/10.png", "a/9.png") and "a/link 1/z.png" in expected.paths
+
+    scandir, listdir = os.scandir, os.listdir
+
+    class Shuffled:
+        def __init__(self, path="."):
+            with scandir(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name)
+            random.Random(seed).shuffle(self.entries)
+
+        def __iter__(self):
+            return iter(self.entries)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Shuffled)
+    monkeypatch.setattr(os, "listdir", lambda path=".": sorted(listdir(path), reverse=True))
+    found = scan_folder(tmp_path)
+    assert found.paths == expected.paths and found.classes == expected.classes
+
+
+def test_decomposed_names_are_read_as_composed_ones(tmp_path):
+    folder = scan_folder(fill(tmp_path, f"{NFD}/1.png", "b/1.png"))
+    assert folder.classes == (NFC, "b")
+    assert all(file.exists() for file in folder.files())  # the spelling on disk is kept for opening
+
+
+def test_two_spellings_of_one_class_are_refused(tmp_path):
+    fill(tmp_path, f"{NFD}/1.png", f"{NFC}/2.png", "b/1.png")
+    if len(os.listdir(tmp_path)) == 2:
+        pytest.skip("this file system keeps one spelling")
+    assert f"two folders that both read {NFC!r}" in refusal(scan_folder, tmp_path)
+
+
+def test_hidden_and_litter_entries_are_passed_over_in_silence(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png", ".ipynb_checkpoints/1.png", "__MACOSX/a/1.png", ".git/1.png")
+    fill(tmp_path, "a/.ipynb_checkpoints/1-checkpoint.png", "a/__MACOSX/1.png", "a/._1.png", "._loose.png")
+    for litter in ("a/Thumbs.db", "a/.DS_Store", "b/desktop.ini"):
+        (tmp_path / litter).write_bytes(b"x")
+    folder = scan_folder(tmp_path)
+    assert folder.paths == ("a/1.png", "b/1.png")
+    assert folder.notes == ()
+
+
+def test_empty_folders_are_no_classes_and_named(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png", "empty/", "hollow/inner/")
+    folder = scan_folder(tmp_path)
+    assert folder.classes == ("a", "b")
+    assert len(folder.notes) == 1 and folder.notes[0].endswith(": empty, hollow")
+
+
+def test_nested_folders_belong_to_the_class_at_the_top(tmp_path):
+    folder = scan_folder(fill(tmp_path, "a/P1/left/1.png", "a/P1/right/1.png", "a/0.png", "b/P1/1.png"))
+    assert folder.paths == ("a/0.png", "a/P1/left/1.png", "a/P1/right/1.png", "b/P1/1.png")
+    assert folder.labels.tolist() == [0, 0, 0, 1]
+
+
+def test_links_in_a_circle_end_and_repeat_no_image(tmp_path):
+    fill(tmp_path, "a/1.png", "a/sub/2.png", "b/1.png")
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a" / "sub")
+    (tmp_path / "a" / "sub" / "loop").symlink_to(tmp_path / "a" / "sub")
+    assert scan_folder(tmp_path).paths == ("a/1.png", "a/sub/2.png", "b/1.png")
+
+
+def test_a_link_upwards_brings_no_images_of_other_classes(tmp_path):
+    root = fill(tmp_path / "set", "a/1.png", "b/1.png")
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "higher").symlink_to(tmp_path)
+    (root / "whole").symlink_to(root)
+    folder = scan_folder(root)
+    assert folder.classes == ("a", "b") and folder.paths == ("a/1.png", "b/1.png")
+
+
+def test_links_to_folders_elsewhere_are_followed(tmp_path):
+    elsewhere = fill(tmp_path / "store", "1.png", "deep/2.png")
+    root = fill(tmp_path / "set", "a/1.png")
+    (root / "b").symlink_to(elsewhere)
+    assert scan_folder(root).paths == ("a/1.png", "b/1.png", "b/deep/2.png")
+
+
+def test_files_that_are_no_images_are_counted_by_kind(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png")
+    for name in ("a/report.txt", "b/deep.TXT", "b/README", "a/scan.nii.gz"):
+        (tmp_path / name).write_text("no image")
+    folder = scan_folder(tmp_path)
+    assert folder.paths == ("a/1.png", "b/1.png")
+    assert len(folder.notes) == 1
+    assert folder.notes[0].startswith("4 files") and ".txt x 2" in folder.notes[0]
+    assert "no suffix x 1" in folder.notes[0] and ".gz x 1" in folder.notes[0]
+
+
+def test_dicom_is_known_by_its_mark_when_the_name_does_not_tell(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png")
+    for name in ("a/IM000001", "b/1.2.840.10008.5.1"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(8))
+    for name in ("a/notes", "b/log.1", "a/tiny"):
+        (tmp_path / name).write_bytes(b"x" * (2 if name == "a/tiny" else 200))
+    folder = scan_folder(tmp_path)
+    assert folder.paths == ("a/1.png", "a/IM000001", "b/1.2.840.10008.5.1", "b/1.png")
+    assert folder.notes[0].startswith("3 files")
+
+
+def test_a_broken_link_stops_nothing(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a" / "gone").symlink_to(tmp_path / "nowhere")
+    folder = scan_folder(tmp_path)
+    assert folder.paths == ("a/1.png", "b/1.png")
+    assert folder.notes[0].startswith("1 files")
+
+
+def test_loose_images_are_told(tmp_path):
+    folder = scan_folder(fill(tmp_path, "a/1.png", "b/1.png", "loose.png", "loose.jpg"))
+    assert folder.paths == ("a/1.png", "b/1.png")
+    assert len(folder.notes) == 1 and folder.notes[0].startswith("2 images lie beside the class folders")
+
+
+@pytest.mark.parametrize(
+    ("paths", "says"),
+    [
+        ((), "found none"),
+        (("1.png", "2.png"), "found none (its images lie loose in the folder)"),
+        (("a/1.png", "b/"), "found only 'a'"),
+        (("a/1.png", "b/x.txt"), "found only 'a'"),
+    ],
+)
+def test_fewer_than_two_classes_are_refused(tmp_path, paths, says):
+    message = refusal(scan_folder, fill(tmp_path, *paths))
+    assert "at least two class folders" in message and says in message and str(tmp_path) in message
+
+
+def test_a_missing_folder_is_refused_by_the_name_of_its_option(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        assert refusal(scan_folder, path, "--val-dir").startswith(f"--val-dir {path} is not a folder")
+
+
+def test_without_drops_images_and_keeps_classes():
+    folder = folder_of("a/1.png", "a/2.png", "b/1.png", "b/2.png").without({0, 3})
+    assert folder.paths == ("a/2.png", "b/1.png") and folder.labels.tolist() == [0, 1]
+    assert folder.without({0}).classes == ("a", "b")
+
+
+def test_small_classes_are_all_named():
+    folder = folder_of("a/1.png", "b/1.png", "b/2.png", "c/1.png")
+    check_class_sizes(folder, 1, "to train on")
+    message = refusal(check_class_sizes, folder, 2, "to train on")
+    assert "a: 1" in message and "c: 1" in message and "b: 2" not in message
+    assert "b: 0" in refusal(check_class_sizes, folder.without({1, 2}), 1, "to train on")
+
+
+def test_fingerprint_follows_content_and_not_place_or_spelling():
+    folder = folder_of("a/1.png", f"b/{NFC}.png")
+    digests = ["d1", "d2"]
+    moved = ImageFolder(Path("other"), folder.classes, ("a/1.png", f"b/{NFD}.png"), folder.labels, ("note",))
+    assert fingerprint(folder, digests) == fingerprint(moved, digests)
+    others = [
+        fingerprint(folder, ["d1", "d3"]),
+        fingerprint(folder, ["d2", "d1"]),
+        fingerprint(folder_of("a/1.png", "b/2.png"), digests),
+        fingerprint(folder_of("a/1.png", f"c/{NFC}.png"), digests),
+        fingerprint(folder.without({0}), ["d2"]),
+    ]
+    assert len({fingerprint(folder, digests), *others}) == 6
+
+
+# ---- patients
+
+
+def test_pattern_gives_its_first_group_and_sees_the_file_name_alone():
+    folder = folder_of("P9_a/346_r.png", "P9_a/P8_x/346_l.png", "P9_b/263_l (2).png")
+    assert groups_by_pattern(folder, r"^(\d+)_([lr])") == ["346", "346", "263"]
+    assert "3 of 3" in refusal(groups_by_pattern, folder, r"(P\d)_")
+
+
+def test_pattern_reads_both_spellings_as_one_patient():
+    folder = folder_of(f"a/{NFC}_1.png", f"a/{NFD}_2.png")
+    for spelling in (NFC, NFD):
+        assert groups_by_pattern(folder, f"^({spelling})_") == [NFC, NFC]
+    assert groups_by_pattern(folder, r"^(\w+)_\d") == [NFC, NFC]
+
+
+@pytest.mark.parametrize("pattern", [r"(P\d+)_", r"(P\d+)?", r"(P?)", r"(P\d+)_|scan"])
+def test_images_without_a_patient_are_named(pattern):
+    message = refusal(groups_by_pattern, folder_of("a/P1_1.png", "b/scan.png", "b/Qscan.png"), pattern)
+    assert "b/scan.png" in message and "b/Qscan.png" in message
+    assert "2 of 3" in message and "a/P1_1.png" not in message
+
+
+@pytest.mark.parametrize(("pattern", "says"), [("(P", "not a regular expression"), (r"P\d+", "parentheses")])
+def test_a_useless_pattern_is_refused(pattern, says):
+    assert says in refusal(groups_by_pattern, folder_of("a/P1.png"), pattern)
+
+
+def csv_file(tmp_path: Path, content: str | bytes) -> Path:
+    path = tmp_path / "groups.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+TWO = folder_of("a/1.png", "b/x, 2.png")
+ROWS = 'path,group\na/1.png,P1\n"b/x, 2.png",P2\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROWS,
+        b"\xef\xbb\xbf" + ROWS.encode(),
+        ROWS.replace("\n", "\r\n"),
+        ROWS.replace("/", "\\"),
+        ROWS.replace("a/1", "./a/1"),
+        ROWS.replace("P1", " P1 "),
+        ROWS + "c/not there.png,P3\n",
+        ROWS + "\na/1.png,P1\n",  # a repeated row that says the same
+        'group,age,path\nP2,70,"b/x, 2.png"\nP1,61,a/1.png\n',
+    ],
+    ids=["plain", "bom", "crlf", "backslash", "dot", "blanks", "more", "repeated", "columns"],
+)
+def test_csv_gives_each_image_its_patient(tmp_path, content):
+    assert groups_from_file(TWO, csv_file(tmp_path, content)) == ["P1", "P2"]
+
+
+def test_csv_knows_both_spellings(tmp_path):
+    content = f"path,group\n{NFC}/{NFD}.png,{NFD}\n{NFC}/2.png,{NFC}\n"
+    folder = folder_of(f"{NFD}/{NFC}.png", f"{NFD}/2.png")
+    assert len(set(groups_from_file(folder, csv_file(tmp_path, content)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a/1.png,P1\nb/2.png,P2\n", "needs the columns path and group; its first line has a/1.png, P1"),
+        ("path,groups\n", "(did you mean 'groups'?)"),
+        ("", "its first line has nothing"),
+        ("path,group\na/1.png,P1\n", "no group for 1 of 2 images"),
+        ("path,group\na/1.png,P1\n", "  b/x, 2.png"),
+        ("path,group\n/data/a/1.png,P1\n", "relative to root, such as a/1.png"),
+        (ROWS + "a/1.png,P7\n", "line 4: a/1.png is given two groups, 'P1' and 'P7'"),
+        (ROWS + "\n\na/1.png,P7\n", "line 6: a/1.png is given two groups"),
+        ("path,group\na/1.png,\n", "line 2: path or group is empty"),
+        ("path,group\na/1.png\n", "line 2: path or group is empty"),
+        ("path,group\na/1.png,  \n", "line 2: path or group is empty"),
+        ("path,group\n,P1\n", "line 2: path or group is empty"),
+        ("path,group\n肺/1.png,P1\n".encode("gbk"), "cannot be read as UTF-8 CSV"),
+    ],
+)
+def test_csv_that_cannot_serve_is_refused(tmp_path, content, says):
+    assert says in refusal(groups_from_file, TWO, csv_file(tmp_path, content))
+
+
+def test_csv_that_is_missing_is_refused(tmp_path):
+    assert "does not exist" in refusal(groups_from_file, TWO, tmp_path / "no.csv")
+    assert "cannot be read" in refusal(groups_from_file, TWO, tmp_path)
+
+
+def test_groups_join_patients_through_equal_pixels():
+    #                       0    1    2    3    4    5
+    groups = merge_groups(["x", "y", "x", "z", "w", "y"], ["P1", "P2", "P3", "P3", "P4", "P2"])
+    first, second, third = {groups[i] for i in (0, 2, 3)}, {groups[i] for i in (1, 5)}, {groups[4]}
+    assert len(first) == len(second) == len(third) == 1 and len(first | second | third) == 3
+
+
+def test_no_groups_where_nothing_ties_images():
+    assert merge_groups(["x", "y", "z"], None) is None
+    assert merge_groups(["x", "y"], ["P1", "P2"]).tolist() == [0, 1]
+    assert merge_groups(["x", "y", "x"], None).tolist() == [0, 1, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=16),
+    st.booleans(),
+)
+def test_groups_equal_the_brute_force_closure(pairs, with_patients):
+    digests, patients = [f"d{d}" for d, _ in pairs], [f"P{p}" for _, p in pairs]
+    n = len(pairs)
+    tied = np.eye(n, dtype=bool)
+    for i in range(n):
+        for j in range(n):
+            tied[i, j] |= digests[i] == digests[j] or (with_patients and patients[i] == patients[j])
+    for k in range(n):  # Warshall's transitive closure
+        tied |= tied[:, k, None] & tied[None, k]
+    groups = merge_groups(digests, patients if with_patients else None)
+    if groups is None:
+        assert not with_patients and np.array_equal(tied, np.eye(n, dtype=bool))
+    else:
+        assert np.array_equal(groups[:, None] == groups[None], tied)
+        assert set(groups) == set(range(groups.max() + 1))

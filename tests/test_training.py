@@ -1,0 +1,425 @@
+"""Training through the command line's own main(), on a small made-up folder."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import training.fit as fit_module
+from common.errors import UserError
+from evaluation.metrics import classification_metrics
+from train_clip import main
+from training.state import HISTORY_KEYS, EarlyStopping, read_checkpoint
+
+QUICK = [
+    "--image-encoder",
+    "resnet18",
+    "--image-weights",
+    "none",
+    "--text-encoder",
+    "bert-tiny-bytes",
+    "--img-size",
+    "32",
+    "--embed-dim",
+    "16",
+    "--batch-size",
+    "16",
+    "--num-workers",
+    "0",
+    "--gpu-id",
+    "-1",
+    "--no-amp",
+    "--learning-rate",
+    "3e-4",
+]
+
+
+def train(data, output, *flags):
+    return main(["--data-dir", str(data), "--output-dir", str(output), *QUICK, *map(str, flags)])
+
+
+def history_of(folder):
+    return json.loads((folder / "history.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(class_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "中文 run"
+    assert train(class_folder, output, "--epochs", 4, "--group-pattern", r"^(P\d+)_") == 0
+    return output
+
+
+def test_an_easy_set_is_learned(finished):
+    assert history_of(finished)["val_acc"][-1] > 90
+
+
+def test_history_has_all_keys_at_equal_length_in_percent(finished):
+    history = history_of(finished)
+    assert set(history) == set(HISTORY_KEYS)
+    assert {len(values) for values in history.values()} == {4}
+    assert 1 < max(history["train_acc"]) <= 100
+
+
+def test_config_json_holds_options_versions_classes_and_fingerprint(finished):
+    config = json.loads((finished / "config.json").read_text("utf-8"))
+    assert config["image_encoder_name"] == "resnet18" and config["epochs"] == 4 and config["use_amp"] is False
+    assert (
+        config["classes"] == sorted(("正常", "肺炎", "气胸"))
+        and config["versions"]["torch"] == torch.__version__
+    )
+    assert len(config["dataset_fingerprint"]) == 64
+
+
+def test_no_patient_is_on_both_sides(finished):
+    (fold,) = json.loads((finished / "splits.json").read_text("utf-8"))["folds"]
+    patients = [{path.split("/")[1].split("_")[0] for path in fold[side]} for side in ("train", "val")]
+    assert not patients[0] & patients[1]
+    assert len(fold["train"]) + len(fold["val"]) == 72
+
+
+def test_checkpoints_load_without_unpickling_and_hold_what_the_guide_lists(finished):
+    for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
+        checkpoint = torch.load(finished / name, weights_only=True)
+        assert {"model", "optimizer", "scheduler", "scaler", "rng", "epoch", "history", "early_stopping", "classes",
+                "class_texts", "config"} <= set(checkpoint)  # fmt: skip
+
+
+def test_best_checkpoint_is_of_the_first_best_epoch(finished):
+    history = history_of(finished)
+    best = torch.load(finished / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == int(np.argmax(history["val_acc"])) + 1
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("flags", [[], ["--freeze-text-encoder", "--augmentation", "minimal"]])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(class_folder, tmp_path, monkeypatch, flags):
+    flags = ["--epochs", 3, "--text-template", "一张{class_name}", *flags]
+    assert train(class_folder, tmp_path / "whole", *flags) == 0
+
+    validate, calls = fit_module.validate, []
+
+    def killed_in_the_second_epoch(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return validate(*arguments)
+
+    monkeypatch.setattr(fit_module, "validate", killed_in_the_second_epoch)
+    with pytest.raises(Killed):
+        train(class_folder, tmp_path / "cut", *flags)
+    monkeypatch.undo()
+    torch.manual_seed(999)  # a new process starts elsewhere in the random stream
+    latest = tmp_path / "cut" / "checkpoint_latest.pth"
+    assert train(class_folder, tmp_path / "cut", *flags, "--resume-from", latest) == 0
+
+    whole, cut = (read_checkpoint(tmp_path / name / "checkpoint_latest.pth") for name in ("whole", "cut"))
+    assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
+    timing = {"epoch_seconds", "images_per_second"}
+    assert {k: v for k, v in whole["history"].items() if k not in timing} == {
+        k: v for k, v in cut["history"].items() if k not in timing
+    }
+    assert whole["best"] == cut["best"] and whole["early_stopping"] == cut["early_stopping"]
+
+
+def test_workers_do_not_change_the_result(class_folder, tmp_path):
+    for workers in (0, 2):
+        assert train(class_folder, tmp_path / str(workers), "--epochs", 1, "--num-workers", workers) == 0
+    a, b = (read_checkpoint(tmp_path / name / "checkpoint_latest.pth")["model"] for name in ("0", "2"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_folder, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    latest = copy / "checkpoint_latest.pth"
+    code = main(
+        [
+            "--data-dir",
+            str(class_folder),
+            "--output-dir",
+            str(copy),
+            "--resume-from",
+            str(latest),
+            "--epochs",
+            "5",
+        ]
+    )
+    assert code == 0 and len(history_of(copy)["val_acc"]) == 5
+    assert "--epochs 4 -> 5" in capsys.readouterr().out
+    assert history_of(copy)["val_acc"][:4] == history_of(finished)["val_acc"]
+
+
+def test_training_mode_lasts_the_whole_epoch_and_each_image_passes_the_tower_once(
+    class_folder, tmp_path, monkeypatch
+):
+    from models.image_encoders import ImageTower
+
+    seen, forward = [], ImageTower.forward
+    monkeypatch.setattr(
+        ImageTower,
+        "forward",
+        lambda self, images: seen.append((self.training, len(images))) or forward(self, images),
+    )
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--val-ratio", 0.25) == 0
+    seen = (
+        seen[: next(i for i, (training, _) in enumerate(seen) if not training)],
+        [n for t, n in seen if not t],
+    )
+    assert [n for _, n in seen[0]] == [14, 14, 13, 13]  # 54 images, batches of at most 16, as even as can be
+    assert sum(seen[1]) % 18 == 0
+
+
+def test_both_towers_projections_and_the_temperature_learn(finished):
+    history = history_of(finished)
+    assert len(set(history["temperature"])) == 4
+
+
+def test_validation_loss_is_the_mean_over_images_whatever_the_batches(class_folder, tmp_path):
+    losses = []
+    for batch in (4, 13):
+        output = tmp_path / str(batch)
+        # no step is taken in effect: what differs is only how validation is batched
+        assert train(class_folder, output, "--epochs", 1, "--learning-rate", 1e-12, "--batch-size", batch,
+                     "--image-encoder", "timm:vit_tiny_patch16_224") == 0  # fmt: skip
+        losses.append(history_of(output)["val_loss"][0])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_metrics_against_a_hand_worked_case():
+    probs = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.2, 0.5, 0.3]])
+    metrics = classification_metrics(probs, np.array([0, 1, 1, 2]))
+    assert metrics["acc"] == pytest.approx(0.5)
+    assert metrics["balanced_acc"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert metrics["loss"] == pytest.approx(-np.log([0.7, 0.3, 0.8, 0.3]).mean())
+
+
+@pytest.mark.parametrize(
+    ("monitor", "patience", "min_delta", "values", "stops_after"),
+    [
+        ("val_acc", 2, 0.0, [50, 60, 60, 60, 70], 4),
+        ("val_acc", 2, 0.0, [50, 49, 51, 50, 52, 51, 53], None),  # improves within patience each time
+        (
+            "val_acc",
+            3,
+            0.5,
+            [50, 50.4, 50.8, 51.2, 51.3, 51.2, 51.25],
+            6,
+        ),  # 50.8 counts, then nothing over 51.3
+        ("val_loss", 1, 0.0, [1.0, 0.9, 0.95], 3),
+        ("val_loss", 2, 0.1, [1.0, 0.95, 0.85, 0.8, 0.76], 5),
+        ("val_acc", None, 0.0, [1, 0, 0, 0, 0], None),
+    ],
+)
+def test_early_stopping(monitor, patience, min_delta, values, stops_after):
+    stopping = EarlyStopping(monitor, patience, min_delta)
+    stopped = [stopping.update(value) for value in values]
+    assert (stopped.index(True) + 1 if True in stopped else None) == stops_after
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_last_epoch_in_the_history(class_folder, tmp_path, capsys):
+    flags = ["--epochs", 9, "--early-stopping-patience", 2, "--early-stopping-min-delta", 100]
+    assert train(class_folder, tmp_path / "run", *flags) == 0
+    assert (
+        len(history_of(tmp_path / "run")["val_acc"]) == 3
+    )  # the first sets the mark, two do not beat it by 100
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_no_save_best_writes_no_best_checkpoint(class_folder, tmp_path):
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--no-save-best") == 0
+    assert not (tmp_path / "run" / "checkpoint_best.pth").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_files(class_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        fit_module,
+        "contrastive_loss",
+        lambda kind, logits, labels: (logits.sum() * float("nan"), logits.sum()),
+    )
+    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 2
+    error = capsys.readouterr().err
+    assert "not a finite number" in error and error.count(".png") in (14, 15)  # one batch of 57
+
+
+def test_val_dir_is_used_as_it_is(class_folder, tmp_path):
+    val = tmp_path / "val"
+    for name in ("正常", "肺炎", "气胸"):
+        (val / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (20, 20), 30 + 100 * i).save(val / name / f"{name}{i}.png")
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--val-dir", val) == 0
+    (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["folds"]
+    assert len(fold["train"]) == 72 and sorted(p.split("/")[1] for p in fold["val"])[0].startswith("正常")
+
+
+def test_one_batch_can_be_overfitted(tmp_path):
+    random = np.random.RandomState(0)
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(random.randint(0, 255, (32, 32), dtype=np.uint8)).save(
+                tmp_path / "data" / name / f"{i}.png"
+            )
+    assert train(tmp_path / "data", tmp_path / "run", "--epochs", 25, "--augmentation", "none") == 0
+    assert history_of(tmp_path / "run")["train_loss"][-1] < 0.05
+
+
+# --- cross-validation ---------------------------------------------------------------------------------------------
+
+
+def cross_validate(data, output, *flags):
+    return train(data, output, "--use-cv", "--n-splits", 3, "--epochs", 2, *flags)
+
+
+@pytest.fixture(scope="module")
+def cv_run(class_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cv") / "cv"
+    assert cross_validate(class_folder, output, "--group-pattern", r"^(P\d+)_") == 0
+    return output
+
+
+def test_cross_validation_predicts_every_image_once_and_out_of_fold(cv_run, class_folder):
+    with open(cv_run / "oof_predictions.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert (cv_run / "oof_predictions.csv").read_bytes().startswith(b"\xef\xbb\xbf")
+    assert sorted(row["path"] for row in rows) == sorted(
+        path.relative_to(class_folder).as_posix() for path in class_folder.rglob("*.png")
+    )
+    folds = json.loads((cv_run / "splits.json").read_text("utf-8"))["folds"]
+    for row in rows:
+        assert row["path"] in folds[int(row["fold"]) - 1]["val"]
+        assert row["path"] not in folds[int(row["fold"]) - 1]["train"]
+        assert row["label"] == row["path"].split("/")[0]
+        probs = {name: float(row[f"prob_{name}"]) for name in ("正常", "肺炎", "气胸")}
+        assert sum(probs.values()) == pytest.approx(1) and max(probs, key=probs.get) == row["prediction"]
+
+
+def test_cv_summary_is_the_mean_and_both_deviations_of_the_folds(cv_run):
+    summary = json.loads((cv_run / "cv_summary.json").read_text("utf-8"))
+    last = [history_of(cv_run / f"fold_{k}")["val_loss"][-1] for k in (1, 2, 3)]
+    mean = sum(last) / 3
+    squares = sum((x - mean) ** 2 for x in last)
+    entry = summary["last_epoch"]["val_loss"]
+    assert entry["mean"] == pytest.approx(mean)
+    assert entry["std_population"] == pytest.approx((squares / 3) ** 0.5)
+    assert entry["std_sample"] == pytest.approx((squares / 2) ** 0.5)
+    best = [max(history_of(cv_run / f"fold_{k}")["val_acc"]) for k in (1, 2, 3)]
+    assert summary["best_val_acc"]["mean"] == pytest.approx(sum(best) / 3)
+
+
+def test_folds_differ_and_have_the_guides_files(cv_run):
+    for k in (1, 2, 3):
+        assert {"checkpoint_latest.pth", "checkpoint_best.pth", "history.json"} <= {
+            p.name for p in (cv_run / f"fold_{k}").iterdir()
+        }
+    assert history_of(cv_run / "fold_1")["train_loss"] != history_of(cv_run / "fold_2")["train_loss"]
+
+
+def test_a_killed_cross_validation_continued_by_the_same_command_ends_with_the_same_summary(
+    cv_run, class_folder, tmp_path, monkeypatch
+):
+    validate, calls = fit_module.validate, []
+
+    def killed_in_fold_2(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # fold 1: two epochs; fold 2: the second epoch
+            raise Killed
+        return validate(*arguments)
+
+    flags = ("--group-pattern", r"^(P\d+)_")
+    monkeypatch.setattr(fit_module, "validate", killed_in_fold_2)
+    with pytest.raises(Killed):
+        cross_validate(class_folder, tmp_path / "cv", *flags)
+    monkeypatch.undo()
+    assert not (tmp_path / "cv" / "cv_summary.json").exists()
+    assert cross_validate(class_folder, tmp_path / "cv", *flags) == 0
+    for name in ("cv_summary.json", "oof_predictions.csv"):
+        assert (tmp_path / "cv" / name).read_bytes() == (cv_run / name).read_bytes()
+
+
+def test_folds_as_separate_jobs_give_the_same_summary(cv_run, class_folder, tmp_path):
+    for k in (3, 1, 2):
+        assert not (tmp_path / "cv" / "cv_summary.json").exists()
+        assert cross_validate(class_folder, tmp_path / "cv", "--group-pattern", r"^(P\d+)_", "--fold", k) == 0
+    assert (tmp_path / "cv" / "cv_summary.json").read_bytes() == (cv_run / "cv_summary.json").read_bytes()
+
+
+def test_other_options_or_other_images_do_not_continue_a_cross_validation(
+    cv_run, class_folder, tmp_path, capsys
+):
+    assert cross_validate(class_folder, cv_run, "--group-pattern", r"^(P\d+)_", "--embed-dim", 8) == 2
+    assert "--embed-dim 16 there, 8 now" in capsys.readouterr().err
+    changed = tmp_path / "images"
+    shutil.copytree(class_folder, changed)
+    (changed / "正常" / "P000_0.png").rename(changed / "正常" / "P099_0.png")
+    assert cross_validate(changed, cv_run, "--group-pattern", r"^(P\d+)_") == 2
+    error = capsys.readouterr().err
+    assert "1 new:\n  正常/P099_0.png" in error and "1 gone:\n  正常/P000_0.png" in error
+
+
+# --- several configurations ---------------------------------------------------------------------------------------
+
+
+def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_finished(
+    class_folder, tmp_path, capsys
+):
+    entries = [
+        {
+            "name": "坏 / 的",
+            "img_size": 40,
+            "image_encoder_name": "starnet_dual_pyramid_rcf",
+            "use_cv": False,
+            "n_splits": 5,
+        },
+        {"image_encoder_name": "resnet18", "epochs": 1},
+        {"image_encoder_name": "resnet18", "epochs": 1, "use_cv": True, "n_splits": 2},
+    ]
+    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
+    flags = "--image-weights none --text-encoder bert-tiny-bytes --embed-dim 16 --num-workers 0 --gpu-id -1 --img-size 32"
+    command = ["--data-dir", str(class_folder), "--output-dir", str(tmp_path / "out"), "--multi-config",
+               "--config-file", str(tmp_path / "c.json"), *flags.split()]  # fmt: skip
+    assert main([*command, "--image-encoder", "nothing"]) == 1  # a typed flag wins in every entry: all fail
+    capsys.readouterr()
+    assert main(command) == 0  # the typed --img-size 32 wins over the broken entry's 40
+    assert "--img-size 32 on the command line wins over 40" in capsys.readouterr().out
+    (tmp_path / "out" / "01_坏-的" / "history.json").rename(tmp_path / "out" / "01_坏-的" / "history.old")
+    for name in ("checkpoint_latest.pth", "config.json", "splits.json", "checkpoint_best.pth"):
+        (tmp_path / "out" / "01_坏-的" / name).unlink()
+
+    command = command[:-2]
+    entries[1]["img_size"] = entries[2]["img_size"] = 32
+    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
+    assert main(command) == 1
+    output = capsys.readouterr().out
+    assert output.count("finished already") == 2 and "needs a multiple of 32" in output
+    board = json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))
+    assert [row["status"] for row in board] == ["finished", "finished", "failed"]
+    assert [row["rank"] for row in board] == [1, 2, None]
+    by_entry = {row["entry"]: row for row in board}
+    assert by_entry[2]["folds"] == 1 and by_entry[2]["val_acc_std_sample"] is None
+    summary = json.loads((tmp_path / "out" / by_entry[3]["folder"] / "cv_summary.json").read_text("utf-8"))
+    assert by_entry[3]["val_acc_mean"] == pytest.approx(summary["last_epoch"]["val_acc"]["mean"])
+    expected = sum(p.numel() for p in _resnet18_clip().parameters()) / 1e6
+    assert by_entry[2]["million_parameters"] == pytest.approx(expected)
+
+
+def _resnet18_clip():
+    from models.clip import build_clip
+
+    return build_clip(
+        "resnet18", "bert-tiny-bytes", img_size=32, embed_dim=16, temperature=0.07, image_weights="none"
+    )
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path):
+    torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no checkpoint of this program"):
+        read_checkpoint(tmp_path / "x.pth")
