@@ -4,8 +4,8 @@
     python test_clip_model.py                         every image and text encoder
     python test_clip_model.py resnet50 bert-tiny-bytes  those named
 
-For each: build, forward, backward, shapes, a gradient for every parameter, parameters, time. Last, a whole CLIP model.
-Exit code 0 when all pass, 1 when one fails, 2 for an unknown name.
+For each: build, forward, backward, shapes, a gradient for every parameter, parameters, time. Last, a whole
+CLIP model. Exit code 0 when all pass, 1 when one fails, 2 for an unknown name.
 """
 
 import argparse

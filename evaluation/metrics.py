@@ -20,6 +20,6 @@ def classification_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, f
 
 
 def majority_baseline(train_labels: np.ndarray, val_labels: np.ndarray) -> tuple[int, float]:
-    """The most frequent training class, and its share of the validation images: the score that means nothing."""
+    """The most frequent training class and its share of the validation images: a score that means nothing."""
     majority = int(np.bincount(train_labels).argmax())
     return majority, float((val_labels == majority).mean())

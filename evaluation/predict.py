@@ -17,7 +17,8 @@ def predict_probs(
     autocast: torch.autocast,
     device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax of logit_scale * cosine over the C classes, in the loader's order: (N, C) float64 and labels (N,).
+    """Softmax of logit_scale * cosine over the C classes, in the loader's order: (N, C) float64 and labels
+    (N,).
 
     The model is left in the mode it was given in; give it in evaluation mode.
     """

@@ -1,6 +1,8 @@
-"""CLIPModel: an image tower and a text tower that meet in one space, where each class is one or more sentences.
+"""CLIPModel: an image tower and a text tower that meet in one space, where each class is one or more
+sentences.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv
+2103.00020.
 """
 
 import math
@@ -58,8 +60,9 @@ class CLIPModel(nn.Module):
     def center_text(self, pooled: torch.Tensor) -> None:
         """Set the text projection's bias so that the mean of `pooled` (S, num_features) projects to 0.
 
-        Sentences of one kind lie close together (those of a set of chest findings had cosines of 0.98 in the tiny
-        tower), so that no image could tell them apart at the start; around their own mean they point all ways.
+        Sentences of one kind lie close together (those of a set of chest findings had cosines of 0.98 in
+        the tiny tower), so that no image could tell them apart at the start; around their own mean they
+        point all ways.
         """
         self.text_projection.bias.copy_(-self.text_projection.weight @ pooled.mean(0))
 
@@ -79,8 +82,8 @@ class CLIPModel(nn.Module):
 class ClassSentences:
     """The sentences of C classes, tokenised once, and their features: the text side of every step.
 
-    A step encodes each sentence it uses once, whatever the batch holds. With the text tower frozen all sentences
-    are encoded here, once per run, and the tower goes back to the CPU.
+    A step encodes each sentence it uses once, whatever the batch holds. With the text tower frozen all
+    sentences are encoded here, once per run, and the tower goes back to the CPU.
     """
 
     def __init__(self, model: CLIPModel, sentences: Mapping[str, Sequence[str]], device: torch.device):
@@ -106,7 +109,8 @@ class ClassSentences:
             other = seen.setdefault(tuple(ids), i)
             if self.class_of[other] != self.class_of[i]:
                 raise UserError(
-                    f"the text encoder cannot tell {every[other]!r} from {every[i]!r} (equal tokens after cutting "
+                    f"the text encoder cannot tell {every[other]!r} from {every[i]!r} (equal tokens "
+                    "after cutting "
                     "or for want of vocabulary); write sentences that differ earlier or in other words"
                 )
 
@@ -128,7 +132,7 @@ class ClassSentences:
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
-        """(C, D): the normalised mean over each class's sentences (prompt ensemble). Call in evaluation mode."""
+        """(C, D): the normalised mean over each class's sentences (prompt ensemble). For evaluation mode."""
         every = (
             self.model.project_text(self.pooled)
             if self.pooled is not None

@@ -18,8 +18,9 @@ OWN_PREFIX = "image_tower.backbone."  # of a backbone's tensors in this program'
 class ImageTower(nn.Module):
     """A backbone with its own input normalisation.
 
-    backbone: nn.Module, (B, 3, S, S) normalised float -> (B, num_features). mean, std: of the images (0..1) that the
-    backbone was made for. pretrained: names of the backbone's parameters that came from published weights.
+    backbone: nn.Module, (B, 3, S, S) normalised float -> (B, num_features). mean, std: of the images
+    (0..1) that the backbone was made for. pretrained: names of the backbone's parameters that came from
+    published weights.
     """
 
     def __init__(
@@ -105,7 +106,8 @@ def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
     return ImageTower(backbone, num_features, cfg.mean, cfg.std, loaded)
 
 
-# The guide's name -> timm's. efficientnet_b6 and b7 have no weights in timm's own layout, only in TensorFlow's.
+# The guide's name -> timm's. efficientnet_b6 and b7 have no weights in timm's own layout, only in
+# TensorFlow's.
 _TIMM_NAMES = {
     **{f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)},
     "vit": "vit_base_patch16_224",

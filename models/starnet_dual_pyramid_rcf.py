@@ -1,13 +1,14 @@
-"""starnet_dual_pyramid_rcf: a local pyramid (StarNet-S1) and a global pyramid (attention), fused stage by stage.
+"""starnet_dual_pyramid_rcf: a local pyramid (StarNet-S1) and a global pyramid (attention), fused stage by
+stage.
 
-RCF = residual cascaded fusion. With L_i, G_i the outputs of the two pyramids at stage i, A_i an adapter, a_i a gain
-per channel and g_i a gain per stage:
+RCF = residual cascaded fusion. With L_i, G_i the outputs of the two pyramids at stage i, A_i an adapter,
+a_i a gain per channel and g_i a gain per stage:
 
     F_i = L_i + a_i * A_i(G_i)                      fused map
     input of local stage i + 1 = L_i + g_i * (F_i - L_i)      the cascade, i = 0, 1, 2
 
-Only what the global pyramid adds is injected, so that the published StarNet function is kept where a_i is small.
-StarNet: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
+Only what the global pyramid adds is injected, so that the published StarNet function is kept where a_i is
+small. StarNet: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 """
 
 import timm
@@ -30,7 +31,8 @@ def sincos_position_code(height: int, width: int, channels: int) -> torch.Tensor
     """(height * width, channels) float32: sines and cosines of row and column, channels / 4 frequencies each.
 
     Wavelengths run geometrically from 4 tokens to twice the longer side, so that each of the few frequencies
-    changes visibly over the map (those of Vaswani et al. 2017, up to 10000, would be constant on 7 x 7 tokens).
+    changes visibly over the map (those of Vaswani et al. 2017, up to 10000, would be constant on 7 x 7
+    tokens).
     """
     count = channels // 4
     slowest = torch.pi / max(height, width, 2)
@@ -71,7 +73,9 @@ class PooledAttention(nn.Module):
 
 
 class GlobalStage(nn.Module):
-    """Stride-2 convolution, position code, LayerNorm, one pre-norm transformer block. (B, C, H, W) in and out."""
+    """Stride-2 convolution, position code, LayerNorm, one pre-norm transformer block. (B, C, H, W) in and
+    out.
+    """
 
     def __init__(self, in_channels: int, dim: int, pool: int, heads: int = 4, mlp_ratio: int = 4):
         super().__init__()
@@ -99,7 +103,7 @@ class GlobalStage(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Brings a global map to the local one: 1x1 conv + GroupNorm(1), plus its input, 1x1 conv + GroupNorm(1)."""
+    """From a global map to the local one: 1x1 conv + GroupNorm(1), plus its input, 1x1 conv + GroupNorm(1)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -151,8 +155,10 @@ class StarNetDualPyramidRCF(nn.Module):
 
 @register(IMAGE_ENCODERS, "starnet_dual_pyramid_rcf")
 def starnet_dual_pyramid_rcf(weights: str, img_size: int) -> ImageTower:
-    """`weights`: none (also auto); pretrained (StarNet-S1's published weights in the local pyramid); or a path to either those
-    or a checkpoint of this encoder. Raises UserError when img_size is no multiple of 32."""
+    """`weights`: none (also auto); pretrained (StarNet-S1's published weights in the local pyramid); or a
+    path to either those or a checkpoint of this encoder. Raises UserError when img_size is no multiple of
+    32.
+    """
     if img_size % STRIDE:
         near = max(STRIDE, round(img_size / STRIDE) * STRIDE)
         raise UserError(

@@ -1,4 +1,4 @@
-"""Text towers: any Hugging Face encoder by id or local folder, bert-base-chinese, and a tiny one over bytes."""
+"""Text towers: any Hugging Face encoder by id or folder, bert-base-chinese, and a tiny one over bytes."""
 
 import inspect
 import os
@@ -67,11 +67,13 @@ class TextTower(nn.Module):
             ids = tokenizer(sentence)["input_ids"]
             if len(ids) > longest:
                 notes.append(
-                    f"the sentence {sentence[:30]!r}… has {len(ids)} tokens; the last {len(ids) - longest} are cut"
+                    f"the sentence {sentence[:30]!r}… has {len(ids)} tokens; the last {len(ids) - longest} "
+                    "are cut"
                 )
             elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
                 notes.append(
-                    f"the text encoder's vocabulary lacks {ids.count(tokenizer.unk_token_id)} of the tokens of {sentence!r}"
+                    f"the text encoder's vocabulary lacks {ids.count(tokenizer.unk_token_id)} of the "
+                    f"tokens of {sentence!r}"
                 )
         batch = tokenizer(
             list(sentences), padding=True, truncation=True, max_length=longest, return_tensors="pt"
@@ -99,14 +101,15 @@ def _without_pooler(config: Any) -> dict[str, bool]:
 
 
 def _feature_size(encoder: nn.Module, name: str) -> int:
-    """Size of a token's feature vector, found by one forward; refuses models that are no plain text encoder."""
+    """Size of a token's feature vector, by one forward; refuses models that are no plain text encoder."""
     try:
         with torch.no_grad():
             ids = torch.ones(1, 2, dtype=torch.long)
             hidden = encoder.eval()(input_ids=ids, attention_mask=ids).last_hidden_state
     except Exception as error:
         raise UserError(
-            f"--text-encoder {name} is no plain text encoder ({type(encoder).__name__}: {first_line(error, 100)}); "
+            f"--text-encoder {name} is no plain text encoder ({type(encoder).__name__}: "
+            f"{first_line(error, 100)}); "
             "use a BERT-like model"
         ) from None
     encoder.train()
@@ -187,7 +190,9 @@ def shortest(names: Sequence[str]) -> str:
 
 @register(TEXT_ENCODERS, "bert-base-chinese")
 def bert_base_chinese(weights: str) -> TextTower:
-    """google-bert/bert-base-chinese: 12 layers, 768 wide, 21128 tokens (Devlin et al. 2018, arXiv 1810.04805)."""
+    """google-bert/bert-base-chinese: 12 layers, 768 wide, 21128 tokens (Devlin et al. 2018, arXiv
+    1810.04805).
+    """
     if Path("bert-base-chinese").is_dir():  # a downloaded copy in the working folder
         return build_hugging_face("bert-base-chinese", weights)
     ids = ["bert-base-chinese", "google-bert/bert-base-chinese"]
@@ -196,8 +201,9 @@ def bert_base_chinese(weights: str) -> TextTower:
 
 @register(TEXT_ENCODERS, "bert-tiny-bytes")
 def bert_tiny_bytes(weights: str) -> TextTower:
-    """A 2-layer BERT, 128 wide, over UTF-8 bytes: no vocabulary file, nothing to download. No dropout: it sees the
-    same few sentences each step, and noise on them would move every target at once."""
+    """A 2-layer BERT, 128 wide, over UTF-8 bytes: no vocabulary file, nothing to download. No dropout: it
+    sees the same few sentences each step, and noise on them would move every target at once.
+    """
     if weights == "pretrained":
         raise UserError(
             f"bert-tiny-bytes has no published weights; use {OPTION} none, or a file: {OPTION} PATH"
@@ -223,7 +229,8 @@ def build_text_tower(name: str, weights: str) -> TextTower:
     if not Path(name).is_dir() and name.count("/") != 1:
         near = did_you_mean(name, TEXT_ENCODERS)
         raise UserError(
-            f"unknown text encoder {name!r}{near}; give {', '.join(TEXT_ENCODERS)}, a Hugging Face id such as "
+            f"unknown text encoder {name!r}{near}; give {', '.join(TEXT_ENCODERS)}, a Hugging Face id such "
+            "as "
             "hfl/chinese-roberta-wwm-ext, or a local folder"
         )
     return build_hugging_face(name, weights)

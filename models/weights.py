@@ -1,8 +1,10 @@
-"""Published weights: from the local cache, the configured hub, or its mirror; and weights from a file or folder.
+"""Published weights: from the local cache, the configured hub, or its mirror; and weights from a file or
+folder.
 
 Never random weights in place of the ones asked for, and nothing is unpickled.
 """
 
+import contextlib
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ CONNECT_SECONDS = 3  # per endpoint, so that without a network the run stops wel
 
 def _ways_out(what: str, folder_option: str) -> str:
     # a text encoder without weights would still need its vocabulary from the hub
-    without = "--text-encoder bert-tiny-bytes" if folder_option == "--text-encoder" else "--image-weights none"
+    without = (
+        "--text-encoder bert-tiny-bytes" if folder_option == "--text-encoder" else "--image-weights none"
+    )
     return (
         f"Ways out: (1) set HTTPS_PROXY, or HF_ENDPOINT to a hub this machine reaches; (2) download {what} "
         f"elsewhere and give its local folder: {folder_option} FOLDER; (3) do without the download: {without}"
@@ -26,15 +30,17 @@ def _ways_out(what: str, folder_option: str) -> str:
 
 
 def _check_answers(endpoint: str) -> None:
-    """Raise OSError unless the endpoint answers at once; the hub library itself would wait and retry for minutes."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=CONNECT_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # any answer is an answer
+    """Raise OSError unless the endpoint answers at once; the hub library itself would wait and retry for
+    minutes.
+    """
+    request = urllib.request.Request(endpoint, method="HEAD")
+    with contextlib.suppress(urllib.error.HTTPError):  # any answer is an answer
+        urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
 
 
 def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str, folder_option: str) -> Path:
-    """Local folder with the files of the first of `repo_ids` that can be had; `needed` is a glob that must match.
+    """Local folder with the files of the first of `repo_ids` that can be had; `needed` is a glob that must
+    match.
 
     Looks in the cache, then at the configured endpoint, then at the mirror.
     Raises UserError within seconds when there is no network, naming the ways out.
@@ -75,7 +81,8 @@ def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str
                 return folder
             failures.append(f"{endpoint}: {repo_id} holds no {needed}")
     raise UserError(
-        f"the weights of {repo_id} could not be had ({'; '.join(failures)}). " + _ways_out(repo_id, folder_option)
+        f"the weights of {repo_id} could not be had ({'; '.join(failures)}). "
+        + _ways_out(repo_id, folder_option)
     )
 
 
@@ -125,7 +132,8 @@ def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor], source: s
     if missing or wrong:
         example = (missing or wrong)[0]
         raise UserError(
-            f"{source} does not fit the encoder: {len(missing)} tensors are missing and {len(wrong)} have another "
+            f"{source} does not fit the encoder: {len(missing)} tensors are missing and {len(wrong)} "
+            "have another "
             f"shape (first: {example}); is it for another architecture?"
         )
     module.load_state_dict({name: state[name] for name in own if name in state}, strict=False)

@@ -153,7 +153,12 @@ def test_no_network_is_noticed_within_ten_seconds_even_when_the_hub_never_answer
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
         started = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         assert float(done.stdout.split()[-1]) < 10 and time.monotonic() - started < 60

@@ -110,12 +110,12 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("name", "near"), [("resnet5O", "resnet50"), ("efficientnet_b0", "efficientnet-b0")])
 def test_unknown_image_encoder_names_the_nearest(name, near):
-    with pytest.raises(UserError, match=f"unknown image encoder.*{near}"):
+    with pytest.raises(UserError, match=rf"unknown image encoder.*{near}"):
         build_image_tower(name, "none", 64)
 
 
 def test_unknown_timm_and_text_names():
-    with pytest.raises(UserError, match="timm knows no model 'resnet_18'.*resnet18"):
+    with pytest.raises(UserError, match=r"timm knows no model 'resnet_18'.*resnet18"):
         build_image_tower("timm:resnet_18", "none", 64)
     with pytest.raises(UserError, match="did you mean 'bert-base-chinese'"):
         build_text_tower("bert-base-chinse", "none")

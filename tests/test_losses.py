@@ -12,7 +12,9 @@ def log_softmax64(x, axis):
 
 
 def unicl_reference(logits, labels):
-    """Yang et al. 2022, eq. 2 to 4, sums written out: text half over all positives, less the entropy of its targets."""
+    """Yang et al. 2022, eq. 2 to 4, sums written out: text half over all positives, less the entropy of its
+    targets.
+    """
     n = len(labels)
     over_classes = -np.mean([log_softmax64(logits, 1)[i, labels[i]] for i in range(n)])
     over_batch = log_softmax64(logits, 0)

@@ -84,8 +84,8 @@ def test_no_patient_is_on_both_sides(finished):
 def test_checkpoints_load_without_unpickling_and_hold_what_the_guide_lists(finished):
     for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
         checkpoint = torch.load(finished / name, weights_only=True)
-        assert {"model", "optimizer", "scheduler", "scaler", "rng", "epoch", "history", "early_stopping", "classes",
-                "class_texts", "config"} <= set(checkpoint)  # fmt: skip
+        assert {"model", "optimizer", "scheduler", "scaler", "rng", "epoch", "history", "early_stopping",
+                "classes", "class_texts", "config"} <= set(checkpoint)  # fmt: skip
 
 
 def test_best_checkpoint_is_of_the_first_best_epoch(finished):
@@ -272,7 +272,7 @@ def test_one_batch_can_be_overfitted(tmp_path):
     assert history_of(tmp_path / "run")["train_loss"][-1] < 0.05
 
 
-# --- cross-validation ---------------------------------------------------------------------------------------------
+# --- cross-validation ---------------------------------------------------------------------------------------
 
 
 def cross_validate(data, output, *flags):
@@ -365,7 +365,7 @@ def test_other_options_or_other_images_do_not_continue_a_cross_validation(
     assert "1 new:\n  正常/P099_0.png" in error and "1 gone:\n  正常/P000_0.png" in error
 
 
-# --- several configurations ---------------------------------------------------------------------------------------
+# --- several configurations ---------------------------------------------------------------------------------
 
 
 def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_finished(
@@ -383,7 +383,7 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
         {"image_encoder_name": "resnet18", "epochs": 1, "use_cv": True, "n_splits": 2},
     ]
     (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
-    flags = "--image-weights none --text-encoder bert-tiny-bytes --embed-dim 16 --num-workers 0 --gpu-id -1 --img-size 32"
+    flags = "--image-weights none --text-encoder bert-tiny-bytes --embed-dim 16 --num-workers 0 --img-size 32"
     command = ["--data-dir", str(class_folder), "--output-dir", str(tmp_path / "out"), "--multi-config",
                "--config-file", str(tmp_path / "c.json"), *flags.split()]  # fmt: skip
     assert main([*command, "--image-encoder", "nothing"]) == 1  # a typed flag wins in every entry: all fail

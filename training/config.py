@@ -1,4 +1,5 @@
-"""Every option once: name, type, default, range, help. The flags, the JSON keys and config.json come from here.
+"""Every option once: name, type, default, range, help. The flags, the JSON keys and config.json come from
+here.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -85,7 +86,8 @@ class Config:
     image_weights: str = option(
         "auto",
         "model",
-        "pretrained, none (random), or a file or folder; auto: none for starnet_dual_pyramid_rcf, else pretrained",
+        "pretrained, none (random), or a file or folder; auto: none for starnet_dual_pyramid_rcf, else "
+        "pretrained",
     )
     text_weights: str = option(
         "auto",
@@ -230,7 +232,7 @@ def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line. Values stay text here, so that `options_from_flags` can report every mistake at once."""
+    """The command line. Values stay text, so that `options_from_flags` can report every mistake at once."""
     parser = argparse.ArgumentParser(
         prog="train_clip.py",
         description="Train a CLIP-style image classifier on a folder with one sub-folder per class.",
@@ -348,7 +350,9 @@ def make_config(options: Mapping[str, Any]) -> Config:
 
 
 def read_config_file(path: Path) -> list[dict[str, Any]]:
-    """The entries of a --config-file, every entry checked before any is used. A "name" is kept beside the options."""
+    """The entries of a --config-file, every entry checked before any is used. A "name" is kept beside the
+    options.
+    """
     entries = read_json(path, "--config-file")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"--config-file {path} must hold a JSON array with at least one configuration")

@@ -93,7 +93,7 @@ def stored_splits(path: Path, data: DataSet) -> list[Split]:
         raise UserError(
             f"{path} does not fit the images of {data.folder.root} any more; "
             + "\n".join(parts)
-            + "\nrestore the images, or start a new cross-validation in another --output-dir (or with --overwrite)"
+            + "\nrestore the images, or start anew in another --output-dir (or with --overwrite)"
         )
     if record["dataset_fingerprint"] != data.fingerprint:
         raise UserError(
@@ -172,8 +172,8 @@ def summarise(output_dir: Path, n_splits: int, data: DataSet) -> dict[str, Any]:
             },
             "n_images": len(rows),
         },
-        "note": "Accuracies and F1 in percent, losses in nats. The best epoch is chosen on the fold's own validation "
-        "images, so best_* are optimistic; last_epoch and out_of_fold_last_epoch are not chosen.",
+        "note": "Accuracies and F1 in percent, losses in nats. The best epoch is chosen on the fold's own "
+        "validation images, so best_* are optimistic; last_epoch and out_of_fold_last_epoch are not chosen.",
     }
     write_json(output_dir / "cv_summary.json", summary)
     return summary
@@ -188,7 +188,8 @@ def print_cv_summary(summary: Mapping[str, Any], output_dir: Path) -> None:
         print(f"  {title}: {cells}")
     best, oof = summary["best_val_acc"], summary["out_of_fold_last_epoch"]
     print(
-        f"  best_val_acc {best['mean']:.2f} ± {best['std_sample']:.2f} (chosen on the images it is reported on)\n"
+        f"  best_val_acc {best['mean']:.2f} ± {best['std_sample']:.2f} (chosen on the images it is "
+        "reported on)\n"
         f"  out of fold, last epoch, {oof['n_images']} images: accuracy {oof['acc']:.2f} %, "
         f"balanced {oof['balanced_acc']:.2f} %, macro-F1 {oof['macro_f1']:.2f} %\n"
         f"files in {output_dir}: cv_summary.json, oof_predictions.csv, splits.json, config.json, fold_1 ... "

@@ -47,7 +47,7 @@ class DataSet:
 
 
 def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
-    """The class folders of --data-dir and --val-dir, checked. The second's labels index the first's classes."""
+    """The class folders of --data-dir and --val-dir, checked; the labels of both index the first's classes."""
     folder = scan_folder(Path(config.data_dir))
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
@@ -90,7 +90,9 @@ def patients_of(config: Config, folder: ImageFolder) -> list[str] | None:
 def read_images(
     config: Config, folder: ImageFolder, val_folder: ImageFolder | None, patients: Sequence[str] | None
 ) -> DataSet:
-    """Read every image once. Raises UserError naming the unreadable ones, unless --skip-unreadable drops them."""
+    """Read every image once. Raises UserError naming the unreadable ones, unless --skip-unreadable drops
+    them.
+    """
     files = folder.files() + (val_folder.files() if val_folder else [])
     started = time.monotonic()
     inspection = inspect_images(files, config.img_size)
@@ -140,7 +142,8 @@ def _tell_duplicates(folder: ImageFolder, digests: Sequence[str], val_digests: S
     leaked = sum(digest in first for digest in val_digests)
     if leaked:
         print(
-            f"warning: {leaked} images of --val-dir are also in --data-dir; the validation is too good by that"
+            f"warning: {leaked} images of --val-dir are also in --data-dir; the validation is too good by "
+            "that"
         )
 
 

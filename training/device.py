@@ -20,15 +20,17 @@ class Hardware:
 
 
 def _cpu_has_bf16() -> bool:
-    """bf16 matrix instructions (AVX512-BF16 or AMX). Measured faster there: resnet18 1.9 times, see benchmarks."""
+    """bf16 matrix instructions (AVX512-BF16 or AMX). Measured faster there: resnet18 1.9 times, see
+    benchmarks.
+    """
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
     """The CUDA device `gpu_id`, or the CPU when it is -1 or the machine has no CUDA GPU and 0 was meant.
 
-    Mixed precision: bf16 on CUDA where supported, else fp16; bf16 on CPUs with the instructions, else float32.
-    Raises UserError when a GPU other than 0 is asked for and does not exist.
+    Mixed precision: bf16 on CUDA where supported, else fp16; bf16 on CPUs with the instructions, else
+    float32. Raises UserError when a GPU other than 0 is asked for and does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu_id >= 0 and count > 0:

@@ -34,7 +34,8 @@ def train_one_epoch(
     grad_clip: float,
     seed: int,
 ) -> dict[str, float]:
-    """One pass over the training images, each through the image tower once. Means over images, accuracy over classes.
+    """One pass over the training images, each through the image tower once. Means over images, accuracy
+    over classes.
 
     Raises UserError naming the batch's files when the loss is not finite; what was saved before stays.
     """
@@ -91,7 +92,8 @@ def _check_finite(unchecked: list[tuple[torch.Tensor, torch.Tensor]], loader: Da
         files = [str(loader.dataset.files[i]) for i in indices.tolist()]
         raise UserError(
             f"the loss is not a finite number; the images of that batch:\n{shorten(files, 64)}\n"
-            "look at these images, lower --learning-rate, or train with --no-amp; earlier checkpoints are intact"
+            "look at these images, lower --learning-rate, or train with --no-amp; earlier checkpoints are "
+            "intact"
         )
     unchecked.clear()
 
@@ -128,7 +130,9 @@ def fit(
     seed: int,
     save_best: bool,
 ) -> None:
-    """Train until `epochs` are done or early stopping says so, writing checkpoints and history after each epoch."""
+    """Train until `epochs` are done or early stopping says so, writing checkpoints and history after each
+    epoch.
+    """
     batches = train_loader.batch_sampler
     assert isinstance(batches, EpochBatches)
     started, first = time.monotonic(), state.epoch
@@ -172,7 +176,8 @@ def epoch_line(epoch: int, epochs: int, row: Mapping[str, float], is_best: bool,
     return (
         f"epoch {epoch:{len(str(epochs))}d}/{epochs}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_acc']:5.2f} %  "
-        f"val loss {row['val_loss']:.4f} acc {row['val_acc']:5.2f} % balanced {row['val_balanced_acc']:5.2f} %  "
+        f"val loss {row['val_loss']:.4f} acc {row['val_acc']:5.2f} % balanced "
+        f"{row['val_balanced_acc']:5.2f} %  "
         f"lr {row['lr']:.2e}  {row['epoch_seconds']:.1f} s  {row['images_per_second']:.0f} img/s  "
         f"left {duration(seconds_left)}{'  best' if is_best else ''}"
     )

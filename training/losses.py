@@ -10,11 +10,12 @@ def image_to_text(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def text_to_image(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Each label's sentence over the B images, every image of the same class a positive. logits (B, C), labels (B,).
+    """Each label's sentence over the B images, every image of the same class a positive. logits (B, C),
+    labels (B,).
 
-    UniCL's text half (Yang et al. 2022, arXiv 2204.03610) less its constant: where n_c images share class c, a perfect
-    model would score ln n_c, so that losses of different batches could not be compared. Subtracting the entropy of
-    the targets leaves every gradient as it is and makes the floor 0.
+    UniCL's text half (Yang et al. 2022, arXiv 2204.03610) less its constant: where n_c images share class
+    c, a perfect model would score ln n_c, so that losses of different batches could not be compared.
+    Subtracting the entropy of the targets leaves every gradient as it is and makes the floor 0.
     """
     of_label = logits.log_softmax(dim=0).gather(1, labels[:, None]).squeeze(1)  # (B,)
     positives = torch.bincount(labels, minlength=logits.shape[1])[labels].to(logits.dtype)  # (B,) n_c
@@ -26,7 +27,8 @@ def contrastive_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss to minimise and its image-to-text part over all classes (for the log), from logits (B, C).
 
-    unicl: class-aware in both directions; equal to `clip` when all labels of the batch differ and cover the classes.
+    unicl: class-aware in both directions; equal to `clip` when all labels of the batch differ and cover
+    the classes.
     clip: InfoNCE over the B image-sentence pairs (Radford et al. 2021), same-class pairs taken for negatives.
     ce: image to text only.
     """

@@ -37,7 +37,8 @@ FAILURE = "failure.json"
 COLUMNS = (
     "rank", "entry", "folder", "status", "image_encoder_name", "text_encoder_name", "folds",
     *(f"{key}_{part}" for key in METRICS for part in ("mean", "std_sample")),
-    "best_val_acc_mean", "best_val_acc_std_sample", "million_parameters", "images_per_second", "minutes", "error",
+    "best_val_acc_mean", "best_val_acc_std_sample",
+    "million_parameters", "images_per_second", "minutes", "error",
 )  # fmt: skip
 
 
@@ -100,11 +101,11 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
 
 
 def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
-    """Train every entry that is not finished, or `config.config_index` alone. One that fails is reported and the
-    others run.
+    """Train every entry that is not finished, or `config.config_index` alone. One that fails is reported
+    and the others run.
 
-    Returns 0, or 1 when an entry failed. The leaderboard is made from what the entries' folders hold, after every
-    entry, so that entries may also run as separate jobs.
+    Returns 0, or 1 when an entry failed. The leaderboard is made from what the entries' folders hold,
+    after every entry, so that entries may also run as separate jobs.
     """
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
@@ -152,7 +153,9 @@ def is_finished(entry: Entry) -> bool:
 
 
 def _train_entry(entry: Entry, begun: bool) -> bool:
-    """Train one entry, from its last checkpoint where it has one. False: it failed, and failure.json says why."""
+    """Train one entry, from its last checkpoint where it has one. False: it failed, and failure.json says
+    why.
+    """
     config, typed = entry.config, {}
     failure = entry.folder / FAILURE
     failure.unlink(missing_ok=True)
@@ -169,7 +172,7 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
     except Exception as error:  # an entry must not take the others with it
         message = f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):
-            message = f"out of memory; lower batch_size (now {config.batch_size}) or img_size (now {config.img_size})"
+            message = f"out of memory; lower batch_size {config.batch_size} or img_size {config.img_size}"
         else:
             traceback.print_exc()
     else:
@@ -240,7 +243,8 @@ def write_leaderboard(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> li
 def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> None:
     print("\nlast epoch, mean ± sample standard deviation over folds, percent")
     print(
-        f"{'rank':>4}  {'val accuracy':>14}  {'balanced':>14}  {'macro-F1':>14}  {'M par.':>7}  {'img/s':>6}  {'min':>6}  folder"
+        f"{'rank':>4}  {'val accuracy':>14}  {'balanced':>14}  {'macro-F1':>14}  {'M par.':>7}  "
+        f"{'img/s':>6}  {'min':>6}  folder"
     )
     for row in ranked:
         if row["status"] != "finished":
@@ -256,6 +260,7 @@ def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> 
         print(
             f"{row['rank']:>4}  "
             + "  ".join(f"{cell:>14}" for cell in cells)
-            + f"  {row['million_parameters']:7.1f}  {row['images_per_second']:6.0f}  {row['minutes']:6.1f}  {row['folder']}"
+            + f"  {row['million_parameters']:7.1f}  {row['images_per_second']:6.0f}  {row['minutes']:6.1f}  "
+            + row["folder"]
         )
     print(f"files in {output_dir}: leaderboard.json, leaderboard.csv, and a folder per configuration")

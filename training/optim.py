@@ -13,9 +13,10 @@ def parameter_groups(
 ) -> list[dict]:
     """AdamW groups: each trainable parameter in exactly one, with its `peak_lr` and decay.
 
-    Peak rates: learning_rate for image layers with published weights, times new_lr_ratio for everything that starts
-    at random (projections, scale, other image layers), times text_lr_ratio for the text tower. Biases, norms, gains
-    and the scale (all of at most one dimension) and what timm lists in no_weight_decay() are not decayed.
+    Peak rates: learning_rate for image layers with published weights, times new_lr_ratio for everything
+    that starts at random (projections, scale, other image layers), times text_lr_ratio for the text tower.
+    Biases, norms, gains and the scale (all of at most one dimension) and what timm lists in
+    no_weight_decay() are not decayed.
     """
     exempt = {f"image_tower.backbone.{name}" for name in _no_weight_decay(model.image_tower.backbone)}
     pretrained = {f"image_tower.{name}" for name in model.image_tower.pretrained}

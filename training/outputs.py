@@ -61,7 +61,7 @@ def check_writable(output_dir: Path) -> None:
 
 
 def refuse_results(output_dir: Path, config: Config) -> None:
-    """Raises UserError when the folder holds results that the options do not say to replace or to continue."""
+    """Raises UserError when the folder holds results that no option says to replace or to continue."""
     check_writable(output_dir)
     found = results_in(output_dir)
     latest = output_dir / "checkpoint_latest.pth"
@@ -75,7 +75,8 @@ def refuse_results(output_dir: Path, config: Config) -> None:
 
 
 def continues(output_dir: Path, config: Config) -> bool:
-    """True when the folder holds the beginning of this very run, False when it holds nothing (or --overwrite).
+    """True when the folder holds the beginning of this very run, False when it holds nothing (or
+    --overwrite).
 
     Raises UserError, naming the options that differ, when it holds another run.
     """
@@ -85,7 +86,8 @@ def continues(output_dir: Path, config: Config) -> bool:
         return False
     if "config.json" not in found:
         raise UserError(
-            f"--output-dir {output_dir} holds {', '.join(found)} but no config.json, so it cannot be continued; "
+            f"--output-dir {output_dir} holds {', '.join(found)} but no config.json, so it cannot be "
+            "continued; "
             "use another folder, or --overwrite to replace it"
         )
     stored = read_json(output_dir / "config.json", "the run's config.json")

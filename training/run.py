@@ -90,7 +90,8 @@ def train_single(
     patients = patients_of(config, folder)
     if checkpoint and tuple(checkpoint["classes"]) != folder.classes:
         raise UserError(
-            f"--resume-from {config.resume_from} was trained on the classes {', '.join(checkpoint['classes'])}; "
+            f"--resume-from {config.resume_from} was trained on the classes "
+            f"{', '.join(checkpoint['classes'])}; "
             f"--data-dir has {', '.join(folder.classes)}"
         )
 
@@ -138,7 +139,8 @@ def check_same_data(checkpoint: Mapping[str, Any] | None, data: DataSet, split: 
         return
     if checkpoint["dataset_fingerprint"] != data.fingerprint:
         raise UserError(
-            f"the images of {data.folder.root} have changed since the checkpoint was written, so images already "
+            f"the images of {data.folder.root} have changed since the checkpoint was written, so images "
+            "already "
             "trained on could move to validation; restore them, or start a new run in another --output-dir"
         )
     if checkpoint["split_fingerprint"] != split_fingerprint(data, split):
@@ -190,7 +192,7 @@ def train_on_split(
     *,
     seed: int,
 ) -> RunResult:
-    """Train `model` on one split, from `checkpoint` where given; checkpoints and history go to `output_dir`."""
+    """Train `model` on one split, from `checkpoint` where given; its files go to `output_dir`."""
     started = time.monotonic()
     device = hardware.device
     torch.manual_seed(seed)
@@ -301,7 +303,8 @@ def print_summary(config: Config, result: RunResult, baseline: float, output_dir
     ):
         row = {key: values[epoch - 1] for key, values in history.items()}
         print(
-            f"  {title:16s}  val accuracy {row['val_acc']:6.2f} %  balanced {row['val_balanced_acc']:6.2f} %  "
+            f"  {title:16s}  val accuracy {row['val_acc']:6.2f} %  balanced {row['val_balanced_acc']:6.2f} "
+            "%  "
             f"macro-F1 {row['val_macro_f1']:6.2f} %  loss {row['val_loss']:.4f}"
         )
     print(f"  {'majority class':16s}  val accuracy {100 * baseline:6.2f} %")

@@ -72,7 +72,7 @@ class TrainState:
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write a whole checkpoint. `facts`: what does not change (config, classes, sentences, fingerprint)."""
+        """Write a whole checkpoint. `facts`: what does not change (config, classes, sentences)."""
         payload = {
             "format": FORMAT,
             **facts,
@@ -161,6 +161,7 @@ def read_checkpoint(path: Path, option: str = "--resume-from") -> dict[str, Any]
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing or checkpoint["format"] != FORMAT:
         raise UserError(
-            f"{option} {path} is no checkpoint of this program (it lacks {', '.join(missing) or 'its format'})"
+            f"{option} {path} is no checkpoint of this program (it lacks "
+            f"{', '.join(missing) or 'its format'})"
         )
     return checkpoint
