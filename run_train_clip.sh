@@ -69,6 +69,7 @@ if [ -z "$CONFIG_FILE" ]; then
     "$PY" train_clip.py "${options[@]}" --gpu-id "${gpus[0]}" "$@"
 else
     options+=(--multi-config --config-file "$CONFIG_FILE")
+    add --text-encoder "$TEXT_ENCODER" # only where it is set: it then wins over every entry of the file
     if [ "${#gpus[@]}" -eq 1 ]; then
         "$PY" train_clip.py "${options[@]}" --gpu-id "${gpus[0]}" "$@"
     else

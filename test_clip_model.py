@@ -113,7 +113,8 @@ def _check_clip(model) -> None:
     from models.clip import ClassSentences
     from training.losses import contrastive_loss
 
-    sentences = ClassSentences(model, {"暗": ["一张暗的图片"], "亮": ["一张亮的图片"]}, torch.device("cpu"))
+    sentences = ClassSentences(model, {"暗": ["一张暗的图片"], "亮": ["一张亮的图片"]})
+    sentences.prepare(torch.device("cpu"), center=True)
     images = torch.stack(
         [torch.full((3, IMAGE_SIZE, IMAGE_SIZE), v, dtype=torch.uint8) for v in (20, 40, 215, 235)]
     )

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _how_to_continue(config: Config | None) -> str:
     if config is None or config.output_dir is None:
         return ""
+    if config.use_cv or config.multi_config:
+        return "; what is finished is saved, and the same command again continues"
     latest = Path(config.output_dir) / "checkpoint_latest.pth"
     if not latest.exists():
         return "; no epoch was finished, so there is nothing to resume from"

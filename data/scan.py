@@ -145,6 +145,15 @@ def scan_folder(root: Path, option: str = "--data-dir") -> ImageFolder:
         kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
         notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
 
+    try:
+        "\n".join([*names, *(path for own in per_class.values() for path in own)]).encode()
+    except UnicodeEncodeError as error:
+        line = error.object[: error.end].rsplit("\n", 1)[-1]
+        raise UserError(
+            f"{option} {root} has a name that is not UTF-8, such as {line!r}, perhaps unpacked from an "
+            "archive made with another encoding; unpack it with the right one, or rename it"
+        ) from None
+
     used = [name for name in names if per_class[name]]
     if len(used) < 2:
         have = f"only {used[0]!r}" if used else "none"

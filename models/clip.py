@@ -83,25 +83,34 @@ class ClassSentences:
     """The sentences of C classes, tokenised once, and their features: the text side of every step.
 
     A step encodes each sentence it uses once, whatever the batch holds. With the text tower frozen all
-    sentences are encoded here, once per run, and the tower goes back to the CPU.
+    sentences are encoded once per run, by `prepare`, and the tower goes back to the CPU.
+    Raises UserError when the tokenizer cannot be had or makes sentences of two classes equal.
     """
 
-    def __init__(self, model: CLIPModel, sentences: Mapping[str, Sequence[str]], device: torch.device):
-        self.model, self.device = model, device
-        self.counts = torch.tensor([len(own) for own in sentences.values()])  # (C,)
+    def __init__(self, model: CLIPModel, texts: Mapping[str, Sequence[str]]):
+        self.model, self.texts = model, texts
+        self.counts = torch.tensor([len(own) for own in texts.values()])  # (C,)
         self.starts = self.counts.cumsum(0) - self.counts
-        self.class_of = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts).to(
-            device
-        )  # (S,)
-        every = [sentence for own in sentences.values() for sentence in own]
-        tokens, self.notes = model.text_tower.tokenize(every)
-        self._refuse_equal(tokens["input_ids"], every)
-        self.tokens = {key: value.to(device) for key, value in tokens.items()}
+        self.class_of = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)  # (S,)
+        every = [sentence for own in texts.values() for sentence in own]
+        self.tokens, self.notes = model.text_tower.tokenize(every)
+        self._refuse_equal(self.tokens["input_ids"], every)
         self.pooled: torch.Tensor | None = None
-        if model.text_tower in model.frozen:
+
+    def prepare(self, device: torch.device, *, center: bool) -> None:
+        """Move to the model's device; encode once what is frozen; `center` a new model's text projection."""
+        model = self.model.eval()
+        self.class_of = self.class_of.to(device)
+        self.tokens = {key: value.to(device) for key, value in self.tokens.items()}
+        frozen = model.text_tower in model.frozen
+        if frozen or center:
             with torch.no_grad():
-                self.pooled = model.text_tower.to(device)(**self.tokens)  # (S, H)
-            model.text_tower.cpu()
+                pooled = model.text_tower.to(device)(**self.tokens)  # (S, num_features)
+            if center:
+                model.center_text(pooled)
+            if frozen:
+                self.pooled = pooled
+                model.text_tower.cpu()
 
     def _refuse_equal(self, input_ids: torch.Tensor, every: Sequence[str]) -> None:
         seen: dict[tuple[int, ...], int] = {}
@@ -114,18 +123,10 @@ class ClassSentences:
                     "or for want of vocabulary); write sentences that differ earlier or in other words"
                 )
 
-    @torch.no_grad()
-    def center(self) -> None:
-        """Centre a new model's text projection on these sentences; see CLIPModel.center_text."""
-        self.model.eval()
-        self.model.center_text(
-            self.pooled if self.pooled is not None else self.model.text_tower(**self.tokens)
-        )
-
     def features_for_step(self, generator: torch.Generator) -> torch.Tensor:
         """(C, D) with gradient: one sentence per class, drawn by `generator` where a class has several."""
         drawn = (torch.rand(len(self.counts), generator=generator) * self.counts).long()
-        chosen = (self.starts + drawn).to(self.device)
+        chosen = (self.starts + drawn).to(self.class_of.device)
         if self.pooled is not None:
             return self.model.project_text(self.pooled[chosen])
         return self.model.encode_text({key: value[chosen] for key, value in self.tokens.items()})
@@ -138,7 +139,7 @@ class ClassSentences:
             if self.pooled is not None
             else self.model.encode_text(self.tokens)
         )
-        sums = torch.zeros(len(self.counts), every.shape[1], device=self.device)
+        sums = torch.zeros(len(self.counts), every.shape[1], device=every.device)
         return F.normalize(sums.index_add_(0, self.class_of, every), dim=-1)
 
 

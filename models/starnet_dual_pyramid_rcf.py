@@ -103,7 +103,7 @@ class GlobalStage(nn.Module):
 
 
 class Adapter(nn.Module):
-    """From a global map to the local one: 1x1 conv + GroupNorm(1), plus its input, 1x1 conv + GroupNorm(1)."""
+    """Global map to local one: 1x1 conv + GroupNorm(1), plus its input, 1x1 conv + GroupNorm(1)."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -23,6 +23,13 @@ def small_clip(**options):
     )
 
 
+def bank_of(model, texts):
+    bank = ClassSentences(model, texts)
+    bank.prepare(CPU, center=False)
+    model.train()
+    return bank
+
+
 @pytest.fixture
 def images():
     return torch.randint(
@@ -57,9 +64,11 @@ def test_a_frozen_tower_keeps_weights_and_statistics_in_training_mode(images):
 
 
 def test_class_features_are_the_normalised_mean_of_the_normalised_sentences():
-    model = small_clip().eval()
+    model = small_clip()
     sentences = {"a": ["一", "二", "三"], "b": ["four"]}
-    features = ClassSentences(model, sentences, CPU).features()
+    bank = bank_of(model, sentences)
+    model.eval()
+    features = bank.features()
     with torch.no_grad():
         each = [model.encode_text(model.text_tower.tokenize([s])[0])[0] for s in ("一", "二", "三", "four")]
     expected = torch.stack([F.normalize((each[0] + each[1] + each[2]) / 3, dim=0), each[3]])
@@ -68,7 +77,7 @@ def test_class_features_are_the_normalised_mean_of_the_normalised_sentences():
 
 def test_a_step_draws_one_sentence_per_class_and_all_get_their_turn():
     model = small_clip().eval()
-    bank = ClassSentences(model, {"a": ["一", "二", "三"], "b": ["four"]}, CPU)
+    bank = bank_of(model, {"a": ["一", "二", "三"], "b": ["four"]})
     with torch.no_grad():
         every = model.encode_text(bank.tokens)
         draws = [bank.features_for_step(torch.Generator().manual_seed(i)) for i in range(40)]
@@ -79,8 +88,8 @@ def test_a_step_draws_one_sentence_per_class_and_all_get_their_turn():
 def test_frozen_text_tower_is_encoded_once_and_gives_the_same_features(monkeypatch):
     trained, frozen = small_clip(), small_clip(freeze_text=True)
     texts = {"a": ["一", "二"], "b": ["four"]}
-    bank = ClassSentences(frozen, texts, CPU)
-    expected = ClassSentences(trained.eval(), texts, CPU).features()
+    bank = bank_of(frozen, texts)
+    expected = bank_of(trained.eval(), texts).features()
     monkeypatch.setattr(frozen.text_tower, "forward", lambda **_: pytest.fail("encoded again"))
     torch.testing.assert_close(bank.features(), expected, atol=1e-6, rtol=1e-5)
     bank.features_for_step(torch.Generator()).sum().backward()
@@ -89,7 +98,7 @@ def test_frozen_text_tower_is_encoded_once_and_gives_the_same_features(monkeypat
 
 def test_a_step_encodes_each_sentence_once_whatever_the_batch(monkeypatch):
     model = small_clip()
-    bank = ClassSentences(model, {"a": ["一"], "b": ["二"], "c": ["三"]}, CPU)
+    bank = bank_of(model, {"a": ["一"], "b": ["二"], "c": ["三"]})
     seen = []
     forward = model.text_tower.forward
     monkeypatch.setattr(
@@ -103,7 +112,7 @@ def test_a_step_encodes_each_sentence_once_whatever_the_batch(monkeypatch):
 
 def test_sentences_that_become_equal_after_cutting_are_refused():
     with pytest.raises(UserError, match="cannot tell"):
-        ClassSentences(small_clip(), {"a": ["肺" * 180 + "一"], "b": ["肺" * 180 + "二"]}, CPU)
+        bank_of(small_clip(), {"a": ["肺" * 180 + "一"], "b": ["肺" * 180 + "二"]})
 
 
 def test_centred_sentences_point_apart_and_only_the_bias_moves():
@@ -113,11 +122,11 @@ def test_centred_sentences_point_apart_and_only_the_bias_moves():
         "b": ["这是一张肺炎的胸部X光片"],
         "c": ["这是一张气胸的胸部X光片"],
     }
-    bank = ClassSentences(model, texts, CPU)
+    bank = bank_of(model, texts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.eval()
     together = bank.features() @ bank.features().T
-    bank.center()
+    bank.prepare(CPU, center=True)
     apart = bank.features() @ bank.features().T
     off = ~torch.eye(3, dtype=torch.bool)
     assert together[off].min() > 0.9 and apart[off].max() < 0.5

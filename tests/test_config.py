@@ -12,7 +12,8 @@ def test_the_guides_defaults():
     config = make_config(options_from_flags(NEEDED))
     expected = {
         "image_encoder_name": "starnet_dual_pyramid_rcf", "text_encoder_name": "bert-base-chinese",
-        "embed_dim": 512, "temperature": 0.07, "batch_size": 32, "epochs": 100, "learning_rate": 1e-4, "weight_decay": 0.01,
+        "embed_dim": 512, "temperature": 0.07, "batch_size": 32, "epochs": 100,
+        "learning_rate": 1e-4, "weight_decay": 0.01,
         "img_size": 224, "augmentation": "standard", "num_workers": 4, "gpu_id": 0, "use_amp": True,
         "resume_from": None, "save_best": True, "use_cv": False, "n_splits": 5, "random_state": 42,
         "early_stopping_patience": None, "early_stopping_min_delta": 0.0, "early_stopping_monitor": "val_acc",

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -362,3 +363,14 @@ def test_groups_equal_the_brute_force_closure(pairs, with_patients):
     else:
         assert np.array_equal(groups[:, None] == groups[None], tied)
         assert set(groups) == set(range(groups.max() + 1))
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="such names are refused there")
+def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path):
+    for name in ("正常".encode("gbk"), b"other"):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        with open(os.path.join(folder, b"1.png"), "wb"):
+            pass
+    with pytest.raises(UserError, match="not UTF-8"):
+        scan_folder(tmp_path)

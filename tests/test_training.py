@@ -423,3 +423,34 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path):
     torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="no checkpoint of this program"):
         read_checkpoint(tmp_path / "x.pth")
+
+
+def test_edited_sentences_do_not_mix_into_a_begun_cross_validation(class_folder, tmp_path, capsys):
+    texts = tmp_path / "texts.json"
+    texts.write_text('{"正常": "一"}', encoding="utf-8")
+    flags = ("--class-texts-file", texts)
+    assert cross_validate(class_folder, tmp_path / "cv", *flags, "--fold", 1) == 0
+    texts.write_text('{"正常": "二"}', encoding="utf-8")
+    assert cross_validate(class_folder, tmp_path / "cv", *flags, "--fold", 2) == 2
+    assert "class sentences have changed" in capsys.readouterr().err
+
+
+def test_learning_rate_typed_on_resume_is_used(finished, class_folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    latest = copy / "checkpoint_latest.pth"
+    flags = ["--epochs", 6, "--learning-rate", 1e-5, "--warmup-epochs", 0, "--resume-from", latest]
+    assert train(class_folder, copy, *flags) == 0
+    # half a cosine over 24 steps, new layers at ten times the typed rate, read after step 20
+    assert history_of(copy)["lr"][4] == pytest.approx(1e-4 * 0.5 * (1 + np.cos(np.pi * 19 / 24)))
+
+
+def test_what_the_checkpoint_knows_is_not_refused_before_it_is_read(finished, class_folder, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    base = ["--data-dir", str(class_folder), "--output-dir", str(copy)]
+    base += ["--resume-from", str(copy / "checkpoint_latest.pth")]
+    assert main([*base, "--warmup-epochs", "4"]) == 2
+    assert "--warmup-epochs 4 must be less than --epochs 4" in capsys.readouterr().err
+    assert main([*base, "--group-pattern", r"^(P\d\d)"]) == 2
+    assert "the split differs" in capsys.readouterr().err

@@ -323,16 +323,18 @@ def contradictions(config: Config) -> list[str]:
     for first, second, why in exclusive:
         if getattr(config, first) and getattr(config, second):
             problems.append(f"{flag_of(first)} and {flag_of(second)} exclude each other: {why}")
-    if config.fold is not None and not config.use_cv:
-        problems.append("--fold needs --use-cv")
-    elif config.fold is not None and config.fold > config.n_splits:
-        problems.append(f"--fold {config.fold} must be between 1 and --n-splits {config.n_splits}")
     if config.multi_config and not config.config_file:
         problems.append("--multi-config needs --config-file FILE.json")
     if config.config_file and not config.multi_config:
         problems.append("--config-file is only read with --multi-config; add it, or leave the file out")
     if config.config_index is not None and not config.multi_config:
         problems.append("--config-index needs --multi-config")
+    if config.multi_config or config.resume_from:
+        return problems  # what follows is checked again when the file's or the checkpoint's options are known
+    if config.fold is not None and not config.use_cv:
+        problems.append("--fold needs --use-cv")
+    elif config.fold is not None and config.fold > config.n_splits:
+        problems.append(f"--fold {config.fold} must be between 1 and --n-splits {config.n_splits}")
     if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
         problems.append(
             f"--warmup-epochs {config.warmup_epochs:g} must be less than --epochs {config.epochs}"

@@ -17,7 +17,7 @@ from training.config import Config
 from training.dataset import DataSet, patients_of, read_images, record_of, scan, sentences_of
 from training.device import choose_hardware
 from training.outputs import continues, prepare_output_folder, run_record, write_csv
-from training.run import RunResult, build_model, train_on_split
+from training.run import RunResult, build_model, tokenise, train_on_split
 from training.state import read_checkpoint
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
@@ -31,21 +31,22 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     The summary is written whenever all folds are there.
     """
     output_dir = Path(config.output_dir)
-    going_on = continues(output_dir, config)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     folder, _ = scan(config)
-    sentences = sentences_of(config, folder, class_texts)
+    texts = sentences_of(config, folder, class_texts)
     patients = patients_of(config, folder)
+    going_on = continues(output_dir, config, texts)
 
     print(f"device: {hardware.description}")
     model = build_model(config)
+    sentences = tokenise(model, texts)
     initial = copy.deepcopy(model.state_dict())
     data = read_images(config, folder, None, patients)
     splits = k_folds(data.labels, data.groups, config.n_splits, config.random_state, data.folder.classes)
 
     prepare_output_folder(output_dir, config.overwrite)
     if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
-        write_json(output_dir / "config.json", run_record(config, data, sentences, hardware))
+        write_json(output_dir / "config.json", run_record(config, data, texts, hardware))
     splits_file = output_dir / "splits.json"
     if splits_file.exists():
         splits = stored_splits(splits_file, data)
@@ -136,7 +137,7 @@ def _write_predictions(path: Path, data: DataSet, split: Split, number: int, pro
 
 
 def mean_std(values: Sequence[float]) -> dict[str, float]:
-    """Mean with both standard deviations: of the sample (n - 1), as papers print, and of the population (n)."""
+    """Mean and both standard deviations: of the sample (n - 1), as papers print, of the population (n)."""
     return {
         "mean": float(np.mean(values)),
         "std_sample": float(np.std(values, ddof=1)),
@@ -145,7 +146,7 @@ def mean_std(values: Sequence[float]) -> dict[str, float]:
 
 
 def summarise(output_dir: Path, n_splits: int, data: DataSet) -> dict[str, Any]:
-    """Build cv_summary.json and oof_predictions.csv from the folds' folders, and return the former's content."""
+    """Build cv_summary.json and oof_predictions.csv from the folds' folders; return the former's content."""
     folds, rows, header = [], [], []
     for number in range(1, n_splits + 1):
         fold_dir = output_dir / f"fold_{number}"

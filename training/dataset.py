@@ -18,6 +18,7 @@ from data.scan import (
     groups_by_pattern,
     groups_from_file,
     merge_groups,
+    nfc,
     scan_folder,
 )
 from data.splits import Split, hold_out, splits_record
@@ -47,7 +48,7 @@ class DataSet:
 
 
 def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
-    """The class folders of --data-dir and --val-dir, checked; the labels of both index the first's classes."""
+    """The class folders of --data-dir and --val-dir, checked; both label by the first's classes."""
     folder = scan_folder(Path(config.data_dir))
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
@@ -170,5 +171,6 @@ def record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> dict[st
 
 
 def split_fingerprint(data: DataSet, split: Split) -> str:
-    names = [str(data.files[i].relative_to(data.folder.root)) for i in split.val if i < data.n_own]
+    """SHA-256 of the data and of which of its images validate; equal on every operating system."""
+    names = [nfc(data.folder.paths[i]) for i in split.val if i < data.n_own]
     return hashlib.sha256("\n".join([data.fingerprint, *names]).encode()).hexdigest()

@@ -15,6 +15,7 @@ import torch
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from models.clip import check_image_encoder
 from training.config import Config, flag_of, make_config, read_config_file
 from training.cross_validation import METRICS, mean_std
 from training.device import is_out_of_memory
@@ -22,7 +23,6 @@ from training.outputs import check_writable, continues, write_csv
 from training.run import train
 from training.state import EarlyStopping
 
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 _NOT_PER_ENTRY = (
     "data_dir",
     "output_dir",
@@ -57,8 +57,6 @@ def folder_name(number: int, options: Mapping[str, Any], name: str | None) -> st
         text = Path(options["text_encoder_name"]).name or options["text_encoder_name"]
         name = f"{options['image_encoder_name']}_{text}"
     name = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", name)).strip("-. ")[:80]
-    if name.lower() in _RESERVED:
-        name += "-"
     return f"{number:02d}_{name}"
 
 
@@ -93,6 +91,7 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
         }
         try:
             entries.append(Entry(number, folder, make_config(merged)))
+            check_image_encoder(merged["image_encoder_name"])
         except UserError as error:
             problems += [f"entry {number}: {problem}" for problem in error.problems]
     if problems:
@@ -164,7 +163,7 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
         # killed before its first checkpoint: nothing is lost by starting anew
         change = {"resume_from": str(latest)} if latest.exists() else {"overwrite": True}
         config = dataclasses.replace(config, **change)
-        typed = {key: getattr(config, key) for key in ("data_dir", "gpu_id", "num_workers")}
+        typed = {key: getattr(config, key) for key in ("data_dir", "output_dir", "gpu_id", "num_workers")}
     try:
         train(config, typed)
     except UserError as error:

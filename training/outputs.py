@@ -74,7 +74,7 @@ def refuse_results(output_dir: Path, config: Config) -> None:
         )
 
 
-def continues(output_dir: Path, config: Config) -> bool:
+def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str]] | None = None) -> bool:
     """True when the folder holds the beginning of this very run, False when it holds nothing (or
     --overwrite).
 
@@ -96,6 +96,8 @@ def continues(output_dir: Path, config: Config) -> bool:
         for name in FIELDS
         if name not in FREE_ON_CONTINUE and stored.get(name) != getattr(config, name)
     ]
+    if texts is not None and stored.get("class_texts") != texts:
+        differing.append("the class sentences have changed")
     if differing:
         raise UserError(
             f"--output-dir {output_dir} holds a run with other options ({'; '.join(differing)}); "

@@ -17,7 +17,7 @@ from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
 from evaluation.metrics import majority_baseline
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
-from training.config import FIELDS, Config, flag_of
+from training.config import FIELDS, Config, contradictions, flag_of
 from training.dataset import (
     DataSet,
     patients_of,
@@ -86,7 +86,7 @@ def train_single(
     refuse_results(output_dir, config)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     folder, val_folder = scan(config)
-    sentences = sentences_of(config, folder, class_texts)
+    texts = sentences_of(config, folder, class_texts)
     patients = patients_of(config, folder)
     if checkpoint and tuple(checkpoint["classes"]) != folder.classes:
         raise UserError(
@@ -95,14 +95,18 @@ def train_single(
             f"--data-dir has {', '.join(folder.classes)}"
         )
 
+    if checkpoint and checkpoint["class_texts"] != texts:
+        print("warning: the class sentences are not those the checkpoint was trained with")
+
     print(f"device: {hardware.description}")
     model = build_model(config, checkpoint)
+    sentences = tokenise(model, texts)
     data = read_images(config, folder, val_folder, patients)
     split = split_of(config, data)
     check_same_data(checkpoint, data, split)
 
     prepare_output_folder(output_dir, config.overwrite)
-    write_json(output_dir / "config.json", run_record(config, data, sentences, hardware))
+    write_json(output_dir / "config.json", run_record(config, data, texts, hardware))
     write_json(output_dir / "splits.json", record_of(config, data, [split]))
     return train_on_split(
         config, hardware, model, data, split, sentences, output_dir, checkpoint, seed=config.random_state
@@ -130,7 +134,11 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
     if changed:
         print("resuming with changed options: " + ", ".join(changed))
     kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}
-    return Config(**{**options, **typed, **kept})
+    merged = {**options, **typed, **kept}
+    problems = contradictions(dataclasses.replace(Config(**merged), resume_from=None))
+    if problems:
+        raise UserError(*problems)
+    return Config(**merged)
 
 
 def check_same_data(checkpoint: Mapping[str, Any] | None, data: DataSet, split: Split) -> None:
@@ -180,13 +188,20 @@ def build_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> 
     return model
 
 
+def tokenise(model: CLIPModel, texts: Mapping[str, Sequence[str]]) -> ClassSentences:
+    sentences = ClassSentences(model, texts)
+    for note in sentences.notes:
+        print(f"note: {note}")
+    return sentences
+
+
 def train_on_split(
     config: Config,
     hardware: Hardware,
     model: CLIPModel,
     data: DataSet,
     split: Split,
-    class_texts: Mapping[str, Sequence[str]],
+    sentences: ClassSentences,
     output_dir: Path,
     checkpoint: Mapping[str, Any] | None,
     *,
@@ -221,11 +236,7 @@ def train_on_split(
     if checkpoint:
         state.restore(checkpoint, config.resume_from or str(output_dir))
         print(f"resuming after epoch {state.epoch} of {config.epochs}")
-    sentences = ClassSentences(model, class_texts, device)
-    if not checkpoint:
-        sentences.center()
-    for note in sentences.notes:
-        print(f"note: {note}")
+    sentences.prepare(device, center=checkpoint is None)
 
     train_set = ImageDataset(
         data.files,
@@ -253,7 +264,7 @@ def train_on_split(
     facts = {
         "config": dataclasses.asdict(config),
         "classes": list(data.folder.classes),
-        "class_texts": {name: list(own) for name, own in class_texts.items()},
+        "class_texts": {name: list(own) for name, own in sentences.texts.items()},
         "preprocessing": {"img_size": config.img_size, "resize": "whole image to a square, bicubic"},
         "pretrained": {
             "image": sorted(model.image_tower.pretrained),
