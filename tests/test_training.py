@@ -116,6 +116,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(class_folder, tmp_p
         train(class_folder, tmp_path / "cut", *flags)
     monkeypatch.undo()
     torch.manual_seed(999)  # a new process starts elsewhere in the random stream
+    (tmp_path / "cut" / "history.json").unlink()  # as if killed between checkpoint and history
     latest = tmp_path / "cut" / "checkpoint_latest.pth"
     assert train(class_folder, tmp_path / "cut", *flags, "--resume-from", latest) == 0
 

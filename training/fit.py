@@ -129,13 +129,15 @@ def fit(
     grad_clip: float,
     seed: int,
     save_best: bool,
-) -> None:
+) -> np.ndarray:
     """Train until `epochs` are done or early stopping says so, writing checkpoints and history after each
-    epoch.
+    epoch. Returns the last epoch's validation probabilities (n_val, C), in the order of `val_loader`.
     """
     batches = train_loader.batch_sampler
     assert isinstance(batches, EpochBatches)
-    started, first = time.monotonic(), state.epoch
+    started, first, probs = time.monotonic(), state.epoch, None
+    if state.epoch:  # the run may have been killed between its checkpoint and its history
+        write_json(output_dir / "history.json", state.history)
     while state.epoch < epochs and not state.stopped_early:
         epoch_started = time.monotonic()
         batches.epoch = state.epoch
@@ -143,7 +145,7 @@ def fit(
             state, sentences, train_loader, hardware, loss_kind=loss_kind, grad_clip=grad_clip, seed=seed
         )
         train_seconds = time.monotonic() - epoch_started
-        metrics, _, _ = validate(state, sentences, val_loader, hardware)
+        metrics, probs, _ = validate(state, sentences, val_loader, hardware)
         state.epoch += 1
         row |= metrics
         row["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
@@ -170,6 +172,9 @@ def fit(
             f"stopped early: {state.early_stopping.monitor} has not improved by more than "
             f"{state.early_stopping.min_delta:g} for {state.early_stopping.epochs_without} epochs"
         )
+    if probs is None:  # resumed when all epochs were done
+        _, probs, _ = validate(state, sentences, val_loader, hardware)
+    return probs
 
 
 def epoch_line(epoch: int, epochs: int, row: Mapping[str, float], is_best: bool, seconds_left: float) -> str:

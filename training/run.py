@@ -29,7 +29,7 @@ from training.dataset import (
     split_of,
 )
 from training.device import Hardware, choose_hardware
-from training.fit import duration, fit, validate
+from training.fit import duration, fit
 from training.optim import parameter_groups
 from training.outputs import RESULT_FILES, prepare_output_folder, refuse_results, run_record
 from training.state import EarlyStopping, TrainState, read_checkpoint
@@ -273,7 +273,7 @@ def train_on_split(
         "dataset_fingerprint": data.fingerprint,
         "split_fingerprint": split_fingerprint(data, split),
     }
-    fit(
+    probs = fit(
         state,
         sentences,
         train_loader,
@@ -287,7 +287,6 @@ def train_on_split(
         seed=seed,
         save_best=config.save_best,
     )
-    _, probs, _ = validate(state, sentences, val_loader, hardware)
     result = RunResult(
         state.history, state.best_epoch, state.stopped_early, time.monotonic() - started, probs
     )
