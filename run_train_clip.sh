@@ -12,10 +12,10 @@ CLASS_TEXTS_FILE="${CLASS_TEXTS_FILE:-}"    # JSON made by generate_class_texts.
 TEXT_TEMPLATE="${TEXT_TEMPLATE:-}"          # such as 这是一张{class_name}的医学图像; empty: the class names themselves
 GROUP_PATTERN="${GROUP_PATTERN:-}"          # regular expression on the file name whose first group is the patient
 GROUPS_FILE="${GROUPS_FILE:-}"              # or a CSV with columns path,group
-EPOCHS="${EPOCHS:-}"                        # empty: 100 (the demo: 20)
+EPOCHS="${EPOCHS:-}"                        # empty: 100 (the demo: 36)
 BATCH_SIZE="${BATCH_SIZE:-}"                # empty: 32 (the demo: 16)
 LEARNING_RATE="${LEARNING_RATE:-}"          # empty: 1e-4
-IMG_SIZE="${IMG_SIZE:-}"                    # empty: 224 (the demo: 128)
+IMG_SIZE="${IMG_SIZE:-}"                    # empty: 224 (the demo: 96)
 USE_CV="${USE_CV:-0}"                       # 1: k-fold cross-validation
 N_SPLITS="${N_SPLITS:-5}"
 CONFIG_FILE="${CONFIG_FILE:-}"              # JSON array: train every configuration of it instead of the encoders above
@@ -40,7 +40,7 @@ if [ -z "$DATA_DIR" ]; then
         TEXT_ENCODER="${TEXT_ENCODER:-bert-tiny-bytes}"
         GROUP_PATTERN="${GROUP_PATTERN:-^(P\\d+)_}"
         TEXT_TEMPLATE="${TEXT_TEMPLATE:-这是一张{class_name\}的胸部X光图像}"
-        EPOCHS="${EPOCHS:-20}" BATCH_SIZE="${BATCH_SIZE:-16}" IMG_SIZE="${IMG_SIZE:-128}"
+        EPOCHS="${EPOCHS:-36}" BATCH_SIZE="${BATCH_SIZE:-16}" IMG_SIZE="${IMG_SIZE:-96}"
     fi
 fi
 OUTPUT_DIR="${OUTPUT_DIR:-checkpoints/clip_models/my_model}"

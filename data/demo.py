@@ -224,16 +224,16 @@ def draw_scene(body: Body, lesion: Lesion) -> tuple[np.ndarray, np.ndarray]:
     mask = extra = np.zeros_like(x)
     if lesion.label == PNEUMONIA:
         mask = patchy_opacity(body, lesion)
-        extra = (0.24 + 0.08 * lesion.strength) * mask
+        extra = (0.27 + 0.08 * lesion.strength) * mask
         markings = markings * (1 - 0.7 * mask)
     elif lesion.label == NODULE:
         mask = nodule_disc(body, lesion)
-        extra = (0.36 + 0.08 * lesion.strength) * mask
+        extra = (0.44 + 0.08 * lesion.strength) * mask
     elif lesion.label == PNEUMOTHORAX:
         mask, line = collapsed_lung(body, lesion)
         extra = (0.13 + 0.05 * lesion.strength) * line
         markings = markings * (1 - mask)
-        density = density - (0.10 + 0.04 * lesion.strength) * mask
+        density = density - (0.13 + 0.04 * lesion.strength) * mask
     tissue = 0.56 + 0.05 * y
     field = tissue * (1 - lungs) + (density + markings) * lungs
     field = field + (tissue + 0.10 - field) * 0.85 * body.heart * step(y + 0.9, 0.05)
