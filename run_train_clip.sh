@@ -23,6 +23,10 @@ GPU_IDS="${GPU_IDS:-0}"                     # "0", or "0 1 2": with CONFIG_FILE 
 # ----------------------------------------------------------------------------------------------------------------
 
 set -euo pipefail
+# Relative paths are meant from where the command is given.
+for name in DATA_DIR OUTPUT_DIR CLASS_TEXTS_FILE GROUPS_FILE CONFIG_FILE; do
+    case "${!name}" in "" | /*) ;; *) printf -v "$name" '%s' "$PWD/${!name}" ;; esac
+done
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cd "$here"
 source common/venv.sh
@@ -60,10 +64,15 @@ if [ "$USE_CV" = 1 ]; then options+=(--use-cv --n-splits "$N_SPLITS"); fi
 read -ra gpus <<<"$(tr -s ' ,' '\n' <<<"$GPU_IDS" | awk 'NF && !seen[$0]++' | tr '\n' ' ')"
 
 if [ -z "$CONFIG_FILE" ]; then
+    if [ "${#gpus[@]}" -gt 1 ]; then
+        echo "error: GPU_IDS names several GPUs; only the entries of a CONFIG_FILE run side by side. Give one GPU." >&2
+        exit 2
+    fi
     options+=(--image-encoder "$IMAGE_ENCODER")
     add --text-encoder "$TEXT_ENCODER"
     # the same command again continues: a single run from its last checkpoint, a cross-validation by itself
-    if [ "$USE_CV" != 1 ] && [ -f "$OUTPUT_DIR/checkpoint_latest.pth" ] && [[ " $* " != *" --overwrite "* ]]; then
+    if [ "$USE_CV" != 1 ] && [ -f "$OUTPUT_DIR/checkpoint_latest.pth" ] \
+        && [[ ! " $* " =~ " --overwrite "|" --output-dir"|" --use-cv "|" --resume-from" ]]; then
         options+=(--resume-from "$OUTPUT_DIR/checkpoint_latest.pth")
     fi
     "$PY" train_clip.py "${options[@]}" --gpu-id "${gpus[0]}" "$@"

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 class UserError(Exception):
     """Bad input. Carries one or more messages, each saying what is wrong, where, and how to mend it.
 
-    The command line prints them all and exits with code 2.
+    The command line prints them all and exits with code 2 (1 for RunFailed).
     """
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class RunFailed(UserError):
+    """The run could not go on though its input was accepted. Exit code 1."""
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -5,7 +5,7 @@
 ensure_venv() {
     local venv="${VENV:-.venv}" python="${PYTHON:-python3}" file stamp
     PY="$venv/bin/python"
-    if ! "$PY" -c '' 2>/dev/null; then
+    if ! "$PY" -c 'import pip' 2>/dev/null; then
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "error: $python is missing or older than Python 3.10; set PYTHON to a newer one" >&2
             return 2

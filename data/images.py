@@ -17,7 +17,7 @@ MEMORY_FOR_IMAGES = 2 * 2**30
 MOST_PIXELS = 2**30 // 4 // 3
 
 
-class UnreadableImage(Exception):
+class UnreadableImage(OSError):
     """The file is no image that can be read; the message says why."""
 
 

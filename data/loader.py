@@ -72,7 +72,9 @@ class ImageDataset(Dataset):
         if self.augment is not None:
             seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
             with torch.random.fork_rng(devices=[]):  # the caller's own random stream stays untouched
-                torch.manual_seed(int(seed))
+                torch.default_generator.manual_seed(
+                    int(seed)
+                )  # the CPU's alone; manual_seed also sets CUDA's
                 square = np.asarray(self.augment(Image.fromarray(square)))
         image = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))  # (3, size, size)
         return image, int(self.labels[index]), index
@@ -87,7 +89,8 @@ class ImageDataset(Dataset):
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys: every index once per epoch, in sizes that differ by at most one.
 
-    Even batches, because a last batch of one image has no batch statistics and no negatives.
+    Even batches, because a batch of one image has no batch statistics and no negatives: where batches of 2
+    meet an odd number of images, one holds 3.
     The order depends on `seed` and `epoch` alone.
     """
 
@@ -95,7 +98,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.indices, self.batch_size, self.seed, self.epoch = indices, batch_size, seed, 0
 
     def __len__(self) -> int:
-        return math.ceil(len(self.indices) / self.batch_size)
+        n = len(self.indices)
+        return max(1, min(math.ceil(n / self.batch_size), n // 2))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.indices
@@ -118,4 +122,6 @@ def build_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         multiprocessing_context=context,
+        # its own: a new iterator would draw from the global stream, and dropout would differ after a resume
+        generator=torch.Generator(),
     )

@@ -72,9 +72,22 @@ def published_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
     if weights != "pretrained":
         return read_state_dict(Path(weights), OPTION)
     folder = fetch_from_hub(
-        [timm_repo(name)], ["config.json", "model.safetensors"], "model.safetensors", OPTION
+        [timm_repo(name)], ["config.json", "model.safetensors"], ["model.safetensors"], OPTION
     )
     return read_state_dict(folder, OPTION)
+
+
+def _refuse_leftovers(loaded: nn.Module, random: nn.Module, source: str) -> None:
+    """timm leaves what a weights file lacks at random without a word. `random` was built from the same random
+    state: a tensor that varies and yet equals its random start was not loaded. Raises UserError.
+    """
+    starts = dict(random.named_parameters())
+    left = [n for n, p in loaded.named_parameters() if torch.equal(p, starts[n]) and p.min() < p.max()]
+    if left:
+        raise UserError(
+            f"{source} does not fit the encoder: {len(left)} tensors are missing (first: {left[0]}); "
+            "is it for another architecture?"
+        )
 
 
 def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
@@ -89,18 +102,22 @@ def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
     if cfg.fixed_input_size:
         arguments["img_size"] = img_size
     try:
-        if state is None or own:
-            backbone = timm.create_model(name, **arguments)
-        else:  # timm converts old layouts and resamples position embeddings as it loads
-            backbone = timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **arguments
-            )
+        random_state = torch.get_rng_state()
+        backbone = timm.create_model(name, **arguments)
         if own:
             load_into(backbone, own, f"{OPTION} {weights}")
+        elif state is not None:  # timm converts old layouts and resamples position embeddings as it loads
+            torch.set_rng_state(random_state)
+            random, overlay = backbone, {"state_dict": state}
+            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+            _refuse_leftovers(backbone, random, f"{OPTION} {weights}")
         num_features = feature_size(backbone, img_size)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # timm's builders raise many kinds
         raise UserError(
-            f"image encoder {name!r} cannot be built for --img-size {img_size}: {first_line(error)}"
+            f"image encoder {name!r} cannot be built for --img-size {img_size} and {OPTION} {weights}: "
+            f"{first_line(error)}"
         ) from None
     loaded = frozenset(n for n, _ in backbone.named_parameters()) if state is not None else frozenset()
     return ImageTower(backbone, num_features, cfg.mean, cfg.std, loaded)

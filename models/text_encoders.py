@@ -127,33 +127,35 @@ def build_hugging_face(
     local = Path(name) if Path(name).is_dir() else None
     hub_ids = hub_ids or [name]
 
-    def folder_with(needed: str, patterns: list[str]) -> Path:
-        return local or fetch_from_hub(hub_ids, patterns, needed, OPTION.replace("weights", "encoder"))
+    def folder_with(patterns: list[str], *needed: str) -> Path:
+        return local or fetch_from_hub(hub_ids, patterns, needed, "--text-encoder")
 
     def load_tokenizer() -> Any:
-        folder = folder_with("*.json", _TOKENIZER_FILES)
+        folder = folder_with(_TOKENIZER_FILES, "tokenizer.json", "vocab*", "*.model")
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise UserError(
                 f"--text-encoder {name}: its tokenizer cannot be loaded: {first_line(error)}"
             ) from None
+        if tokenizer.pad_token is None:
+            raise UserError(f"--text-encoder {name} has no padding token, so it is no BERT-like text encoder")
+        return tokenizer
 
     if local and not (local / "config.json").is_file():
         raise UserError(
             f"--text-encoder {name} is a folder without config.json; give a Hugging Face model folder"
         )
     if weights == "pretrained":
-        folder = folder_with(
-            "*.safetensors", [*_TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
-        )
+        weight_files = ["*.safetensors", "*.safetensors.index.json"]
+        folder = folder_with([*_TOKENIZER_FILES, *weight_files], "*.safetensors")
         if not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"--text-encoder {name} holds no weights (*.safetensors); put model.safetensors there, "
                 f"or ask for random weights: {OPTION} none"
             )
     elif known_config is None:
-        folder = folder_with("config.json", _TOKENIZER_FILES)
+        folder = folder_with(_TOKENIZER_FILES, "config.json")
     try:
         config = known_config if weights != "pretrained" and known_config else None
         config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)

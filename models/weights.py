@@ -4,7 +4,7 @@ folder.
 Never random weights in place of the ones asked for, and nothing is unpickled.
 """
 
-import contextlib
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -30,17 +30,32 @@ def _ways_out(what: str, folder_option: str) -> str:
 
 
 def _check_answers(endpoint: str) -> None:
-    """Raise OSError unless the endpoint answers at once; the hub library itself would wait and retry for
-    minutes.
-    """
-    request = urllib.request.Request(endpoint, method="HEAD")
-    with contextlib.suppress(urllib.error.HTTPError):  # any answer is an answer
-        urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+    """Raise OSError unless the endpoint answers at once; the hub library would wait and retry for minutes."""
+    errors: list[OSError] = [TimeoutError(f"no answer within {CONNECT_SECONDS} s")]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+        except urllib.error.HTTPError:
+            errors.clear()  # any answer is an answer
+        except OSError as error:
+            errors[:] = [error]
+        else:
+            errors.clear()
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a name heeds no timeout
+    asking.start()
+    asking.join(CONNECT_SECONDS + 1)
+    if errors:
+        raise errors[0]
 
 
-def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str, folder_option: str) -> Path:
-    """Local folder with the files of the first of `repo_ids` that can be had; `needed` is a glob that must
-    match.
+def fetch_from_hub(
+    repo_ids: Sequence[str], patterns: Sequence[str], needed: Sequence[str], folder_option: str
+) -> Path:
+    """Local folder with the files of the first of `repo_ids` that can be had; a file must match one of the
+    globs `needed`.
 
     Looks in the cache, then at the configured endpoint, then at the mirror.
     Raises UserError within seconds when there is no network, naming the ways out.
@@ -53,7 +68,7 @@ def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str
             folder = Path(snapshot_download(repo_id, allow_patterns=list(patterns), local_files_only=True))
         except Exception:  # not in the cache; each hub version has its own error for it
             continue
-        if any(folder.glob(needed)):
+        if any(any(folder.glob(name)) for name in needed):
             return folder
     repo_id = repo_ids[-1]
     endpoints = list(dict.fromkeys([constants.ENDPOINT, MIRROR]))
@@ -77,9 +92,9 @@ def fetch_from_hub(repo_ids: Sequence[str], patterns: Sequence[str], needed: str
         except Exception as error:  # whatever its wording, this endpoint did not deliver; try the next
             failures.append(f"{endpoint}: {first_line(error, 120)}")
         else:
-            if any(folder.glob(needed)):
+            if any(any(folder.glob(name)) for name in needed):
                 return folder
-            failures.append(f"{endpoint}: {repo_id} holds no {needed}")
+            failures.append(f"{endpoint}: {repo_id} holds no {' or '.join(needed)}")
     raise UserError(
         f"the weights of {repo_id} could not be had ({'; '.join(failures)}). "
         + _ways_out(repo_id, folder_option)

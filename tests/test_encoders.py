@@ -102,10 +102,21 @@ def test_a_pickle_with_code_is_refused_and_its_code_never_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    save_file(timm.create_model("resnet34").state_dict(), tmp_path / "w.safetensors")
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("resnet34", "starnet_dual_pyramid_rcf"), ("resnet18", "resnet34"), ("convnext_atto", "resnet18")],
+)
+def test_weights_of_another_architecture_are_refused(tmp_path, source, target):
+    save_file(timm.create_model(source).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="does not fit the encoder"):
-        build_image_tower("starnet_dual_pyramid_rcf", str(tmp_path / "w.safetensors"), 64)
+        build_image_tower(target, str(tmp_path / "w.safetensors"), 64)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "efficientnet_b0", "convnext_atto", "regnety_002"])
+def test_weights_of_the_same_architecture_are_taken_at_another_size(tmp_path, name):
+    save_file(timm.create_model(name).state_dict(), tmp_path / "w.safetensors")
+    tower = build_image_tower(f"timm:{name}", str(tmp_path / "w.safetensors"), 64)
+    assert len(tower.pretrained) == len(list(tower.parameters()))
 
 
 @pytest.mark.parametrize(("name", "near"), [("resnet5O", "resnet50"), ("efficientnet_b0", "efficientnet-b0")])
@@ -135,7 +146,7 @@ def test_without_a_network_the_ways_out_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr("models.weights.MIRROR", "http://127.0.0.1:9/mirror")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        fetch_from_hub(["nobody/nothing"], ["*"], "*.safetensors", "--image-weights")
+        fetch_from_hub(["nobody/nothing"], ["*"], ["*.safetensors"], "--image-weights")
     for part in ("127.0.0.1:9:", "mirror", "(1)", "(2)", "(3)", "--image-weights none"):
         assert part in str(caught.value)
 
@@ -203,3 +214,17 @@ def test_encoder_decoders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
     with pytest.raises(UserError, match="no plain text encoder"):
         build_text_tower(str(tmp_path), "none")
+
+
+def test_a_tokenizer_without_padding_is_refused(small_bert):
+    words = {"<unk>": 0, "a": 1}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }
+    (small_bert / "vocab.txt").unlink()
+    (small_bert / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (small_bert / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="no padding token"):
+        build_text_tower(str(small_bert), "none").tokenize(["a"])

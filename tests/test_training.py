@@ -98,7 +98,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("flags", [[], ["--freeze-text-encoder", "--augmentation", "minimal"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--image-encoder", "starnet_dual_pyramid_rcf", "--num-workers", 2],  # random depth, loader processes
+        ["--freeze-text-encoder", "--augmentation", "minimal"],
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(class_folder, tmp_path, monkeypatch, flags):
     flags = ["--epochs", 3, "--text-template", "一张{class_name}", *flags]
     assert train(class_folder, tmp_path / "whole", *flags) == 0
@@ -245,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_files(class_folder, tmp_p
         "contrastive_loss",
         lambda kind, logits, labels: (logits.sum() * float("nan"), logits.sum()),
     )
-    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 2
+    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 1
     error = capsys.readouterr().err
     assert "not a finite number" in error and error.count(".png") in (14, 15)  # one batch of 57
 
@@ -387,7 +393,7 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
     flags = "--image-weights none --text-encoder bert-tiny-bytes --embed-dim 16 --num-workers 0 --img-size 32"
     command = ["--data-dir", str(class_folder), "--output-dir", str(tmp_path / "out"), "--multi-config",
                "--config-file", str(tmp_path / "c.json"), *flags.split()]  # fmt: skip
-    assert main([*command, "--image-encoder", "nothing"]) == 1  # a typed flag wins in every entry: all fail
+    assert main([*command, "--image-encoder", "nothing"]) == 2  # a typed flag wins; refused before any starts
     capsys.readouterr()
     assert main(command) == 0  # the typed --img-size 32 wins over the broken entry's 40
     assert "--img-size 32 on the command line wins over 40" in capsys.readouterr().out
@@ -455,3 +461,70 @@ def test_what_the_checkpoint_knows_is_not_refused_before_it_is_read(finished, cl
     assert "--warmup-epochs 4 must be less than --epochs 4" in capsys.readouterr().err
     assert main([*base, "--group-pattern", r"^(P\d\d)"]) == 2
     assert "the split differs" in capsys.readouterr().err
+
+
+def resume(run, data, *flags):
+    latest = run / "checkpoint_latest.pth"
+    return main(
+        ["--data-dir", str(data), "--output-dir", str(run), "--resume-from", str(latest), *map(str, flags)]
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", 0.5],
+        ["--image-weights", "pretrained"],
+        ["--freeze-image-encoder"],
+        ["--early-stopping-monitor", "val_loss"],
+        ["--embed-dim", 8],
+    ],
+)
+def test_options_that_cannot_change_in_mid_run_are_refused_and_nothing_is_written(
+    finished, class_folder, tmp_path, capsys, flags
+):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    assert resume(copy, class_folder, "--epochs", 5, *flags) == 2
+    assert f"{flags[0]} " in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+
+
+def test_another_batch_size_on_resume_keeps_the_place_in_the_schedule(finished, class_folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    assert resume(copy, class_folder, "--epochs", 8, "--batch-size", 32, "--warmup-epochs", 0) == 0
+    # two steps an epoch: the last step of epoch 5 is the tenth of 16
+    assert history_of(copy)["lr"][4] == pytest.approx(3e-3 * 0.5 * (1 + np.cos(np.pi * 9 / 16)))
+
+
+def test_another_val_dir_on_resume_is_refused(class_folder, tmp_path, capsys):
+    for k in (1, 2):
+        for name in ("正常", "肺炎", "气胸"):
+            (tmp_path / f"v{k}" / name).mkdir(parents=True)
+            Image.new("L", (20, 20), 40 * k).save(tmp_path / f"v{k}" / name / "a.png")
+    run = tmp_path / "run"
+    assert train(class_folder, run, "--epochs", 1, "--val-dir", tmp_path / "v1") == 0
+    assert resume(run, class_folder, "--epochs", 2, "--val-dir", tmp_path / "v2") == 2
+    assert "have changed since" in capsys.readouterr().err
+
+
+def test_a_run_without_a_scaler_can_be_resumed_with_one(finished):
+    from training.state import TrainState
+
+    checkpoint = read_checkpoint(finished / "checkpoint_latest.pth")
+    assert checkpoint["scaler"] == {}
+    model = _resnet18_clip()
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    for group in optimizer.param_groups:
+        group |= {"peak_lr": 1.0}
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    state = TrainState(model, optimizer, scaler, EarlyStopping("val_acc", None, 0.0), 4, 16, 1)
+    state.restore(checkpoint, "x")
+    assert (state.epoch, state.step) == (4, 16)
+
+
+def test_an_odd_number_of_images_in_batches_of_two(class_folder, tmp_path):
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--batch-size", 2) == 0

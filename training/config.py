@@ -32,11 +32,11 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    shapes_model: bool = False,
+    fixed_on_resume: bool = False,
 ) -> Any:
     """A field of Config. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    `shapes_model` marks what a checkpoint cannot be resumed with another value of.
+    `fixed_on_resume` marks what must stay as it was when a checkpoint is resumed.
     """
     return field(
         default=default, metadata={key: value for key, value in locals().items() if key != "default"}
@@ -74,35 +74,47 @@ class Config:
         "model",
         "image encoder, or timm:NAME for any timm model",
         flag="--image-encoder",
-        shapes_model=True,
+        fixed_on_resume=True,
     )
     text_encoder_name: str = option(
         "bert-base-chinese",
         "model",
         "text encoder: bert-base-chinese, bert-tiny-bytes (no download), a Hugging Face id or a local folder",
         flag="--text-encoder",
-        shapes_model=True,
+        fixed_on_resume=True,
     )
     image_weights: str = option(
         "auto",
         "model",
         "pretrained, none (random), or a file or folder; auto: none for starnet_dual_pyramid_rcf, else "
         "pretrained",
+        fixed_on_resume=True,
     )
     text_weights: str = option(
         "auto",
         "model",
         "pretrained, none (random), or a file or folder; auto: none for bert-tiny-bytes, else pretrained",
+        fixed_on_resume=True,
     )
     embed_dim: int = option(
-        512, "model", "size of the shared embedding space", low=2, high=8192, shapes_model=True
+        512, "model", "size of the shared embedding space", low=2, high=8192, fixed_on_resume=True
     )
     temperature: float = option(
-        0.07, "model", "temperature at the start; learned afterwards", low=0.01, high=1.0
+        0.07,
+        "model",
+        "temperature at the start; learned afterwards",
+        low=0.01,
+        high=1.0,
+        fixed_on_resume=True,
     )
-    freeze_image_encoder: bool = option(False, "model", "keep the image tower as it is; train its projection")
+    freeze_image_encoder: bool = option(
+        False, "model", "keep the image tower as it is; train its projection", fixed_on_resume=True
+    )
     freeze_text_encoder: bool = option(
-        False, "model", "keep the text tower as it is; its sentences are then encoded once per run"
+        False,
+        "model",
+        "keep the text tower as it is; its sentences are then encoded once per run",
+        fixed_on_resume=True,
     )
 
     batch_size: int = option(32, "training", "images per step", low=2)
@@ -130,7 +142,7 @@ class Config:
         "unicl: class-aware, both directions; clip: in-batch pairs; ce: image to text only",
         choices=("unicl", "clip", "ce"),
     )
-    img_size: int = option(224, "training", "image side in pixels", low=32, high=4096, shapes_model=True)
+    img_size: int = option(224, "training", "image side in pixels", low=32, high=4096, fixed_on_resume=True)
     augmentation: str = option(
         "standard", "training", "training augmentation", choices=("none", "minimal", "standard")
     )
@@ -165,7 +177,11 @@ class Config:
         low=0,
     )
     early_stopping_monitor: str = option(
-        "val_acc", "early stopping", "what early stopping and checkpoint_best.pth go by", choices=MONITORS
+        "val_acc",
+        "early stopping",
+        "what early stopping and checkpoint_best.pth go by",
+        choices=MONITORS,
+        fixed_on_resume=True,
     )
 
     multi_config: bool = option(False, "several configurations", "train every entry of --config-file")

@@ -66,7 +66,7 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         fold_dir.mkdir(exist_ok=True)
         model.load_state_dict(initial)
         result = train_on_split(
-            config, hardware, model, data, split, sentences, fold_dir, checkpoint,
+            config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
             seed=config.random_state + number,
         )  # fmt: skip
         write_json(fold_dir / "result.json", fold_result(number, split, result))

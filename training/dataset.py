@@ -112,6 +112,8 @@ def read_images(
             patients = [p for i, p in enumerate(patients) if i not in bad]
         if val_folder:
             val_folder = val_folder.without({i - n_own for i in bad if i >= n_own})
+            if not val_folder.paths:
+                raise UserError(f"no image of --val-dir {config.val_dir} can be read:\n{listing}")
         folder = folder.without({i for i in bad if i < n_own})
         check_class_sizes(folder, 2 if val_folder is None else 1, "that can be read")
         kept = [i for i in range(len(files)) if i not in bad]
@@ -126,7 +128,8 @@ def read_images(
     print(f"read {len(files)} images in {time.monotonic() - started:.1f} s, {held}")
     return DataSet(
         folder, val_folder, files, labels, inspection.pixels,
-        merge_groups(own, patients), fingerprint(folder, own),
+        merge_groups(own, patients),
+        fingerprint(folder, own) + (fingerprint(val_folder, other) if val_folder else ""),
     )  # fmt: skip
 
 

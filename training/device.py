@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
+from data.images import UnreadableImage
+from training.config import Config
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,7 @@ class Hardware:
 
 
 def _cpu_has_bf16() -> bool:
-    """bf16 matrix instructions (AVX512-BF16 or AMX). Measured faster there: resnet18 1.9 times, see
-    benchmarks.
-    """
+    """Whether the CPU multiplies bf16 itself (AVX512-BF16, AMX); elsewhere bf16 is emulated, and slow."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -39,6 +39,7 @@ def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
                 f"--gpu-id {gpu_id} does not exist; this machine has GPU 0 to {count - 1}, and -1 is the CPU"
             )
         device = torch.device("cuda", gpu_id)
+        torch.cuda.set_device(device)  # else the loader's pinning thread would open GPU 0 as well
         dtype = torch.float32
         if use_amp:
             dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -58,8 +59,30 @@ def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "float32", torch.float16: "float16 mixed", torch.bfloat16: "bfloat16 mixed"}[dtype]
 
 
+def explain_failure(error: BaseException, config: Config | None) -> str | None:
+    """A sentence for failures that come from the machine rather than from this program, else None."""
+    if is_out_of_memory(error):
+        now = f" (now {config.batch_size} and {config.img_size})" if config else ""
+        return (
+            f"out of memory; lower --batch-size or --img-size{now}, take a smaller encoder, or freeze one "
+            "(--freeze-text-encoder, --freeze-image-encoder)"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"a process that loads images was killed ({first_line(error, 120)}); lower --num-workers, or "
+            "give the machine more memory (in Docker: more shared memory, --shm-size)"
+        )
+    if isinstance(error, UnreadableImage):
+        return f"an image could be read at the start but not any more: {error}"
+    if isinstance(error, OSError):
+        return f"the system says: {error}"
+    return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and (
+        any(words in text for words in ("out of memory", "can't allocate memory", "alloc_failed"))
+    )

@@ -1,5 +1,6 @@
 """The training loop: what happens to a batch, an epoch, a run, in the order it happens."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.errors import UserError, shorten
+from common.errors import RunFailed, shorten
 from common.files import write_json
 from data.loader import EpochBatches
 from evaluation.metrics import classification_metrics
@@ -37,7 +38,7 @@ def train_one_epoch(
     """One pass over the training images, each through the image tower once. Means over images, accuracy
     over classes.
 
-    Raises UserError naming the batch's files when the loss is not finite; what was saved before stays.
+    Raises RunFailed naming the batch's files when the loss is not finite; what was saved before stays.
     """
     model, optimizer, device = state.model.train(), state.optimizer, hardware.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, image-to-text loss, correct images
@@ -59,9 +60,8 @@ def train_one_epoch(
 
         optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss).backward()
-        if grad_clip > 0:
-            state.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        state.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         state.scaler.step(optimizer)
         state.scaler.update()
         model.clamp_logit_scale()
@@ -73,7 +73,8 @@ def train_one_epoch(
                 [loss.double() * len(labels), loss_image_to_text.double() * len(labels), correct.double()]
             )
         n_images += len(labels)
-        unchecked.append((loss.detach(), indices))
+        # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
+        unchecked.append((loss.detach() if state.scaler.is_enabled() else loss.detach() + norm, indices))
         if len(unchecked) == CHECK_EVERY_STEPS:
             _check_finite(unchecked, loader)
     _check_finite(unchecked, loader)
@@ -90,8 +91,9 @@ def _check_finite(unchecked: list[tuple[torch.Tensor, torch.Tensor]], loader: Da
     if not all(finite):
         _, indices = unchecked[finite.index(False)]
         files = [str(loader.dataset.files[i]) for i in indices.tolist()]
-        raise UserError(
-            f"the loss is not a finite number; the images of that batch:\n{shorten(files, 64)}\n"
+        raise RunFailed(
+            f"the loss or its gradient is not a finite number; the images of that batch:\n"
+            f"{shorten(files, 64)}\n"
             "look at these images, lower --learning-rate, or train with --no-amp; earlier checkpoints are "
             "intact"
         )
@@ -107,7 +109,7 @@ def validate(
         class_features = sentences.features()
     probs, labels = predict_probs(model, class_features, loader, hardware.autocast(), hardware.device)
     if not np.isfinite(probs).all():
-        raise UserError(
+        raise RunFailed(
             "the model's probabilities are not finite; lower --learning-rate or train with --no-amp"
         )
     metrics = classification_metrics(probs, labels)

@@ -18,7 +18,7 @@ from common.files import read_json, write_json
 from models.clip import check_image_encoder
 from training.config import Config, flag_of, make_config, read_config_file
 from training.cross_validation import METRICS, mean_std
-from training.device import is_out_of_memory
+from training.device import explain_failure
 from training.outputs import check_writable, continues, write_csv
 from training.run import train
 from training.state import EarlyStopping
@@ -169,10 +169,9 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
     except UserError as error:
         message = "; ".join(error.problems)
     except Exception as error:  # an entry must not take the others with it
-        message = f"{type(error).__name__}: {error}"
-        if is_out_of_memory(error):
-            message = f"out of memory; lower batch_size {config.batch_size} or img_size {config.img_size}"
-        else:
+        message = explain_failure(error, config)
+        if message is None:
+            message = f"{type(error).__name__}: {error}"
             traceback.print_exc()
     else:
         return True

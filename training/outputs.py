@@ -65,7 +65,7 @@ def refuse_results(output_dir: Path, config: Config) -> None:
     check_writable(output_dir)
     found = results_in(output_dir)
     latest = output_dir / "checkpoint_latest.pth"
-    resumes_here = config.resume_from and Path(config.resume_from).absolute().parent == output_dir.absolute()
+    resumes_here = config.resume_from and Path(config.resume_from).resolve().parent == output_dir.resolve()
     if found and not config.overwrite and not resumes_here:
         hint = f" --resume-from {latest} to continue it," if latest.exists() else ""
         raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,24 +107,35 @@ def train_single(
     check_same_data(checkpoint, data, split)
 
     prepare_output_folder(output_dir, config.overwrite)
-    write_json(output_dir / "config.json", run_record(config, data, texts, hardware))
-    write_json(output_dir / "splits.json", record_of(config, data, [split]))
+    records = {
+        "config.json": run_record(config, data, texts, hardware),
+        "splits.json": record_of(config, data, [split]),
+    }
     return train_on_split(
-        config, hardware, model, data, split, sentences, output_dir, checkpoint, seed=config.random_state
+        config,
+        hardware,
+        model,
+        data,
+        split,
+        sentences,
+        output_dir,
+        checkpoint,
+        records,
+        seed=config.random_state,
     )
 
 
 def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
     """The checkpoint's options, overridden by typed ones.
 
-    Raises UserError when a typed one shapes the model anew.
+    Raises UserError when a typed one cannot change in mid-run.
     """
     problems, changed = [], []
     options = {name: value for name, value in checkpoint["config"].items() if name in FIELDS}
     for name, value in typed.items():
         if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
             continue
-        if FIELDS[name].metadata["shapes_model"]:
+        if FIELDS[name].metadata["fixed_on_resume"]:
             problems.append(
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
                 f"which was trained with {options.get(name)}; leave the option out, or start a new run"
@@ -147,7 +159,7 @@ def check_same_data(checkpoint: Mapping[str, Any] | None, data: DataSet, split: 
         return
     if checkpoint["dataset_fingerprint"] != data.fingerprint:
         raise UserError(
-            f"the images of {data.folder.root} have changed since the checkpoint was written, so images "
+            "the images of --data-dir or --val-dir have changed since the checkpoint was written, so images "
             "already "
             "trained on could move to validation; restore them, or start a new run in another --output-dir"
         )
@@ -204,6 +216,7 @@ def train_on_split(
     sentences: ClassSentences,
     output_dir: Path,
     checkpoint: Mapping[str, Any] | None,
+    records: Mapping[str, Any],
     *,
     seed: int,
 ) -> RunResult:
@@ -230,12 +243,15 @@ def train_on_split(
         early_stopping=EarlyStopping(
             config.early_stopping_monitor, config.early_stopping_patience, config.early_stopping_min_delta
         ),
+        steps_per_epoch=len(train_batches),
         total_steps=config.epochs * len(train_batches),
         warmup_steps=round(warmup_epochs * len(train_batches)),
     )
     if checkpoint:
         state.restore(checkpoint, config.resume_from or str(output_dir))
         print(f"resuming after epoch {state.epoch} of {config.epochs}")
+    for name, record in records.items():  # only now that nothing can be refused any more
+        write_json(output_dir / name, record)
     sentences.prepare(device, center=checkpoint is None)
 
     train_set = ImageDataset(
@@ -249,6 +265,8 @@ def train_on_split(
     )
     val_set = ImageDataset(data.files, data.labels, config.img_size, data.pixels)
     workers = min(config.num_workers, os.cpu_count() or 1)
+    if data.pixels is not None and sys.platform != "linux":
+        workers = 0  # without fork each worker would get a copy of all images
     # Decoded images need no work before validation, so its loader needs no processes of its own.
     val_workers = 0 if data.pixels is not None else workers
     pin_memory = device.type == "cuda"

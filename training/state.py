@@ -62,6 +62,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     early_stopping: EarlyStopping
+    steps_per_epoch: int
     total_steps: int
     warmup_steps: int
     epoch: int = 0
@@ -106,8 +107,10 @@ class TrainState:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for group, own in zip(self.optimizer.param_groups, rates, strict=True):
                 group |= own  # the options may have changed; moments and step counts are the checkpoint's
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            self.epoch, self.step = checkpoint["epoch"], checkpoint["scheduler"]["step"]
+            if checkpoint["scaler"]:  # empty where the run so far used no scaler
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.epoch = checkpoint["epoch"]
+            self.step = self.epoch * self.steps_per_epoch  # in steps of this run's batch size
             self.best_value, self.best_epoch = checkpoint["best"]["value"], checkpoint["best"]["epoch"]
             stopping = checkpoint["early_stopping"]
             self.early_stopping.reference = stopping["reference"]
