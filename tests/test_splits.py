@@ -1,5 +1,6 @@
 """No group on both sides, nothing lost, every class where it must be, the same split for the same seed."""
 
+import itertools
 import json
 import warnings
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import UserError
-from data.splits import Split, hold_out, k_folds, splits_record
+from data.splits import Split, hold_out, k_folds, missing_in_validation, splits_record
 
 NAMES = ("正常", "肺炎", "气胸", "结核")
 quick = settings(max_examples=60, deadline=None)
@@ -97,7 +99,9 @@ def test_hold_out_by_mixed_groups_is_right_or_refused(data, ratio, seed):
     labels, groups = data
     try:
         split = hold_out(labels, groups, ratio, seed, names(labels))
-    except UserError:
+    except UserError:  # then no side for each group, of all there are, would do
+        sides = (np.array(side)[groups] for side in itertools.product((0, 1), repeat=groups.max() + 1))
+        assert not any(on_both_sides(Split(side == 0, side == 1), labels) for side in sides)
         return
     check(split, labels, groups)
     assert on_both_sides(split, labels)
@@ -113,12 +117,44 @@ def test_hold_out_by_patient_is_near_the_ratio(ratio):
         assert abs((labels[split.val] == c).sum() / (labels == c).sum() - ratio) < 0.05
 
 
-def test_hold_out_by_patient_with_fewer_images_than_folds():
-    """A ratio of 0.05 means 20 folds; six images of each class are enough all the same."""
+@quick
+@given(with_patients(2), st.floats(0.1, 0.5), seeds)
+def test_hold_out_by_patient_is_within_half_a_patient_of_its_share(data, ratio, seed):
+    """Given one by one, largest first, the last to come leaves a class at most half its images off."""
+    labels, patients = data
+    split = hold_out(labels, patients, ratio, seed, names(labels))
+    for c in range(labels.max() + 1):
+        images = np.unique(patients[labels == c], return_counts=True)[1]
+        held = (labels[split.val] == c).sum()
+        one_patient = len(set(patients[split.val][labels[split.val] == c])) == 1
+        assert abs(held - ratio * images.sum()) <= images.max() / 2 + 1e-3 or one_patient
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.45, 0.5])
+def test_one_duplicate_pair_does_not_change_the_ratio(ratio):
+    labels, groups = np.tile([0, 1, 2], 200), np.arange(600)
+    groups[3] = 0
+    split = hold_out(labels, groups, ratio, 42, NAMES[:3])
+    check(split, labels, groups)
+    assert np.array_equal(np.bincount(labels[split.val]), np.full(3, round(200 * ratio)))
+
+
+def test_hold_out_by_patient_of_a_ratio_below_one_image_holds_out_one():
     labels, patients = np.repeat([0, 1], 6), np.arange(12)
     split = hold_out(labels, patients, 0.05, 0, NAMES[:2])
     check(split, labels, patients)
     assert on_both_sides(split, labels) and len(split.val) == 2
+    labels, patients = np.repeat([0, 1], [9, 2]), np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4])
+    split = hold_out(labels, patients, 0.05, 0, NAMES[:2])
+    assert split.val.tolist() in ([4, 5, 9], [4, 5, 10])  # the smaller patient of the first class
+
+
+def test_hold_out_finds_a_split_that_largest_first_does_not():
+    labels, patients = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 2, 3, 1, 3])
+    for seed in range(20):
+        split = hold_out(labels, patients, 0.2, seed, NAMES[:3])
+        check(split, labels, patients)
+        assert on_both_sides(split, labels)
 
 
 def test_hold_out_refuses_the_impossible():
@@ -173,7 +209,41 @@ def test_folds_by_mixed_groups_are_right_or_refused(data, k, seed):
         return
     for fold in folds:
         check(fold, labels, groups)
+        assert set(labels[fold.train]) == set(labels)
     assert np.array_equal(np.sort(np.concatenate([fold.val for fold in folds])), np.arange(len(labels)))
+    notes = missing_in_validation(folds, labels, names(labels))
+    assert bool(notes) == any(set(labels[fold.val]) != set(labels) for fold in folds)
+
+
+def test_a_fold_may_lack_a_class_to_validate_on_but_none_to_train_on():
+    patients = np.repeat(np.arange(4), 3)  # each has three of the four classes
+    labels = np.array([c for patient in range(4) for c in range(4) if c != patient])
+    folds = k_folds(labels, patients, 3, 0, NAMES)  # one fold has two patients, two have one and lack a class
+    lone = [k for k, fold in enumerate(folds, 1) if len(fold.val) == 3]
+    (note,) = missing_in_validation(folds, labels, NAMES)
+    assert [int(part[5]) for part in note.split(": ")[1].split("; ")] == lone and len(lone) == 2
+    assert all(set(labels[fold.train]) == set(labels) for fold in folds)
+
+    # three patients, each pair of them with a class of its own: two of them always share a fold
+    labels, patients = np.array([0, 1, 1, 2, 2, 0]), np.array([0, 0, 1, 1, 2, 2])
+    with pytest.raises(UserError, match=r"found no 2 folds by patient .*: fold [12] lacks '.*add patients"):
+        k_folds(labels, patients, 2, 0, NAMES[:3])
+    assert missing_in_validation(k_folds(labels, None, 2, 0, NAMES[:3]), labels, NAMES[:3]) == []
+
+
+def test_folds_by_patient_are_as_even_as_those_of_scikit_learn():
+    random = np.random.RandomState(3)
+    patients = np.repeat(np.arange(200), random.geometric(0.5, 200))
+    labels = random.choice(3, 200, p=[0.6, 0.3, 0.1])[patients]
+    labels[random.rand(len(labels)) < 0.1] = 0  # some patients have been well
+
+    def uneven(sides) -> float:
+        held = np.array([np.bincount(labels[val], minlength=3) for val in sides])
+        return (((held - held.mean(0)) / held.sum(0)) ** 2).sum()
+
+    theirs = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(labels, labels, patients)
+    ours = k_folds(labels, patients, 5, 0, NAMES[:3])
+    assert uneven(fold.val for fold in ours) <= 1.5 * uneven(val for _, val in theirs) + 1e-5
 
 
 def test_a_class_smaller_than_the_folds_is_named():
@@ -193,6 +263,13 @@ def test_a_class_of_too_few_patients_is_named():
     k_folds(labels, patients, 2, 0, NAMES[:2])
     with pytest.raises(UserError, match=r"at least 3 patients.*'肺炎' has images of only 2 patients"):
         k_folds(labels, patients, 3, 0, NAMES[:2])
+    with pytest.raises(UserError, match=r"or use --n-splits 2$"):
+        k_folds(labels, patients, 5, 0, NAMES[:2])
+    with pytest.raises(UserError, match=r"need at least 7 images .* or use --n-splits 2$"):
+        k_folds(labels, patients, 7, 0, NAMES[:2])
+    patients[6:] = 6
+    with pytest.raises(UserError, match=r"leave the class out$"):
+        k_folds(labels, patients, 5, 0, NAMES[:2])
 
 
 # ---- seeds and the record
@@ -216,6 +293,35 @@ def test_the_seed_alone_decides(grouped):
     assert held(42) == first
     for seed in (0, 1, 43):
         assert all(a != b for a, b in zip(held(seed), first, strict=True))
+
+
+@quick
+@given(with_mixed_groups(), st.permutations(range(8)), seeds)
+def test_how_groups_are_numbered_has_no_say(data, numbers, seed):
+    labels, groups = data
+
+    def sides(groups) -> list[list[int]] | str:
+        try:
+            split = hold_out(labels, groups, 0.3, seed, names(labels))
+            return [side.val.tolist() for side in (split, *k_folds(labels, groups, 2, seed, names(labels)))]
+        except UserError as error:
+            return str(error)
+
+    assert sides(groups) == sides(10 * np.array(numbers)[groups])
+
+
+def test_the_splits_of_every_version_are_these():
+    """Written down: a NumPy or a scikit-learn that moves one image moves the results of a paper."""
+    labels = np.repeat([0, 1, 2], [12, 8, 4])
+    groups = np.array([0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 8, 8, 9, 10, 11, 7, 12, 13, 14, 15, 15])
+
+    def fold_of_each(folds) -> str:
+        return "".join(str(next(k for k, fold in enumerate(folds) if i in fold.val)) for i in range(24))
+
+    assert fold_of_each(k_folds(labels, groups, 3, 42, NAMES[:3])) == "222001110120111202021200"
+    assert fold_of_each(k_folds(labels, None, 4, 42, NAMES[:3])) == "102301310322322001132013"
+    assert hold_out(labels, groups, 0.25, 42, NAMES[:3]).val.tolist() == [3, 4, 11, 16, 18, 21]
+    assert hold_out(labels, None, 0.25, 42, NAMES[:3]).val.tolist() == [0, 9, 10, 12, 18, 23]
 
 
 def test_record_holds_facts_and_paths():
