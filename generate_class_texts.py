@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, did_you_mean
+from common.cli import Parser, exit_code_of
+from common.errors import UserError
 from common.files import read_json, write_json
 from data.scan import ImageFolder, nfc, scan_folder
 from data.texts import check_template, class_sentences
 
 DEFAULT_TEMPLATE = "这是一张{class_name}的医学图像"
-FLAGS = ("--data-dir", "--output", "--template", "--interactive", "--overwrite", "--help")
 EPILOG = """\
 An existing --output file is never lost by accident:
   from a template       it is refused; --overwrite replaces it
@@ -43,21 +43,9 @@ exit code: 0 every class has its sentence, 1 left early or not writable, 2 bad i
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes in flags become a UserError and so read like all others."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; --help explains the options")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="generate_class_texts.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The typed options. Raises UserError naming every mistake."""
+    parser = Parser(prog="generate_class_texts.py", description=__doc__, epilog=EPILOG)
     parser.add_argument(
         "--data-dir", type=Path, help="folder with one sub-folder of images per class (required)"
     )
@@ -69,26 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--interactive", action="store_true", help="ask for each class's sentences")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    return parser
-
-
-def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The typed options. Raises UserError naming every mistake."""
-    found, unknown = build_parser().parse_known_args(arguments)
-    problems = [
-        f"unknown option {word}{did_you_mean(word.split('=')[0], FLAGS)}; --help explains the options"
-        if word.startswith("-")
-        else f"unexpected argument {word!r}; quote values that contain spaces"
-        for word in unknown
-    ]
-    problems += [
-        f"{flag} is required"
-        for flag, value in (("--data-dir", found.data_dir), ("--output", found.output))
-        if value is None
-    ]
-    if problems:
-        raise UserError(*problems)
-    return found
+    return parser.read(arguments, required=("--data-dir", "--output"))
 
 
 def check_output(output: Path, interactive: bool, overwrite: bool) -> None:
@@ -243,35 +212,28 @@ def report(arguments: argparse.Namespace, answers: dict[str, list[str]]) -> None
     print(f"To train with it: {shlex.join([*command, '--class-texts-file', str(arguments.output)])}")
 
 
-def main(typed: Sequence[str] | None = None) -> int:
+def generate(typed: Sequence[str]) -> int:
     """Check everything, then ask or fill in the template. Returns the exit code (see --help)."""
-    try:
-        arguments = read_arguments(sys.argv[1:] if typed is None else typed)
-        check_template(arguments.template, "--template")
-        check_output(arguments.output, arguments.interactive, arguments.overwrite)
-        folder = scan_folder(arguments.data_dir)
-        for note in folder.notes:
-            print(f"note: {note}")
-        if arguments.interactive:
-            return interactive(arguments, folder)
-        sentences, _ = class_sentences(folder.classes, template=arguments.template)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output, {name: own[0] for name, own in sentences.items()})
-        for name, own in sentences.items():
-            print(f"  {name}: {own[0]}")
-        report(arguments, sentences)
-        print("Sentences that say what is to be seen teach more than a template: edit the file first.")
-        return 0
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
+    arguments = read_arguments(typed)
+    check_template(arguments.template, "--template")
+    check_output(arguments.output, arguments.interactive, arguments.overwrite)
+    folder = scan_folder(arguments.data_dir)
+    for note in folder.notes:
+        print(f"note: {note}")
+    if arguments.interactive:
+        return interactive(arguments, folder)
+    sentences, _ = class_sentences(folder.classes, template=arguments.template)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.output, {name: own[0] for name, own in sentences.items()})
+    for name, own in sentences.items():
+        print(f"  {name}: {own[0]}")
+    report(arguments, sentences)
+    print("Sentences that say what is to be seen teach more than a template: edit the file first.")
+    return 0
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    return exit_code_of(lambda: generate(sys.argv[1:] if typed is None else typed), "nothing was written")
 
 
 if __name__ == "__main__":

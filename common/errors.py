@@ -32,6 +32,12 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return lines[0][:limit] if lines else type(error).__name__
 
 
+def last_line(error: BaseException, limit: int = 200) -> str:
+    """The last line of an error's message: what happened, where a traceback leads up to it."""
+    lines = str(error).splitlines()
+    return lines[-1][:limit] if lines else type(error).__name__
+
+
 def shorten(items: Sequence[str], limit: int = 10) -> str:
     """Join at most `limit` items, one per line, and say how many are left out."""
     lines = [f"  {item}" for item in items[:limit]]

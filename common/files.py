@@ -1,9 +1,12 @@
 """Files are written whole or not at all; JSON is read strictly."""
 
+import csv
+import io
 import json
 import os
+import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,21 +14,50 @@ from common.errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a temporary neighbour, flush it to disk, then rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Call `write(file)` on a temporary neighbour, flush it to disk, then rename it to `path`.
+
+    Raises OSError where the system refuses, also when `write` makes an error of its own of that.
+    """
+    # jobs on several machines may share a folder, and even a process number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    raw = _RememberingFile(temporary, "wb")
     try:
-        with open(temporary, "wb") as file:
+        with io.BufferedWriter(raw) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:
+        raise raw.refusal or error from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _RememberingFile(io.FileIO):
+    """Remembers why the system refused a write; torch.save only says that something failed."""
+
+    refusal: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """UTF-8 with BOM, so that Excel shows Chinese."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
 
 
 def read_json(path: Path, what: str) -> Any:

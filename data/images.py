@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +20,23 @@ MOST_PIXELS = 2**30 // 4 // 3
 
 class UnreadableImage(OSError):
     """The file is no image that can be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a readable file is.
+
+    format: by content, not by suffix, as Pillow names it, or "DICOM". mode: Pillow's mode, or the
+    photometric interpretation of a DICOM. bits: per channel as stored. width, height: pixels of the upright
+    image. constant: True when all pixels have one colour.
+    """
+
+    format: str
+    mode: str
+    bits: int
+    width: int
+    height: int
+    constant: bool
 
 
 def scale_to_8_bit(pixels: np.ndarray) -> np.ndarray:
@@ -35,7 +53,11 @@ def scale_to_8_bit(pixels: np.ndarray) -> np.ndarray:
     return np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
 
 
-def _read_dicom(path: Path) -> Image.Image:
+# What the file itself says: format, mode, bits per channel.
+_Stored = tuple[str, str, int]
+
+
+def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
     import pydicom
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 
@@ -44,11 +66,12 @@ def _read_dicom(path: Path) -> Image.Image:
         frames = int(dataset.get("NumberOfFrames", 1) or 1)
         if frames != 1:
             raise UnreadableImage(f"holds {frames} frames; save each frame as its own file")
+        stored = ("DICOM", str(dataset.get("PhotometricInterpretation")), int(dataset.get("BitsStored", 8)))
         pixels = dataset.pixel_array  # YBR is converted to RGB by pydicom
         if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, dataset)
         if pixels.ndim == 3:
-            return Image.fromarray(pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels))
+            return Image.fromarray(pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)), stored
         pixels = scale_to_8_bit(apply_voi_lut(apply_modality_lut(pixels, dataset), dataset))
     except UnreadableImage:
         raise
@@ -56,7 +79,7 @@ def _read_dicom(path: Path) -> Image.Image:
         raise UnreadableImage(f"DICOM: {type(error).__name__}: {error}") from None
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         pixels = 255 - pixels  # in MONOCHROME1 the largest value is black
-    return Image.fromarray(pixels).convert("RGB")
+    return Image.fromarray(pixels).convert("RGB"), stored
 
 
 def _is_dicom(path: Path) -> bool:
@@ -75,12 +98,20 @@ def _has_16_bit_colour(image: Image.Image) -> bool:
     return is_16_bit and image.mode in ("RGB", "RGBA", "LA", "CMYK")
 
 
+def _stored_bits(mode: str) -> int:
+    return 16 if ";16" in mode else {"1": 1, "I": 32, "F": 32}.get(mode, 8)
+
+
 def read_image(path: Path) -> Image.Image:
     """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit RGB image.
 
     16-bit and float images are scaled by their own range; EXIF orientation is applied; transparency is
     composed on black; palettes are expanded. Raises UnreadableImage.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Image.Image, _Stored]:
     try:
         if _is_dicom(path):
             return _read_dicom(path)
@@ -94,14 +125,15 @@ def read_image(path: Path) -> Image.Image:
             raise UnreadableImage(f"holds {image.n_frames} frames or pages; save each as its own file")
         if _has_16_bit_colour(image):
             raise UnreadableImage("16-bit colour is not supported; save it with 8 bits per channel")
+        stored = (image.format or "", image.mode, _stored_bits(image.mode))
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            return Image.fromarray(scale_to_8_bit(np.asarray(image))).convert("RGB")
-        if image.has_transparency_data:
+            image = Image.fromarray(scale_to_8_bit(np.asarray(image)))
+        elif image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-        return image.convert("RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        return image.convert("RGB"), stored
     except UnreadableImage:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything from OSError to IndexError
@@ -120,28 +152,53 @@ class Inspection:
     """What one reading of N files found.
 
     errors: index -> why the file cannot be read. digests: N hashes of the decoded pixels, "" where
-    unreadable. pixels: (N, size, size, 3) uint8, or None when they would not fit MEMORY_FOR_IMAGES.
+    unreadable. pixels: (N, size, size, 3) uint8, or None when not asked for or when they would not fit
+    MEMORY_FOR_IMAGES. facts: N, None where unreadable. measured: N results of `measure`, None where
+    unreadable; empty without it.
     """
 
     errors: dict[int, str]
     digests: list[str]
     pixels: np.ndarray | None
+    facts: list[Facts | None] = field(default_factory=list)
+    measured: list[Any] = field(default_factory=list)
+
+    def without(self, dropped: set[int]) -> "Inspection":
+        keep = [i for i in range(len(self.digests)) if i not in dropped]
+        return Inspection(
+            {new: self.errors[i] for new, i in enumerate(keep) if i in self.errors},
+            [self.digests[i] for i in keep],
+            self.pixels[keep] if self.pixels is not None else None,
+            [self.facts[i] for i in keep] if self.facts else [],
+            [self.measured[i] for i in keep] if self.measured else [],
+        )
 
 
-def inspect_images(files: Sequence[Path], size: int) -> Inspection:
-    """Decode every file once: names all that cannot be read, before any training."""
-    keep = len(files) * size * size * 3 <= MEMORY_FOR_IMAGES
+def inspect_images(
+    files: Sequence[Path], size: int | None, measure: Callable[[Image.Image], Any] | None = None
+) -> Inspection:
+    """Decode every file once: names all that cannot be read, before any training.
+
+    size: edge of the squares to keep, or None to keep none. `measure` is called with every decoded image
+    (upright 8-bit RGB), from several threads at once.
+    """
+    keep = size is not None and len(files) * size * size * 3 <= MEMORY_FOR_IMAGES
     pixels = np.zeros((len(files), size, size, 3), np.uint8) if keep else None
 
-    def inspect(i: int) -> tuple[str, str]:
+    def inspect(i: int) -> tuple[str, str, Facts | None, Any]:
         try:
-            image = read_image(files[i])
+            image, stored = _read(files[i])
         except UnreadableImage as error:
-            return "", str(error)
+            return "", str(error), None, None
         if pixels is not None:
             pixels[i] = to_square(image, size)
-        digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
-        return digest, ""
+        raw = image.tobytes()
+        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+        digest.update(raw)
+        # Every pixel equals the next; the comparison ends at the first that does not.
+        constant = memoryview(raw)[3:] == memoryview(raw)[:-3]
+        facts = Facts(*stored, image.width, image.height, constant)
+        return digest.hexdigest(), "", facts, measure(image) if measure else None
 
     # Threads, not processes: decoding, resizing and hashing all run outside Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -150,5 +207,10 @@ def inspect_images(files: Sequence[Path], size: int) -> Inspection:
             total=len(files), desc="reading images", unit="img", leave=False, disable=None,
         )  # fmt: skip
         results = list(jobs)
-    errors = {i: why for i, (_, why) in enumerate(results) if why}
-    return Inspection(errors, [digest for digest, _ in results], pixels)
+    return Inspection(
+        {i: why for i, (_, why, _, _) in enumerate(results) if why},
+        [digest for digest, _, _, _ in results],
+        pixels,
+        [facts for _, _, facts, _ in results],
+        [measured for _, _, _, measured in results] if measure else [],
+    )

@@ -114,14 +114,10 @@ def scan_folder(root: Path, option: str = "--data-dir") -> ImageFolder:
         )
     try:
         with os.scandir(root) as entries:
-            names = sorted((e.name for e in entries if not _is_litter(e.name) and e.is_dir()), key=_spelling)
-            loose = sum(
-                1
-                for e in os.scandir(root)
-                if not _is_litter(e.name)
-                and e.is_file()
-                and os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES
-            )
+            found = [(entry.name, entry.is_dir()) for entry in entries if not _is_litter(entry.name)]
+        names = sorted((name for name, is_folder in found if is_folder), key=_spelling)
+        suffixes = [os.path.splitext(name)[1].lower() for name, is_folder in found if not is_folder]
+        loose = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)
         ignored: Counter[str] = Counter()
         per_class = {name: _images_below(root / name, ignored) for name in names}
     except PermissionError as error:

@@ -12,6 +12,8 @@ from data.scan import nfc
 def check_template(template: str, option: str = "--text-template") -> None:
     """Raises UserError unless `template` holds {class_name} and no other braces."""
     example = 'for example "这是一张{class_name}的图片"'
+    if not _is_text(template):
+        raise UserError(f"{option} {template!r} is not UTF-8; set the terminal to UTF-8")
     if "{class_name}" not in template:
         raise UserError(
             f"{option} {template!r} lacks {{class_name}}, so all classes would get one sentence; {example}"
@@ -21,6 +23,14 @@ def check_template(template: str, option: str = "--text-template") -> None:
         raise UserError(f"{option} {template!r} may hold {{class_name}} and no other braces; {example}")
 
 
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, or bytes of another encoding
+        return False
+    return True
+
+
 def _sentences_of(name: str, value: Any, source: str, problems: list[str]) -> list[str]:
     sentences = [value] if isinstance(value, str) else value
     if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) for s in sentences):
@@ -28,6 +38,11 @@ def _sentences_of(name: str, value: Any, source: str, problems: list[str]) -> li
         return []
     if not all(s.strip() for s in sentences):
         problems.append(f"{source}: {name!r} holds an empty sentence")
+    problems += [
+        f"{source}: {name!r} holds {s!r}, which is no text (half a character)"
+        for s in sentences
+        if not _is_text(s)
+    ]
     return [s.strip() for s in sentences]
 
 

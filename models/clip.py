@@ -21,22 +21,28 @@ from models.text_encoders import TextTower, build_text_tower
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
+def _projection(num_features: int, embed_dim: int, bias: bool = True) -> nn.Linear:
+    projection = nn.Linear(num_features, embed_dim, bias=bias)
+    nn.init.normal_(projection.weight, std=num_features**-0.5)  # as in the CLIP paper's code
+    if bias:
+        nn.init.zeros_(projection.bias)
+    return projection
+
+
 class CLIPModel(nn.Module):
     """Two towers, one linear projection each to D dimensions, and logit_scale = log(1 / temperature).
 
     The text projection has a bias, so that `center_text` can move the origin to where the sentences are.
+    Without a text tower the model only encodes images: enough where the class features are known already.
     """
 
-    def __init__(self, image_tower: ImageTower, text_tower: TextTower, embed_dim: int, temperature: float):
+    def __init__(
+        self, image_tower: ImageTower, text_tower: TextTower | None, embed_dim: int, temperature: float
+    ):
         super().__init__()
         self.image_tower, self.text_tower = image_tower, text_tower
-        self.image_projection = nn.Linear(image_tower.num_features, embed_dim, bias=False)
-        self.text_projection = nn.Linear(text_tower.num_features, embed_dim)
-        for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(
-                projection.weight, std=projection.in_features**-0.5
-            )  # as in the CLIP paper's code
-        nn.init.zeros_(self.text_projection.bias)
+        self.image_projection = _projection(image_tower.num_features, embed_dim, bias=False)
+        self.text_projection = _projection(text_tower.num_features, embed_dim) if text_tower else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.frozen: list[nn.Module] = []
 
@@ -164,7 +170,7 @@ def build_image_tower(name: str, weights: str, img_size: int) -> ImageTower:
 
 def build_clip(
     image_encoder: str,
-    text_encoder: str,
+    text_encoder: str | None,
     *,
     img_size: int,
     embed_dim: int,
@@ -174,9 +180,13 @@ def build_clip(
     freeze_image: bool = False,
     freeze_text: bool = False,
 ) -> CLIPModel:
-    """Both towers by name, joined. Raises UserError for unknown names and for weights that cannot be had."""
+    """Both towers by name, joined; without a text encoder, a model of images alone.
+
+    Raises UserError for unknown names and for weights that cannot be had.
+    """
     image_tower = build_image_tower(image_encoder, image_weights, img_size)
-    model = CLIPModel(image_tower, build_text_tower(text_encoder, text_weights), embed_dim, temperature)
+    text_tower = build_text_tower(text_encoder, text_weights) if text_encoder else None
+    model = CLIPModel(image_tower, text_tower, embed_dim, temperature)
     if freeze_image:
         model.freeze(model.image_tower)
     if freeze_text:

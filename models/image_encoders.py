@@ -37,10 +37,14 @@ class ImageTower(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 or 0..255 float -> what the backbone takes."""
+        images = (images.float() / 255 - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 or 0..255 float -> (B, num_features)."""
-        images = (images.float() / 255 - self.mean) / self.std
-        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+        return self.backbone(self.normalise(images))
 
 
 def feature_size(backbone: nn.Module, img_size: int) -> int:

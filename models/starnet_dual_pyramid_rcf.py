@@ -54,8 +54,8 @@ class PooledAttention(nn.Module):
     def __init__(self, dim: int, heads: int, pool: int):
         super().__init__()
         self.heads, self.pool = heads, pool
-        self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.query, self.value, self.out = (nn.Linear(dim, dim) for _ in range(3))
+        self.key = nn.Linear(dim, dim, bias=False)  # a bias would add the same to all scores of a query
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -66,7 +66,7 @@ class PooledAttention(nn.Module):
         query = self.query(tokens).reshape(batch, height * width, self.heads, -1).transpose(1, 2)
         key, value = (
             x.reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)  # (B, heads, keys, C / heads)
-            for x in self.key_value(pooled).chunk(2, dim=-1)
+            for x in (self.key(pooled), self.value(pooled))
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).reshape(batch, height, width, dim))
@@ -136,7 +136,7 @@ class StarNetDualPyramidRCF(nn.Module):
         self.fusion_gains = nn.ParameterList(torch.full((c,), INITIAL_FUSION_GAIN) for c in CHANNELS)  # a_i
         self.cascade_gains = nn.Parameter(torch.ones(len(CHANNELS) - 1))  # g_i
 
-    def forward_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def fused_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The fused maps F_0 .. F_3, (B, c_i, H / s_i, W / s_i) with s_i = 4, 8, 16, 32."""
         local, global_map = self.local.stem(images), self.global_stem(images)
         fused = []
@@ -149,8 +149,15 @@ class StarNetDualPyramidRCF(nn.Module):
                 local = local + self.cascade_gains[i] * injected
         return fused
 
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """F_3 (B, 192, H / 32, W / 32), what heat maps look at; named as timm's backbones name theirs."""
+        return self.fused_maps(images)[-1]
+
+    def forward_head(self, fused: torch.Tensor) -> torch.Tensor:
+        return self.local.norm(fused).mean(dim=(2, 3))
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.local.norm(self.forward_features(images)[-1]).mean(dim=(2, 3))
+        return self.forward_head(self.forward_features(images))
 
 
 @register(IMAGE_ENCODERS, "starnet_dual_pyramid_rcf")

@@ -30,7 +30,7 @@ def perturb(module):
 
 
 def test_fused_maps_have_the_published_strides_and_channels(images):
-    maps = StarNetDualPyramidRCF().eval().forward_features(images)
+    maps = StarNetDualPyramidRCF().eval().fused_maps(images)
     assert [tuple(m.shape) for m in maps] == [
         (3, c, 96 // s, 64 // s) for c, s in ((24, 4), (48, 8), (96, 16), (192, 32))
     ]
@@ -72,7 +72,7 @@ def test_pooled_attention_equals_the_written_out_formula():
     tokens = torch.randn(2, 4, 6, 24, dtype=torch.float64)
     pooled = tokens.reshape(2, 2, 2, 3, 2, 24).mean((2, 4)).reshape(2, 6, 24)
     query = layer.query(tokens.reshape(2, 24, 24)).reshape(2, 24, 4, 6)
-    key, value = (part.reshape(2, 6, 4, 6) for part in layer.key_value(pooled).split(24, dim=-1))
+    key, value = (part(pooled).reshape(2, 6, 4, 6) for part in (layer.key, layer.value))
     weights = (torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(6)).softmax(-1)
     expected = layer.out(torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(2, 4, 6, 24))
     torch.testing.assert_close(layer(tokens), expected, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,63 @@
+"""What the command-line programs share: mistakes said all at once, and one meaning of each exit code."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+
+from common.errors import RunFailed, UserError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in flags become a UserError and so read like all others."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; --help explains the options")
+
+    def read(self, arguments: Sequence[str], required: Sequence[str]) -> argparse.Namespace:
+        """The typed options. Raises UserError naming every unknown flag and every one of `required` (names of
+        flags whose default is None) that is missing.
+        """
+        found, unknown = self.parse_known_args(arguments)
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        problems = [
+            f"unknown option {word}{did_you_mean(word.split('=')[0], flags)}; --help explains the options"
+            if word.startswith("-")
+            else f"unexpected argument {word!r}; quote values that contain spaces"
+            for word in unknown
+        ]
+        problems += [
+            f"{flag} is required"
+            for flag in required
+            if getattr(found, flag.removeprefix("--").replace("-", "_")) is None
+        ]
+        if problems:
+            raise UserError(*problems)
+        return found
+
+
+def print_anything() -> None:
+    """Let no class name stop a run because the terminal or the pipe lacks its letters: print "?" for them."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream put in their place need not have it
+            stream.reconfigure(errors="replace")
+
+
+def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
+    """Run `program`; say what went wrong on stderr. 1: it could not be done, 2: bad input, 130: Ctrl-C."""
+    print_anything()
+    try:
+        return program()
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 1 if isinstance(error, RunFailed) else 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {interrupted}", file=sys.stderr)
+        return 130
+    except (MemoryError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,99 @@
+"""The images that `--input` stands for: one file, all below a folder, or those of a list."""
+
+import csv
+import io
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError, did_you_mean
+from data.scan import _images_below
+
+LIST_SUFFIXES = (".txt", ".csv")
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """N image files in the order of the input.
+
+    names: as the user knows them: relative to a folder (POSIX), as a list writes them, or the file as typed.
+    root: what a relative name is relative to. notes: what was passed over, for the user to read.
+    """
+
+    root: Path
+    names: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def list_images(source: Path) -> ImageList:
+    """An image; a folder: every image below it, sorted; a .txt list: a path per line, blank lines ignored; a
+    .csv list: its column path. Paths of a list are relative to the list's folder, or absolute.
+
+    Whether the images exist and can be read is not looked at. Raises UserError when there are none.
+    """
+    if source.is_dir():
+        return _of_folder(source)
+    if not source.exists():
+        raise UserError(f"--input {source} does not exist; give an image, a folder, or a list (.txt, .csv)")
+    if source.suffix.lower() not in LIST_SUFFIXES:
+        return ImageList(Path(), [str(source)])
+    names = _of_csv(source) if source.suffix.lower() == ".csv" else _of_text(source)
+    if not names:
+        raise UserError(f"--input {source} names no image; write one path per line")
+    return ImageList(source.parent, names)
+
+
+def _of_folder(folder: Path) -> ImageList:
+    ignored: Counter[str] = Counter()
+    real = Path(os.path.realpath(folder))  # "." and links have no name of their own
+    try:
+        found = _images_below(real, ignored)
+    except PermissionError as error:
+        raise UserError(f"--input: no permission to read {error.filename}") from None
+    if not found:
+        raise UserError(f"--input {folder} holds no images, nor do the folders below it")
+    notes = []
+    if ignored:
+        kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
+        notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
+    return ImageList(folder, [name[len(real.name) + 1 :] for name in found], tuple(notes))
+
+
+def _text_of(source: Path) -> str:
+    try:
+        # newline="": U+2028 and the like are no ends of lines, and csv wants them untouched
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--input {source} is not UTF-8 ({error}); save the list as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"--input {source} cannot be read: {error.strerror}") from None
+
+
+def _of_text(source: Path) -> list[str]:
+    lines = (line.strip() for line in _text_of(source).replace("\r", "\n").split("\n"))
+    return [line for line in lines if line]
+
+
+def _of_csv(source: Path) -> list[str]:
+    reader = csv.reader(io.StringIO(_text_of(source), newline=""), strict=True)
+    names = []
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        if header.count("path") != 1:
+            raise UserError(
+                f"--input {source} needs one column path; its first line has "
+                f"{', '.join(header) or 'nothing'}{did_you_mean('path', header)}"
+            )
+        column = header.index("path")
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue  # a blank line
+            name = row[column].strip() if column < len(row) else ""
+            if not name:
+                raise UserError(f"--input {source}, line {reader.line_num}: the path is empty")
+            names.append(name)
+    except csv.Error as error:
+        raise UserError(f"--input {source}, line {reader.line_num}: {error}") from None
+    return names

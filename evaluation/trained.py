@@ -1,0 +1,163 @@
+"""Models as runs left them: checkpoints found, read, and made ready to use."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.device import choose_hardware
+from common.errors import UserError, first_line
+from models.clip import ClassSentences, CLIPModel, build_clip
+
+FORMAT = 2  # of the checkpoints; 2 added class_features
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """One checkpoint, ready for images.
+
+    model: in evaluation mode on `device`; its text tower is None unless asked for. class_features (C, D): of
+    unit length, on `device`. facts: the checkpoint without its tensors (config, history, epoch, best, ...).
+    """
+
+    path: Path
+    model: CLIPModel
+    device: torch.device
+    classes: tuple[str, ...]
+    class_texts: dict[str, list[str]]
+    class_features: torch.Tensor
+    img_size: int
+    facts: dict[str, Any]
+
+    def features_of(self, texts: Mapping[str, Sequence[str]]) -> torch.Tensor:
+        """(C, D) for other sentences, class name -> sentences; needs the text tower."""
+        sentences = ClassSentences(self.model, texts)
+        sentences.prepare(self.device, center=False)
+        return sentences.features()
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints that `path` stands for: the file itself, a run's checkpoint_latest.pth (the last
+    epoch, whose numbers were not chosen), or one of each fold of a cross-validation, in the folds' order.
+
+    Raises UserError when there is none, or when a fold is not finished.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"--checkpoint {path} does not exist; give a run's folder or a checkpoint file")
+    folds = [(int(p.name[5:]), p) for p in path.iterdir() if re.fullmatch(r"fold_\d+", p.name)]
+    if folds:
+        unfinished = [p.name for _, p in sorted(folds) if not (p / "predictions.csv").exists()]
+        if unfinished or not (path / "cv_summary.json").exists():
+            raise UserError(
+                f"--checkpoint {path} is a cross-validation that is not finished "
+                f"({', '.join(unfinished) or 'folds are missing'}); finish it with the same command, or give "
+                "the folders of single folds"
+            )
+        return [p / "checkpoint_latest.pth" for _, p in sorted(folds)]
+    if (path / "checkpoint_latest.pth").exists():
+        return [path / "checkpoint_latest.pth"]
+    runs = sorted(p.name for p in path.iterdir() if (p / "config.json").exists())
+    hint = f"one of its runs: {', '.join(runs[:10])}" if runs else "the folder of a finished run"
+    raise UserError(f"--checkpoint {path} holds no checkpoint_latest.pth; give {hint}")
+
+
+def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -> TrainedModel:
+    """The model of one checkpoint file. Its text tower is built only `with_text`, for new sentences."""
+    checkpoint = read_checkpoint(path, "--checkpoint")
+    config = checkpoint["config"]
+    model = build_clip(
+        config["image_encoder_name"],
+        config["text_encoder_name"] if with_text else None,
+        img_size=config["img_size"],
+        embed_dim=config["embed_dim"],
+        temperature=config["temperature"],
+        image_weights="none",
+        text_weights="none",
+    )
+    state = checkpoint["model"]
+    if not with_text:
+        state = {name: value for name, value in state.items() if not name.startswith("text_")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"--checkpoint {path} does not fit its own model: {first_line(error)}") from None
+    model.to(device, memory_format=torch.channels_last).eval()
+    return TrainedModel(
+        path=path,
+        model=model,
+        device=device,
+        classes=tuple(checkpoint["classes"]),
+        class_texts=checkpoint["class_texts"],
+        class_features=checkpoint["class_features"].to(device),
+        img_size=config["img_size"],
+        facts={key: checkpoint[key] for key in checkpoint.keys() - {"model", "optimizer", "rng"}},
+    )
+
+
+def load_models(
+    checkpoints: Sequence[Path], gpu_id: int, use_amp: bool, texts: Mapping[str, Sequence[str]] | None = None
+) -> tuple[list[TrainedModel], list[torch.autocast]]:
+    """The models `checkpoints` stand for, and the precision of each: the one it was validated in, float32
+    unless `use_amp`. With `texts` (class -> sentences) their classes are these. What they are is printed.
+    """
+    found = [file for path in checkpoints for file in find_checkpoints(path)]
+    files = list({file.resolve(): file for file in found}.values())
+    if len(files) < len(found):
+        print(f"note: {len(found) - len(files)} checkpoints are given twice and count once")
+    models, autocasts, told = [], [], set()
+    for file in files:
+        trained = load_trained(file, choose_hardware(gpu_id, False).device, with_text=texts is not None)
+        config = trained.facts["config"]
+        hardware = choose_hardware(gpu_id, config["use_amp"] and use_amp)
+        if hardware.description not in told:
+            print(f"device: {hardware.description}")
+            told.add(hardware.description)
+        if texts is not None:
+            sentences = [sentence for own in texts.values() for sentence in own]
+            for note in () if models else trained.model.text_tower.tokenize(sentences)[1]:
+                print(f"note: {note}")
+            with hardware.autocast():
+                features = trained.features_of(texts)
+            trained.model.text_tower = None  # it has done its work
+            trained = dataclasses.replace(trained, classes=tuple(texts), class_features=features)
+        epoch = f"epoch {trained.facts['epoch']}"
+        print(f"model: {file}, {config['image_encoder_name']}, {trained.img_size} px, {epoch}")
+        models.append(trained)
+        autocasts.append(hardware.autocast())
+    return models, autocasts
+
+
+def read_checkpoint(
+    path: Path,
+    option: str = "--resume-from",
+    advice: str = "give another one, such as checkpoint_best.pth beside it",
+) -> dict[str, Any]:
+    """Load a checkpoint of this program on the CPU; nothing is unpickled but tensors and plain values.
+
+    Raises UserError when it is missing, truncated, or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"{option} {path} does not exist; give a run's checkpoint_latest.pth")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file raises many kinds
+        raise UserError(
+            f"{option} {path} is damaged or no checkpoint of this program ({first_line(error)}); {advice}"
+        ) from None
+    needed = (
+        "format", "config", "classes", "class_texts", "class_features", "model", "optimizer", "history",
+        "rng", "epoch",
+    )  # fmt: skip
+    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing or checkpoint["format"] != FORMAT:
+        raise UserError(
+            f"{option} {path} is no checkpoint of this program (it lacks "
+            f"{', '.join(missing) or 'its format'})"
+        )
+    return checkpoint
