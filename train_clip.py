@@ -6,16 +6,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.cli import print_anything
 from common.errors import RunFailed, UserError
-from training.config import Config, make_config, options_from_flags
+from training.config import Config, make_config, options_from_flags, refuse_without_effect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, validate, run. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    print_anything()
     started, config = time.time(), None
     try:
         typed = options_from_flags(sys.argv[1:] if arguments is None else arguments)
         config = make_config(typed)
+        refuse_without_effect(typed, config)
         from training.run import run  # the heavy libraries, only now that the options are known to be good
 
         return run(config, typed)

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads onl
 
 import common.torchvision_compat  # noqa: F401, I001
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +37,32 @@ def class_folder(tmp_path_factory) -> Path:
             grey = np.clip(random.normal(60 + 70 * c, 12, (40, 48)), 0, 255).astype(np.uint8)
             Image.fromarray(grey).save(root / name / f"P{c}{i // 2:02d}_{i % 2}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def quick_report():
+    """Runs end without drawing: report.html is there and says nothing. test_report.py looks at real ones."""
+    with _undrawn():
+        yield
+
+
+@contextlib.contextmanager
+def _undrawn():
+    def write_report(folder: Path) -> None:
+        (folder / "report.html").write_text("-")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.run.write_report", write_report)
+        patch.setattr("training.cross_validation.write_report", write_report)
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(class_folder, tmp_path_factory) -> Path:
+    """A finished single run of four epochs, split by patient. Not to be changed: copy it."""
+    from quick import train
+
+    output = tmp_path_factory.mktemp("runs") / "中文 run"
+    with _undrawn():
+        assert train(class_folder, output, "--epochs", 4, "--group-pattern", r"^(P\d+)_") == 0
+    return output

@@ -7,7 +7,7 @@ Nothing heavy is imported, so that `--help` answers at once.
 import argparse
 import contextlib
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -211,9 +211,7 @@ def _optional_and_type(name: str) -> tuple[bool, type]:
 
 def _range_text(metadata: Mapping[str, Any]) -> str:
     words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    return " and ".join(
-        f"{word} {metadata[key]:g}" for key, word in words.items() if metadata[key] is not None
-    )
+    return " and ".join(f"{word} {metadata[key]}" for key, word in words.items() if metadata[key] is not None)
 
 
 def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
@@ -225,7 +223,9 @@ def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
     right_type = {
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+        float: isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max,
         str: isinstance(value, str) and value.strip() != "",
     }[kind]
     if not right_type:
@@ -324,6 +324,12 @@ def contradictions(config: Config) -> list[str]:
     for name in ("data_dir", "output_dir"):
         if getattr(config, name) is None:
             problems.append(f"{flag_of(name)} is required")
+    for name in ("data_dir", "val_dir"):
+        folder = getattr(config, name)
+        if folder and config.output_dir and Path(folder).resolve() == Path(config.output_dir).resolve():
+            problems.append(
+                f"--output-dir {folder} is {flag_of(name)} too; give results a folder of their own"
+            )
     exclusive = [
         ("resume_from", "overwrite", "one continues the old results, the other throws them away"),
         ("group_pattern", "groups_file", "both say which patient an image is of"),
@@ -359,12 +365,33 @@ def contradictions(config: Config) -> list[str]:
 
 
 def make_config(options: Mapping[str, Any]) -> Config:
-    """Build and cross-check a configuration. Raises UserError naming every contradiction."""
-    config = Config(**options)
-    problems = contradictions(config)
+    """Build a configuration. Raises UserError naming every unknown key, wrong value and contradiction."""
+    problems = check_options(options, "")
+    if not problems:
+        config = Config(**options)
+        problems = contradictions(config)
     if problems:
         raise UserError(*problems)
     return config
+
+
+def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
+    """Raises UserError for typed options that change nothing: whoever typed them meant something."""
+    if config.multi_config or config.resume_from:
+        return  # they may be meant for an entry, or for what the checkpoint says
+    cases = [
+        ("n_splits", config.use_cv, "without --use-cv"),
+        ("val_ratio", not config.use_cv, "with --use-cv, whose folds are of equal size"),
+        ("val_ratio", not config.val_dir, "with --val-dir"),
+        ("early_stopping_min_delta", config.early_stopping_patience, "without --early-stopping-patience"),
+    ]
+    problems = [
+        f"{flag_of(name)} has no effect {why}; leave it out"
+        for name, meant, why in cases
+        if name in typed and not meant
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def read_config_file(path: Path) -> list[dict[str, Any]]:

@@ -1,24 +1,41 @@
 """k-fold cross-validation: every image predicted once, by the model that did not train on it."""
 
 import copy
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, shorten
+from common.device import choose_hardware
 from common.files import read_json, write_json
-from data.scan import nfc
-from data.splits import Split, k_folds
+from data.findings import print_findings
+from data.splits import Split, k_folds, missing_in_validation, splits_from_record
 from evaluation.metrics import classification_metrics
+from evaluation.report import write_report
+from evaluation.results import headline, read_predictions, write_results
+from evaluation.trained import read_checkpoint
 from training.config import Config
-from training.dataset import DataSet, patients_of, read_images, record_of, scan, sentences_of
-from training.device import choose_hardware
-from training.outputs import continues, prepare_output_folder, run_record, write_csv
-from training.run import RunResult, build_model, tokenise, train_on_split
-from training.state import read_checkpoint
+from training.dataset import (
+    DataSet,
+    findings_of,
+    patients_of,
+    read_images,
+    record_of,
+    scan,
+    sentences_of,
+)
+from training.outputs import continues, prepare_output_folder, print_files, run_record
+from training.run import (
+    RunResult,
+    build_model,
+    check_same_classes,
+    check_same_data,
+    n_parameters,
+    print_use,
+    tokenise,
+    train_on_split,
+)
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
 PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished
@@ -34,24 +51,30 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     folder, _ = scan(config)
     texts = sentences_of(config, folder, class_texts)
-    patients = patients_of(config, folder)
+    patients = patients_of(config, folder, None)
     going_on = continues(output_dir, config, texts)
 
     print(f"device: {hardware.description}")
     model = build_model(config)
     sentences = tokenise(model, texts)
     initial = copy.deepcopy(model.state_dict())
-    data = read_images(config, folder, None, patients)
-    splits = k_folds(data.labels, data.groups, config.n_splits, config.random_state, data.folder.classes)
+    data = read_images(config, folder, None, patients, at_least=2)
+    splits_file = output_dir / "splits.json"
+    if going_on and splits_file.exists():
+        splits = stored_splits(splits_file, data)
+    else:
+        splits = k_folds(data.labels, data.groups, config.n_splits, config.random_state, data.folder.classes)
 
     prepare_output_folder(output_dir, config.overwrite)
     if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
-        write_json(output_dir / "config.json", run_record(config, data, texts, hardware))
-    splits_file = output_dir / "splits.json"
-    if splits_file.exists():
-        splits = stored_splits(splits_file, data)
-    else:
+        write_json(output_dir / "config.json", run_record(config, data, texts, hardware, n_parameters(model)))
+    if not splits_file.exists():
         write_json(splits_file, record_of(config, data, splits))
+    for note in missing_in_validation(splits, data.labels, data.folder.classes):
+        print(f"note: {note}")
+    findings = findings_of(data, splits)
+    print_findings(findings)
+    write_json(output_dir / "data_check.json", {"findings": findings})
 
     for number, split in enumerate(splits, 1):
         if config.fold not in (None, number):
@@ -62,7 +85,11 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             continue
         print(f"\nfold {number} of {len(splits)}")
         latest = fold_dir / "checkpoint_latest.pth"
-        checkpoint = read_checkpoint(latest, "the fold's checkpoint") if latest.exists() else None
+        checkpoint = None
+        if latest.exists():
+            checkpoint = read_checkpoint(latest, "the fold's", "remove it to train the fold anew")
+            check_same_classes(checkpoint, f"the fold's {latest}", data.folder.classes, texts)
+            check_same_data(checkpoint, data, split)
         fold_dir.mkdir(exist_ok=True)
         model.load_state_dict(initial)
         result = train_on_split(
@@ -70,41 +97,27 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             seed=config.random_state + number,
         )  # fmt: skip
         write_json(fold_dir / "result.json", fold_result(number, split, result))
-        _write_predictions(fold_dir / PREDICTIONS, data, split, number, result.probs)
+        folds = np.full(len(split.val), number)
+        data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
 
     missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:
         print(f"folds still to train before the summary: {', '.join(map(str, missing))}")
     else:
-        print_cv_summary(summarise(output_dir, len(splits), data), output_dir)
+        summary, metrics = summarise(output_dir, len(splits), data)
+        print_cv_summary(summary)
+        print(f"  out of fold, last epoch, {metrics['n_images']} images: {headline(metrics)}")
+        write_report(output_dir)
+        print_files(output_dir)
+        print_use(output_dir)
 
 
 def stored_splits(path: Path, data: DataSet) -> list[Split]:
-    """The folds of an existing splits.json. Raises UserError naming the files that are new or gone since."""
+    """The folds of an existing splits.json. Raises UserError when they are not those of this run and data."""
+    # the config.json beside it is this run's, or has just been compared with it
+    n_splits = read_json(path.parent / "config.json", "the run's config.json")["n_splits"]
     record = read_json(path, "the run's splits.json")
-    index = {nfc(name): i for i, name in enumerate(data.folder.paths)}
-    stored = {nfc(name) for fold in record["folds"] for name in fold["val"]}
-    new, gone = sorted(index.keys() - stored), sorted(stored - index.keys())
-    if new or gone:
-        parts = [
-            f"{len(names)} {word}:\n{shorten(names)}"
-            for word, names in (("new", new), ("gone", gone))
-            if names
-        ]
-        raise UserError(
-            f"{path} does not fit the images of {data.folder.root} any more; "
-            + "\n".join(parts)
-            + "\nrestore the images, or start anew in another --output-dir (or with --overwrite)"
-        )
-    if record["dataset_fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"images of {data.folder.root} have changed in content since {path} was written; restore them, "
-            "or start a new cross-validation in another --output-dir (or with --overwrite)"
-        )
-    return [
-        Split(*(np.array(sorted(index[nfc(name)] for name in fold[side])) for side in ("train", "val")))
-        for fold in record["folds"]
-    ]
+    return splits_from_record(record, path, data.folder, data.groups, data.fingerprint, n_splits)
 
 
 def fold_result(number: int, split: Split, result: RunResult) -> dict[str, Any]:
@@ -127,15 +140,6 @@ def fold_result(number: int, split: Split, result: RunResult) -> dict[str, Any]:
     }
 
 
-def _write_predictions(path: Path, data: DataSet, split: Split, number: int, probs: np.ndarray) -> None:
-    classes = data.folder.classes
-    rows = [
-        [data.folder.paths[i], classes[data.labels[i]], number, classes[p.argmax()], *map(repr, p.tolist())]
-        for i, p in zip(split.val, probs, strict=True)
-    ]
-    write_csv(path, ["path", "label", "fold", "prediction", *(f"prob_{name}" for name in classes)], rows)
-
-
 def mean_std(values: Sequence[float]) -> dict[str, float]:
     """Mean and both standard deviations: of the sample (n - 1), as papers print, of the population (n)."""
     return {
@@ -145,20 +149,21 @@ def mean_std(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def summarise(output_dir: Path, n_splits: int, data: DataSet) -> dict[str, Any]:
-    """Build cv_summary.json and oof_predictions.csv from the folds' folders; return the former's content."""
-    folds, rows, header = [], [], []
-    for number in range(1, n_splits + 1):
-        fold_dir = output_dir / f"fold_{number}"
-        folds.append(read_json(fold_dir / "result.json", "the fold's result"))
-        with open(fold_dir / PREDICTIONS, encoding="utf-8-sig", newline="") as file:
-            header, *own = csv.reader(file)
-            rows += own
-    position = {path: i for i, path in enumerate(data.folder.paths)}
-    rows.sort(key=lambda row: position[row[0]])
-    write_csv(output_dir / "oof_predictions.csv", header, rows)
+def summarise(output_dir: Path, n_splits: int, data: DataSet) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build cv_summary.json, oof_predictions.csv and metrics.json from the folds' folders.
 
-    probs = np.array([[float(p) for p in row[4:]] for row in rows])
+    Returns the content of the first and the last.
+    """
+    fold_dirs = [output_dir / f"fold_{number}" for number in range(1, n_splits + 1)]
+    folds = [read_json(fold_dir / "result.json", "the fold's result") for fold_dir in fold_dirs]
+    parts = [read_predictions(fold_dir / PREDICTIONS) for fold_dir in fold_dirs]
+    position = {path: i for i, path in enumerate(data.folder.paths)}
+    indices = np.array([position[path] for part in parts for path in part.paths])
+    order = indices.argsort()
+    probs = np.concatenate([part.probs for part in parts])[order]
+    of_fold = np.concatenate([part.folds for part in parts])[order]
+    oof = data.predictions(indices[order], probs, of_fold)
+    metrics = write_results(output_dir, oof, "oof_predictions.csv")
     summary = {
         "n_splits": n_splits,
         "classes": list(data.folder.classes),
@@ -171,28 +176,24 @@ def summarise(output_dir: Path, n_splits: int, data: DataSet) -> dict[str, Any]:
                 key: value * (1 if key == "loss" else 100)
                 for key, value in classification_metrics(probs, data.labels).items()
             },
-            "n_images": len(rows),
+            "n_images": len(order),
         },
         "note": "Accuracies and F1 in percent, losses in nats. The best epoch is chosen on the fold's own "
         "validation images, so best_* are optimistic; last_epoch and out_of_fold_last_epoch are not chosen.",
     }
     write_json(output_dir / "cv_summary.json", summary)
-    return summary
+    return summary, metrics
 
 
-def print_cv_summary(summary: Mapping[str, Any], output_dir: Path) -> None:
+def print_cv_summary(summary: Mapping[str, Any]) -> None:
     print(f"\ncross-validation, {summary['n_splits']} folds, mean ± sample standard deviation")
     for title in ("last_epoch", "best_epoch"):
         cells = "  ".join(
             f"{key} {value['mean']:.4f} ± {value['std_sample']:.4f}" for key, value in summary[title].items()
         )
         print(f"  {title}: {cells}")
-    best, oof = summary["best_val_acc"], summary["out_of_fold_last_epoch"]
+    best = summary["best_val_acc"]
     print(
         f"  best_val_acc {best['mean']:.2f} ± {best['std_sample']:.2f} (chosen on the images it is "
-        "reported on)\n"
-        f"  out of fold, last epoch, {oof['n_images']} images: accuracy {oof['acc']:.2f} %, "
-        f"balanced {oof['balanced_acc']:.2f} %, macro-F1 {oof['macro_f1']:.2f} %\n"
-        f"files in {output_dir}: cv_summary.json, oof_predictions.csv, splits.json, config.json, fold_1 ... "
-        f"fold_{summary['n_splits']}"
+        "reported on)"
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, shorten
+from data.findings import quick_findings
 from data.images import Inspection, inspect_images
 from data.scan import (
     ImageFolder,
@@ -23,6 +24,7 @@ from data.scan import (
 )
 from data.splits import Split, hold_out, splits_record
 from data.texts import class_sentences
+from evaluation.results import Predictions
 from training.config import Config
 
 
@@ -30,21 +32,47 @@ from training.config import Config
 class DataSet:
     """Everything about the images that runs on one folder share.
 
-    files, labels (N,), pixels (N, S, S, 3) uint8 or None: training images first, then those of --val-dir.
-    n_own: how many of them are of --data-dir. groups (n_own,) or None.
+    files, labels (N,), inspection, patients (N names, or None where unknown): training images first, then
+    those of --val-dir. n_own: how many of them are of --data-dir. groups (N,): images of one patient or of
+    equal pixels share a number; None where nothing ties images together.
     """
 
     folder: ImageFolder
     val_folder: ImageFolder | None
     files: list[Path]
     labels: np.ndarray
-    pixels: np.ndarray | None
+    inspection: Inspection
+    patients: Sequence[str] | None
     groups: np.ndarray | None
     fingerprint: str
 
     @property
     def n_own(self) -> int:
         return len(self.folder.paths)
+
+    @property
+    def pixels(self) -> np.ndarray | None:
+        """(N, S, S, 3) uint8, or None where they would not fit into memory."""
+        return self.inspection.pixels
+
+    def images_per_class(self) -> dict[str, int]:
+        """Of --data-dir."""
+        counts = np.bincount(self.folder.labels, minlength=len(self.folder.classes)).tolist()
+        return dict(zip(self.folder.classes, counts, strict=True))
+
+    def predictions(
+        self, indices: np.ndarray, probs: np.ndarray, folds: np.ndarray | None = None
+    ) -> Predictions:
+        """`probs` (n, C) of the images `indices` (n,), with what is known of them."""
+        paths = [*self.folder.paths, *(self.val_folder.paths if self.val_folder else ())]
+        return Predictions(
+            self.folder.classes,
+            tuple(paths[i] for i in indices),
+            self.labels[indices],
+            probs,
+            folds,
+            None if self.patients is None else self.groups[indices],
+        )
 
 
 def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
@@ -80,19 +108,38 @@ def sentences_of(
     return sentences
 
 
-def patients_of(config: Config, folder: ImageFolder) -> list[str] | None:
-    if config.group_pattern:
-        return groups_by_pattern(folder, config.group_pattern)
-    if config.groups_file:
-        return groups_from_file(folder, Path(config.groups_file))
-    return None
+def patients_of(config: Config, folder: ImageFolder, val_folder: ImageFolder | None) -> list[str] | None:
+    """The patient of each image, first those of `folder`; None where no option tells.
+
+    Raises UserError when a patient has images in both folders.
+    """
+
+    def of(images: ImageFolder) -> list[str]:
+        if config.group_pattern:
+            return groups_by_pattern(images, config.group_pattern)
+        return groups_from_file(images, Path(config.groups_file))
+
+    if not (config.group_pattern or config.groups_file):
+        return None
+    own, other = of(folder), of(val_folder) if val_folder else []
+    both = sorted(set(own) & set(other))
+    if both:
+        raise UserError(
+            f"{len(both)} patients have images in --data-dir and in --val-dir, so validation would be too "
+            f"good; move them to one side:\n{shorten(both)}"
+        )
+    return own + other
 
 
 def read_images(
-    config: Config, folder: ImageFolder, val_folder: ImageFolder | None, patients: Sequence[str] | None
+    config: Config,
+    folder: ImageFolder,
+    val_folder: ImageFolder | None,
+    patients: Sequence[str] | None,
+    at_least: int,
 ) -> DataSet:
     """Read every image once. Raises UserError naming the unreadable ones, unless --skip-unreadable drops
-    them.
+    them and leaves every class of `folder` `at_least` images.
     """
     files = folder.files() + (val_folder.files() if val_folder else [])
     started = time.monotonic()
@@ -115,40 +162,27 @@ def read_images(
             if not val_folder.paths:
                 raise UserError(f"no image of --val-dir {config.val_dir} can be read:\n{listing}")
         folder = folder.without({i for i in bad if i < n_own})
-        check_class_sizes(folder, 2 if val_folder is None else 1, "that can be read")
-        kept = [i for i in range(len(files)) if i not in bad]
-        pixels = inspection.pixels[kept] if inspection.pixels is not None else None
-        inspection = Inspection({}, [inspection.digests[i] for i in kept], pixels)
-        files, n_own = [files[i] for i in kept], len(folder.paths)
+        check_class_sizes(folder, at_least, "that can be read")
+        inspection = inspection.without(set(bad))
+        files, n_own = [file for i, file in enumerate(files) if i not in bad], len(folder.paths)
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])
-    _tell_duplicates(folder, own, other)
     held = "kept in memory" if inspection.pixels is not None else "read again every epoch"
     print(f"read {len(files)} images in {time.monotonic() - started:.1f} s, {held}")
     return DataSet(
-        folder, val_folder, files, labels, inspection.pixels,
-        merge_groups(own, patients),
+        folder, val_folder, files, labels, inspection, patients, merge_groups(inspection.digests, patients),
         fingerprint(folder, own) + (fingerprint(val_folder, other) if val_folder else ""),
     )  # fmt: skip
 
 
-def _tell_duplicates(folder: ImageFolder, digests: Sequence[str], val_digests: Sequence[str]) -> None:
-    first: dict[str, int] = {}
-    twins = [(first.setdefault(digest, i), i) for i, digest in enumerate(digests)]
-    twins = [(a, b) for a, b in twins if a != b]
-    across = [(a, b) for a, b in twins if folder.labels[a] != folder.labels[b]]
-    if twins:
-        print(f"note: {len(twins)} images repeat another pixel by pixel; they stay on one side of the split")
-    if across:
-        pairs = shorten([f"{folder.paths[a]} = {folder.paths[b]}" for a, b in across])
-        print(f"warning: {len(across)} identical images lie in two classes:\n{pairs}")
-    leaked = sum(digest in first for digest in val_digests)
-    if leaked:
-        print(
-            f"warning: {leaked} images of --val-dir are also in --data-dir; the validation is too good by "
-            "that"
-        )
+def findings_of(data: DataSet, splits: Sequence[Split]) -> list[dict[str, Any]]:
+    """What is wrong or odd with the images and how they are split, as far as one reading tells."""
+    folder = data.folder
+    if data.val_folder is not None:
+        paths = (*folder.paths, *data.val_folder.paths)
+        folder = ImageFolder(folder.root, folder.classes, paths, data.labels, ())
+    return quick_findings(folder, data.inspection, data.patients, splits)
 
 
 def split_of(config: Config, data: DataSet) -> Split:

@@ -1,62 +1,10 @@
-"""Where and in which precision a run computes."""
-
-from dataclasses import dataclass
+"""Failures that come from the machine, in words."""
 
 import torch
 
-from common.errors import UserError, first_line
+from common.errors import first_line, last_line
 from data.images import UnreadableImage
 from training.config import Config
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """device; dtype that autocast uses (float32: no autocast); a sentence for the user that names both."""
-
-    device: torch.device
-    dtype: torch.dtype
-    description: str
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself (AVX512-BF16, AMX); elsewhere bf16 is emulated, and slow."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-
-
-def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
-    """The CUDA device `gpu_id`, or the CPU when it is -1 or the machine has no CUDA GPU and 0 was meant.
-
-    Mixed precision: bf16 on CUDA where supported, else fp16; bf16 on CPUs with the instructions, else
-    float32. Raises UserError when a GPU other than 0 is asked for and does not exist.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu_id >= 0 and count > 0:
-        if gpu_id >= count:
-            raise UserError(
-                f"--gpu-id {gpu_id} does not exist; this machine has GPU 0 to {count - 1}, and -1 is the CPU"
-            )
-        device = torch.device("cuda", gpu_id)
-        torch.cuda.set_device(device)  # else the loader's pinning thread would open GPU 0 as well
-        dtype = torch.float32
-        if use_amp:
-            dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-        return Hardware(device, dtype, f"GPU {gpu_id} ({torch.cuda.get_device_name(device)}), {_name(dtype)}")
-    if gpu_id > 0:
-        raise UserError(
-            f"--gpu-id {gpu_id} does not exist: PyTorch sees no CUDA GPU here; -1 trains on the CPU"
-        )
-    dtype = torch.bfloat16 if use_amp and _cpu_has_bf16() else torch.float32
-    why = "" if gpu_id == -1 else "; PyTorch sees no CUDA GPU"
-    return Hardware(
-        torch.device("cpu"), dtype, f"CPU ({torch.get_num_threads()} threads), {_name(dtype)}{why}"
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "float32", torch.float16: "float16 mixed", torch.bfloat16: "bfloat16 mixed"}[dtype]
 
 
 def explain_failure(error: BaseException, config: Config | None) -> str | None:
@@ -73,7 +21,7 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
             "give the machine more memory (in Docker: more shared memory, --shm-size)"
         )
     if isinstance(error, UnreadableImage):
-        return f"an image could be read at the start but not any more: {error}"
+        return f"an image could be read at the start but not any more: {last_line(error, 500)}"
     if isinstance(error, OSError):
         return f"the system says: {error}"
     return None

@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.device import Hardware
 from common.errors import RunFailed, shorten
 from common.files import write_json
 from data.loader import EpochBatches
 from evaluation.metrics import classification_metrics
 from evaluation.predict import predict_probs
 from models.clip import ClassSentences
-from training.device import Hardware
 from training.losses import contrastive_loss
 from training.optim import lr_factor
 from training.state import TrainState
@@ -102,8 +102,10 @@ def _check_finite(unchecked: list[tuple[torch.Tensor, torch.Tensor]], loader: Da
 
 def validate(
     state: TrainState, sentences: ClassSentences, loader: DataLoader, hardware: Hardware
-) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Validation metrics (percent, loss in nats) and the probabilities (N, C) and labels (N,) behind them."""
+) -> tuple[dict[str, float], np.ndarray, torch.Tensor]:
+    """Validation metrics (percent, loss in nats), and the probabilities (N, C) and class features (C, D)
+    behind them.
+    """
     model = state.model.eval()
     with hardware.autocast():
         class_features = sentences.features()
@@ -114,7 +116,7 @@ def validate(
         )
     metrics = classification_metrics(probs, labels)
     percent = {f"val_{key}": value * (1 if key == "loss" else 100) for key, value in metrics.items()}
-    return percent, probs, labels
+    return percent, probs, class_features
 
 
 def fit(
@@ -147,7 +149,7 @@ def fit(
             state, sentences, train_loader, hardware, loss_kind=loss_kind, grad_clip=grad_clip, seed=seed
         )
         train_seconds = time.monotonic() - epoch_started
-        metrics, probs, _ = validate(state, sentences, val_loader, hardware)
+        metrics, probs, class_features = validate(state, sentences, val_loader, hardware)
         state.epoch += 1
         row |= metrics
         row["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
@@ -163,9 +165,10 @@ def fit(
             state.best_value, state.best_epoch = value, state.epoch
         state.stopped_early = state.early_stopping.update(value)
 
+        now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
         if save_best and is_best:
-            state.save(output_dir / "checkpoint_best.pth", facts)
-        state.save(output_dir / "checkpoint_latest.pth", facts)
+            state.save(output_dir / "checkpoint_best.pth", now)
+        state.save(output_dir / "checkpoint_latest.pth", now)
         write_json(output_dir / "history.json", state.history)
         left = (time.monotonic() - started) / (state.epoch - first) * (epochs - state.epoch)
         print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)

@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import UserError
-from common.files import read_json, write_json
+from common.errors import UserError, first_line
+from common.files import read_json, write_csv, write_json
+from data.scan import ImageFolder, scan_folder
+from data.texts import class_sentences
+from evaluation.compare import compare
+from evaluation.results import Predictions, read_run_predictions
+from evaluation.tables import tabular, write_latex
 from models.clip import check_image_encoder
 from training.config import Config, flag_of, make_config, read_config_file
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
-from training.outputs import check_writable, continues, write_csv
+from training.outputs import check_writable, continues, refuse_other_images
 from training.run import train
-from training.state import EarlyStopping
 
 _NOT_PER_ENTRY = (
     "data_dir",
@@ -34,10 +38,12 @@ _NOT_PER_ENTRY = (
     "config_index",
 )
 FAILURE = "failure.json"
+SHOWN = {"val_acc": "val accuracy", "val_balanced_acc": "balanced", "val_macro_f1": "macro-F1"}
 COLUMNS = (
     "rank", "entry", "folder", "status", "image_encoder_name", "text_encoder_name", "folds",
     *(f"{key}_{part}" for key in METRICS for part in ("mean", "std_sample")),
     "best_val_acc_mean", "best_val_acc_std_sample",
+    "accuracy", "accuracy_low", "accuracy_high", "against_first",
     "million_parameters", "images_per_second", "minutes", "error",
 )  # fmt: skip
 
@@ -56,8 +62,8 @@ def folder_name(number: int, options: Mapping[str, Any], name: str | None) -> st
     if name is None:
         text = Path(options["text_encoder_name"]).name or options["text_encoder_name"]
         name = f"{options['image_encoder_name']}_{text}"
-    name = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", name)).strip("-. ")[:80]
-    return f"{number:02d}_{name}"
+    name = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", name)).strip("-. ")[:80].rstrip("-. ")
+    return f"{number:02d}_{name or 'unnamed'}"
 
 
 def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
@@ -115,7 +121,11 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
         )
     chosen = [entry for entry in entries if config.config_index in (None, entry.number)]
     # every folder is looked at before the first entry starts
-    begun = [continues(entry.folder, entry.config) for entry in chosen]
+    images = scan_folder(Path(config.data_dir))
+    begun = [continues(entry.folder, entry.config, _texts(entry, images)) for entry in chosen]
+    for entry, going_on in zip(chosen, begun, strict=True):
+        if going_on and is_finished(entry):
+            refuse_other_images(entry.folder, entry.config, images)
     failed = []
     for entry, going_on in zip(chosen, begun, strict=True):
         print(f"\n=== configuration {entry.number} of {len(entries)}: {entry.folder.name}", flush=True)
@@ -126,7 +136,7 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        ranked = write_leaderboard(output_dir, [leaderboard_row(entry) for entry in entries])
+        ranked = write_leaderboard(output_dir, entries)
     print_leaderboard(ranked, output_dir)
     if failed:
         print(
@@ -135,20 +145,14 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     return 1 if failed else 0
 
 
+def _texts(entry: Entry, images: ImageFolder) -> dict[str, list[str]]:
+    texts_file, template = entry.config.class_texts_file, entry.config.text_template
+    texts_file = Path(texts_file) if texts_file else None
+    return class_sentences(images.classes, texts_file=texts_file, template=template)[0]
+
+
 def is_finished(entry: Entry) -> bool:
-    if entry.config.use_cv:
-        return (entry.folder / "cv_summary.json").exists()
-    history_file = entry.folder / "history.json"
-    if not history_file.exists():
-        return False
-    history = read_json(history_file, "the entry's history.json")
-    stopping = EarlyStopping(
-        entry.config.early_stopping_monitor,
-        entry.config.early_stopping_patience,
-        entry.config.early_stopping_min_delta,
-    )
-    stopped = any(stopping.update(value) for value in history[stopping.monitor])
-    return stopped or len(history["val_acc"]) >= entry.config.epochs
+    return (entry.folder / "report.html").exists()  # the last file that a run writes
 
 
 def _train_entry(entry: Entry, begun: bool) -> bool:
@@ -181,68 +185,130 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
     return False
 
 
-def leaderboard_row(entry: Entry) -> dict[str, Any]:
-    """One row: last-epoch results as mean and sample std over folds (std null for a single run)."""
-    failure = entry.folder / FAILURE
-    error = read_json(failure, "the entry's failure.json")["error"] if failure.exists() else None
-    status = "failed" if error else "finished" if is_finished(entry) else "not finished"
+def status_of(entry: Entry) -> str:
+    if (entry.folder / FAILURE).exists():
+        return "failed"
+    return "finished" if is_finished(entry) else "not finished"
+
+
+def leaderboard_row(entry: Entry) -> tuple[dict[str, Any], Predictions | None]:
+    """One row, and the predictions behind it where the entry is finished.
+
+    A finished entry whose folder lacks something is a failed one: it must not take the others' rows with it.
+    """
     config = entry.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {
         "entry": entry.number,
         "folder": entry.folder.name,
-        "status": status,
+        "status": status_of(entry),
         "image_encoder_name": config.image_encoder_name,
         "text_encoder_name": config.text_encoder_name,
         "folds": config.n_splits if config.use_cv else 1,
-        "error": error,
     }
-    if status != "finished":
-        return row
+    try:
+        if row["status"] == "finished":
+            return row | _results(entry), read_run_predictions(entry.folder)
+        if row["status"] == "failed":
+            row["error"] = read_json(entry.folder / FAILURE, "the entry's failure.json")["error"]
+    except UserError as error:
+        row |= {"status": "failed", "error": first_line(error)}
+    return row, None
+
+
+def _results(entry: Entry) -> dict[str, Any]:
+    """Last-epoch results as mean and sample std over folds (null for a single run), and what they cost."""
     folders = (
-        [entry.folder / f"fold_{k}" for k in range(1, config.n_splits + 1)]
-        if config.use_cv
+        [entry.folder / f"fold_{k}" for k in range(1, entry.config.n_splits + 1)]
+        if entry.config.use_cv
         else [entry.folder]
     )
     histories = [read_json(folder / "history.json", "the entry's history.json") for folder in folders]
+    record = read_json(entry.folder / "config.json", "the entry's config.json")
+    accuracy = read_json(entry.folder / "metrics.json", "the entry's metrics.json")["accuracy"]
     columns = {key: [history[key][-1] for history in histories] for key in METRICS}
     columns["best_val_acc"] = [max(history["val_acc"]) for history in histories]
-    for key, values in columns.items():
-        row[f"{key}_mean"] = float(np.mean(values))
-        row[f"{key}_std_sample"] = mean_std(values)["std_sample"] if len(values) > 1 else None
     speeds = [speed for history in histories for speed in history["images_per_second"]]
-    row["images_per_second"] = len(speeds) / math.fsum(1 / speed for speed in speeds)
-    row["minutes"] = math.fsum(s for history in histories for s in history["epoch_seconds"]) / 60
-    checkpoint = torch.load(
-        folders[0] / "checkpoint_latest.pth", map_location="meta", weights_only=True, mmap=True
-    )
-    names = [
-        name for name in checkpoint["model"] if not name.endswith(("running_mean", "running_var", "_tracked"))
-    ]
-    row["million_parameters"] = sum(checkpoint["model"][name].numel() for name in names) / 1e6
-    return row
+    return {
+        **{f"{key}_mean": float(np.mean(values)) for key, values in columns.items()},
+        **{
+            f"{key}_std_sample": mean_std(values)["std_sample"] if len(values) > 1 else None
+            for key, values in columns.items()
+        },
+        "accuracy": 100 * accuracy["value"],
+        "accuracy_low": 100 * accuracy["low"],
+        "accuracy_high": 100 * accuracy["high"],
+        "million_parameters": record["million_parameters"],
+        "images_per_second": len(speeds) / math.fsum(1 / speed for speed in speeds),
+        "minutes": math.fsum(s for history in histories for s in history["epoch_seconds"]) / 60,
+    }
 
 
-def write_leaderboard(output_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rank by mean validation accuracy of the last epoch, failures last; write JSON and CSV."""
-    ranked = [
-        dict(row)
-        for row in sorted(rows, key=lambda row: (row["status"] != "finished", -(row["val_acc_mean"] or 0)))
+def write_leaderboard(output_dir: Path, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Rank by mean validation accuracy of the last epoch, failures last, and test each pair of entries that
+    predicted the same images. Writes leaderboard.json, .csv and .tex, and comparison.json.
+    """
+    while True:
+        statuses = [status_of(entry) for entry in entries]
+        ranked, comparison = _rank([leaderboard_row(entry) for entry in entries])
+        write_json(output_dir / "leaderboard.json", ranked)
+        write_csv(
+            output_dir / "leaderboard.csv", COLUMNS, [[row[column] for column in COLUMNS] for row in ranked]
+        )
+        write_json(output_dir / "comparison.json", comparison)
+        write_latex(output_dir / "leaderboard.tex", leaderboard_table(ranked))
+        if statuses == [status_of(entry) for entry in entries]:
+            return ranked
+        # another job finished meanwhile: its leaderboard may have been overwritten by this older one
+
+
+def _rank(
+    rows: Sequence[tuple[dict[str, Any], Predictions | None]],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows in order, with rank and against_first; and the content of comparison.json."""
+    ranked = sorted(rows, key=lambda row: (row[1] is None, -(row[0]["val_acc_mean"] or 0)))
+    finished = {row["folder"]: predictions for row, predictions in ranked if predictions is not None}
+    comparison = compare(finished)
+    against_first = {
+        pair["b"]: "worse beyond noise" if pair["beyond_noise"] else "within noise"
+        for pair in comparison["pairs"]
+        if pair["a"] == next(iter(finished))
+    }
+    for rank, (row, predictions) in enumerate(ranked, 1):
+        if predictions is not None:
+            row["rank"] = rank
+            row["against_first"] = "first" if rank == 1 else against_first.get(row["folder"], "other images")
+    return [row for row, _ in ranked], comparison
+
+
+def leaderboard_table(ranked: Sequence[Mapping[str, Any]]) -> str:
+    """The finished entries as a booktabs table, percent."""
+    rows = [
+        [
+            row["folder"],
+            *(_mean_std(row, key) for key in SHOWN),
+            f"{row['accuracy']:.1f} ({row['accuracy_low']:.1f} to {row['accuracy_high']:.1f})",
+            row["against_first"],
+            f"{row['million_parameters']:.1f}",
+        ]
+        for row in ranked
+        if row["status"] == "finished"
     ]
-    for rank, row in enumerate(ranked, 1):
-        row["rank"] = rank if row["status"] == "finished" else None
-    write_json(output_dir / "leaderboard.json", ranked)
-    write_csv(
-        output_dir / "leaderboard.csv", COLUMNS, [[row[column] for column in COLUMNS] for row in ranked]
-    )
-    return ranked
+    header = ["Configuration", *SHOWN.values(), "All images (95 % interval)", "Against the first", "M par."]
+    return tabular(header, rows)
+
+
+def _mean_std(row: Mapping[str, Any], key: str) -> str:
+    std = row[f"{key}_std_sample"]
+    return f"{row[f'{key}_mean']:.2f}" + (f" ± {std:.2f}" if std is not None else "")
 
 
 def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> None:
     print("\nlast epoch, mean ± sample standard deviation over folds, percent")
     print(
-        f"{'rank':>4}  {'val accuracy':>14}  {'balanced':>14}  {'macro-F1':>14}  {'M par.':>7}  "
-        f"{'img/s':>6}  {'min':>6}  folder"
+        f"{'rank':>4}  "
+        + "  ".join(f"{title:>14}" for title in SHOWN.values())
+        + f"  {'M par.':>7}  {'img/s':>6}  {'min':>6}  folder: against the first"
     )
     for row in ranked:
         if row["status"] != "finished":
@@ -251,14 +317,14 @@ def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> 
                 + (f": {row['error'][:120]}" if row["error"] else "")
             )
             continue
-        cells = []
-        for key in ("val_acc", "val_balanced_acc", "val_macro_f1"):
-            std = row[f"{key}_std_sample"]
-            cells.append(f"{row[f'{key}_mean']:.2f}" + (f" ± {std:.2f}" if std is not None else ""))
         print(
             f"{row['rank']:>4}  "
-            + "  ".join(f"{cell:>14}" for cell in cells)
+            + "  ".join(f"{_mean_std(row, key):>14}" for key in SHOWN)
             + f"  {row['million_parameters']:7.1f}  {row['images_per_second']:6.0f}  {row['minutes']:6.1f}  "
-            + row["folder"]
+            + f"{row['folder']}: {row['against_first']}"
         )
-    print(f"files in {output_dir}: leaderboard.json, leaderboard.csv, and a folder per configuration")
+    print("noise: McNemar's test (Holm) and the bootstrap of the accuracy's difference, see comparison.json")
+    print(
+        f"files in {output_dir}: leaderboard.json, leaderboard.csv, leaderboard.tex, comparison.json, and a "
+        "folder per configuration"
+    )

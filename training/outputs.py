@@ -1,25 +1,22 @@
-"""The files of a run: whose they are, what config.json says, predictions as CSV."""
+"""The files of a run: whose they are, what config.json says."""
 
-import csv
+import contextlib
 import dataclasses
-import io
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from common.device import Hardware
 from common.errors import UserError
-from common.files import read_json, write_whole
+from common.files import read_json
+from data.scan import ImageFolder, nfc
 from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet
-from training.device import Hardware
 
 RESULT_FILES = (
     "config.json",
@@ -28,7 +25,20 @@ RESULT_FILES = (
     "checkpoint_latest.pth",
     "checkpoint_best.pth",
     "cv_summary.json",
+    "predictions.csv",
     "oof_predictions.csv",
+    "metrics.json",
+    "metrics_table.csv",
+    "metrics_table.tex",
+    "data_check.json",
+    "report.html",
+)
+FOLD_FILES = (
+    "history.json",
+    "checkpoint_latest.pth",
+    "checkpoint_best.pth",
+    "result.json",
+    "predictions.csv",
 )
 # May differ when a cross-validation or an entry is continued: they say where and how, not what. The images
 # themselves are compared by content.
@@ -45,7 +55,11 @@ def results_in(output_dir: Path) -> list[str]:
     """Names of what an earlier run left in the folder."""
     if not output_dir.is_dir():
         return []
-    folds = [p.name for p in output_dir.iterdir() if re.fullmatch(r"fold_\d+", p.name)]
+    folds = [
+        folder.name
+        for folder in output_dir.iterdir()
+        if re.fullmatch(r"fold_\d+", folder.name) and any((folder / name).exists() for name in FOLD_FILES)
+    ]
     return [name for name in RESULT_FILES if (output_dir / name).exists()] + sorted(folds)
 
 
@@ -64,6 +78,8 @@ def refuse_results(output_dir: Path, config: Config) -> None:
     """Raises UserError when the folder holds results that no option says to replace or to continue."""
     check_writable(output_dir)
     found = results_in(output_dir)
+    if set(found) <= {"config.json", "splits.json", "data_check.json"} and "splits.json" in found:
+        return  # a run that was stopped before its first epoch ended: nothing is lost
     latest = output_dir / "checkpoint_latest.pth"
     resumes_here = config.resume_from and Path(config.resume_from).resolve().parent == output_dir.resolve()
     if found and not config.overwrite and not resumes_here:
@@ -74,11 +90,11 @@ def refuse_results(output_dir: Path, config: Config) -> None:
         )
 
 
-def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str]] | None = None) -> bool:
-    """True when the folder holds the beginning of this very run, False when it holds nothing (or
-    --overwrite).
+def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str]]) -> bool:
+    """True when the folder holds this very run or its beginning, False when it holds nothing or --overwrite.
 
-    Raises UserError, naming the options that differ, when it holds another run.
+    Raises UserError, naming what differs, when it holds a run with other options or sentences. The images are
+    compared when they are read.
     """
     check_writable(output_dir)
     found = results_in(output_dir)
@@ -96,7 +112,7 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
         for name in FIELDS
         if name not in FREE_ON_CONTINUE and stored.get(name) != getattr(config, name)
     ]
-    if texts is not None and stored.get("class_texts") != texts:
+    if stored.get("class_texts") != texts:
         differing.append("the class sentences have changed")
     if differing:
         raise UserError(
@@ -106,33 +122,69 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
     return True
 
 
+def refuse_other_images(output_dir: Path, config: Config, folder: ImageFolder) -> None:
+    """Raises UserError when a finished run was made with images of other names than `folder` has: it would be
+    passed over without reading any.
+    """
+    path = output_dir / "splits.json"
+    try:
+        split = read_json(path, "the run's splits.json")["folds"][0]
+        # with --val-dir the validation images are of another folder
+        had = {nfc(name) for name in split["train"] + ([] if config.val_dir else split["val"])}
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{path} is damaged; restore it, or start anew with --overwrite") from None
+    have = {nfc(name) for name in folder.paths}
+    new, gone = (0 if config.skip_unreadable else len(have - had)), len(had - have)
+    if new or gone:
+        raise UserError(
+            f"{output_dir} is finished, but of the images of --data-dir {new} are new to it and {gone} are "
+            "gone; use another --output-dir, or --overwrite to start anew"
+        )
+
+
 def prepare_output_folder(output_dir: Path, overwrite: bool) -> None:
-    """Make the folder; with `overwrite` remove the results (and nothing else) that a run left there."""
+    """Make the folder; with `overwrite` remove the files (and nothing else) that a run wrote there."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for name in results_in(output_dir):
-            path = output_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in results_in(output_dir) if overwrite else ():
+        path = output_dir / name
+        if path.is_file():
+            path.unlink()
+            continue
+        for file in FOLD_FILES:
+            (path / file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else too
+            path.rmdir()
 
 
 def run_record(
-    config: Config, data: DataSet, class_texts: Mapping[str, Sequence[str]], hardware: Hardware
+    config: Config,
+    data: DataSet,
+    class_texts: Mapping[str, Sequence[str]],
+    hardware: Hardware,
+    n_parameters: int,
 ) -> dict[str, Any]:
     """Content of config.json: the options by their JSON keys, then what else made the result."""
-    counts = np.bincount(data.folder.labels, minlength=len(data.folder.classes)).tolist()
     return {
         **dataclasses.asdict(config),
         "classes": list(data.folder.classes),
         "class_texts": {name: list(own) for name, own in class_texts.items()},
         "dataset_fingerprint": data.fingerprint,
-        "images_per_class": dict(zip(data.folder.classes, counts, strict=True)),
+        "images_per_class": data.images_per_class(),
+        "million_parameters": n_parameters / 1e6,
         "hardware": hardware.description,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _LIBRARIES},
-        },
-        "git_commit": git_commit(),
+        **library_versions(),
     }
+
+
+def library_versions() -> dict[str, Any]:
+    """{"versions", "git_commit"}: with what a result was made."""
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"versions": {"python": platform.python_version(), **versions}, "git_commit": git_commit()}
+
+
+def print_files(output_dir: Path) -> None:
+    print(f"files in {output_dir}: {', '.join(results_in(output_dir))}")
+    print(f"to look at the result: {output_dir / 'report.html'}")
 
 
 def git_commit() -> str | None:
@@ -143,12 +195,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """UTF-8 with BOM, so that Excel shows Chinese."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))

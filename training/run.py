@@ -1,9 +1,9 @@
 """One run from options to results: check, build, read, split, train, sum up."""
 
 import dataclasses
+import math
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.device import Hardware, choose_hardware
 from common.errors import UserError
-from common.files import write_json
+from common.files import write_json, write_whole
+from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
 from evaluation.metrics import majority_baseline
+from evaluation.report import write_report
+from evaluation.results import headline, write_results
+from evaluation.trained import read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from training.config import FIELDS, Config, contradictions, flag_of
 from training.dataset import (
     DataSet,
+    findings_of,
     patients_of,
     read_images,
     record_of,
@@ -29,11 +35,10 @@ from training.dataset import (
     split_fingerprint,
     split_of,
 )
-from training.device import Hardware, choose_hardware
 from training.fit import duration, fit
 from training.optim import parameter_groups
-from training.outputs import RESULT_FILES, prepare_output_folder, refuse_results, run_record
-from training.state import EarlyStopping, TrainState, read_checkpoint
+from training.outputs import prepare_output_folder, print_files, refuse_results, run_record
+from training.state import EarlyStopping, TrainState
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite")
 
@@ -45,7 +50,6 @@ class RunResult:
     history: dict[str, list[float]]
     best_epoch: int
     stopped_early: bool
-    seconds: float
     probs: np.ndarray
 
 
@@ -88,30 +92,28 @@ def train_single(
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     folder, val_folder = scan(config)
     texts = sentences_of(config, folder, class_texts)
-    patients = patients_of(config, folder)
-    if checkpoint and tuple(checkpoint["classes"]) != folder.classes:
-        raise UserError(
-            f"--resume-from {config.resume_from} was trained on the classes "
-            f"{', '.join(checkpoint['classes'])}; "
-            f"--data-dir has {', '.join(folder.classes)}"
-        )
-
-    if checkpoint and checkpoint["class_texts"] != texts:
-        print("warning: the class sentences are not those the checkpoint was trained with")
+    patients = patients_of(config, folder, val_folder)
+    if checkpoint:
+        check_same_classes(checkpoint, f"--resume-from {config.resume_from}", folder.classes, texts)
 
     print(f"device: {hardware.description}")
     model = build_model(config, checkpoint)
     sentences = tokenise(model, texts)
-    data = read_images(config, folder, val_folder, patients)
+    data = read_images(config, folder, val_folder, patients, at_least=2 if val_folder is None else 1)
     split = split_of(config, data)
-    check_same_data(checkpoint, data, split)
+    if checkpoint:
+        check_same_data(checkpoint, data, split)
+
+    findings = findings_of(data, [split])
+    print_findings(findings)
 
     prepare_output_folder(output_dir, config.overwrite)
     records = {
-        "config.json": run_record(config, data, texts, hardware),
+        "config.json": run_record(config, data, texts, hardware, n_parameters(model)),
         "splits.json": record_of(config, data, [split]),
+        "data_check.json": {"findings": findings},
     }
-    return train_on_split(
+    result = train_on_split(
         config,
         hardware,
         model,
@@ -123,6 +125,12 @@ def train_single(
         records,
         seed=config.random_state,
     )
+    metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
+    print(f"last epoch: {headline(metrics)}")
+    write_report(output_dir)
+    print_files(output_dir)
+    print_use(output_dir)
+    return result
 
 
 def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
@@ -131,6 +139,16 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
     Raises UserError when a typed one cannot change in mid-run.
     """
     problems, changed = [], []
+    if checkpoint["config"]["use_cv"]:
+        raise UserError(
+            f"--resume-from {config.resume_from} is of a fold; a cross-validation continues by itself when "
+            "its own command is given again"
+        )
+    if typed.get("epochs", math.inf) < checkpoint["epoch"]:
+        problems.append(
+            f"--epochs {typed['epochs']}: --resume-from {config.resume_from} has {checkpoint['epoch']} "
+            "epochs behind it"
+        )
     options = {name: value for name, value in checkpoint["config"].items() if name in FIELDS}
     for name, value in typed.items():
         if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
@@ -153,10 +171,25 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
     return Config(**merged)
 
 
-def check_same_data(checkpoint: Mapping[str, Any] | None, data: DataSet, split: Split) -> None:
+def check_same_classes(
+    checkpoint: Mapping[str, Any], where: str, classes: Sequence[str], texts: Mapping[str, Sequence[str]]
+) -> None:
+    """A resumed run goes on with the classes and sentences it has learnt. `where` names the checkpoint."""
+    if tuple(checkpoint["classes"]) != tuple(classes):
+        raise UserError(
+            f"{where} was trained on the classes {', '.join(checkpoint['classes'])}; --data-dir has "
+            f"{', '.join(classes)}"
+        )
+    if checkpoint["class_texts"] != texts:
+        changed = [name for name in classes if checkpoint["class_texts"][name] != texts[name]]
+        raise UserError(
+            f"{where} was trained with other sentences for {', '.join(changed)}; give it the same ones, or "
+            "start a new run in another --output-dir"
+        )
+
+
+def check_same_data(checkpoint: Mapping[str, Any], data: DataSet, split: Split) -> None:
     """A resumed run must not validate on images it has trained on."""
-    if checkpoint is None:
-        return
     if checkpoint["dataset_fingerprint"] != data.fingerprint:
         raise UserError(
             "the images of --data-dir or --val-dir have changed since the checkpoint was written, so images "
@@ -192,12 +225,18 @@ def build_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> 
     for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
         millions = sum(p.numel() for p in tower.parameters()) / 1e6
         share = len(tower.pretrained) / sum(1 for _ in tower.parameters())
-        origin = (
-            "random weights" if share == 0 else f"{100 * share:.0f} % of its tensors from published weights"
-        )
+        source = getattr(config, f"{side}_weights")
+        source = "published weights" if source in ("auto", "pretrained") else source
+        origin = "random weights" if share == 0 else f"{100 * share:.0f} % of its tensors from {source}"
         frozen = ", frozen" if tower in model.frozen else ""
         print(f"{side} encoder: {names[side]}, {millions:.1f} M parameters, {origin}{frozen}")
+        if frozen and side == "image" and share == 0 and not checkpoint:
+            print("warning: a frozen image encoder with random weights learns nothing about images")
     return model
+
+
+def n_parameters(model: CLIPModel) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def tokenise(model: CLIPModel, texts: Mapping[str, Sequence[str]]) -> ClassSentences:
@@ -221,7 +260,6 @@ def train_on_split(
     seed: int,
 ) -> RunResult:
     """Train `model` on one split, from `checkpoint` where given; its files go to `output_dir`."""
-    started = time.monotonic()
     device = hardware.device
     torch.manual_seed(seed)
     model.to(device, memory_format=torch.channels_last)
@@ -250,6 +288,7 @@ def train_on_split(
     if checkpoint:
         state.restore(checkpoint, config.resume_from or str(output_dir))
         print(f"resuming after epoch {state.epoch} of {config.epochs}")
+        bring_best(config, output_dir)
     for name, record in records.items():  # only now that nothing can be refused any more
         write_json(output_dir / name, record)
     sentences.prepare(device, center=checkpoint is None)
@@ -305,11 +344,17 @@ def train_on_split(
         seed=seed,
         save_best=config.save_best,
     )
-    result = RunResult(
-        state.history, state.best_epoch, state.stopped_early, time.monotonic() - started, probs
-    )
-    print_summary(config, result, baseline, output_dir)
+    result = RunResult(state.history, state.best_epoch, state.stopped_early, probs)
+    print_summary(config, result, baseline)
     return result
+
+
+def bring_best(config: Config, output_dir: Path) -> None:
+    """A run that goes on in another folder brings its best epoch along."""
+    target = output_dir / "checkpoint_best.pth"
+    best = Path(config.resume_from).with_name(target.name) if config.resume_from else target
+    if config.save_best and best.exists() and not target.exists():
+        write_whole(target, lambda file: file.write(best.read_bytes()))
 
 
 def _grouping(config: Config) -> str:
@@ -322,7 +367,7 @@ def _grouping(config: Config) -> str:
     )
 
 
-def print_summary(config: Config, result: RunResult, baseline: float, output_dir: Path) -> None:
+def print_summary(config: Config, result: RunResult, baseline: float) -> None:
     history, last = result.history, len(result.history["val_acc"])
     print(f"\ndone: {last} epochs, {duration(sum(history['epoch_seconds']))}")
     for title, epoch in (
@@ -340,5 +385,9 @@ def print_summary(config: Config, result: RunResult, baseline: float, output_dir
         f"The best epoch was chosen by {config.early_stopping_monitor} on these same images, so its numbers "
         "are optimistic; the last epoch's are not chosen."
     )
-    written = [name for name in RESULT_FILES if (output_dir / name).exists()]
-    print(f"files in {output_dir}: {', '.join(written)}")
+
+
+def print_use(output_dir: Path) -> None:
+    print(
+        f"to use the model: python predict_clip.py --checkpoint {output_dir} --input IMAGES --output FILE.csv"
+    )

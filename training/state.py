@@ -21,9 +21,9 @@ import torch
 
 from common.errors import UserError, first_line
 from common.files import write_whole
+from evaluation.trained import FORMAT
 from models.clip import CLIPModel
 
-FORMAT = 1
 HISTORY_KEYS = (
     "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
     "train_loss_image_to_text", "lr", "temperature", "epoch_seconds", "images_per_second",
@@ -73,7 +73,7 @@ class TrainState:
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write a whole checkpoint. `facts`: what does not change (config, classes, sentences)."""
+        """Write a whole checkpoint. `facts`: what is not state (config, classes, sentences, ...)."""
         payload = {
             "format": FORMAT,
             **facts,
@@ -132,7 +132,7 @@ def _random_states() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -142,29 +142,5 @@ def _restore_random_states(states: Mapping[str, Any]) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def read_checkpoint(path: Path, option: str = "--resume-from") -> dict[str, Any]:
-    """Load a checkpoint of this program on the CPU; nothing is unpickled but tensors and plain values.
-
-    Raises UserError when it is missing, truncated, or not one of ours.
-    """
-    if not path.is_file():
-        raise UserError(f"{option} {path} does not exist; give a run's checkpoint_latest.pth")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file raises many kinds
-        raise UserError(
-            f"{option} {path} is damaged or no checkpoint of this program ({first_line(error)}); "
-            "give another one, such as checkpoint_best.pth beside it"
-        ) from None
-    needed = ("format", "config", "classes", "class_texts", "model", "optimizer", "history", "rng", "epoch")
-    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing or checkpoint["format"] != FORMAT:
-        raise UserError(
-            f"{option} {path} is no checkpoint of this program (it lacks "
-            f"{', '.join(missing) or 'its format'})"
-        )
-    return checkpoint
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])  # of the run's device, whichever number it has now

@@ -1,0 +1,161 @@
+"""What may go on in a folder that holds something already, and what is refused; each through main()."""
+
+import json
+import resource
+import shutil
+
+import pytest
+import torch
+from quick import QUICK, train
+
+from common.errors import UserError
+from common.files import write_whole
+from train_clip import main
+from training.config import make_config, options_from_flags, refuse_without_effect
+
+pytestmark = pytest.mark.usefixtures("quick_report")
+
+
+def compare(data, output, file, *flags):
+    quick = ["--data-dir", data, "--output-dir", output, *QUICK, "--epochs", 1, *flags]
+    return main([*map(str, quick), "--multi-config", "--config-file", str(file)])
+
+
+@pytest.fixture(scope="module")
+def two_entries(class_folder, tmp_path_factory, quick_report):
+    """A finished comparison of two entries, the first with sentences of its own, and what made it."""
+    root = tmp_path_factory.mktemp("compare")
+    shutil.copytree(class_folder, root / "data")
+    texts = root / "texts.json"
+    texts.write_text(json.dumps({"正常": "一", "肺炎": "二", "气胸": "三"}), encoding="utf-8")
+    file = root / "entries.json"
+    file.write_text(json.dumps([{"class_texts_file": str(texts)}, {"name": "🫁"}]), encoding="utf-8")
+    assert compare(root / "data", root / "out", file) == 0
+    return root
+
+
+def test_finished_entries_are_passed_over_and_ranked_with_paired_tests(two_entries, capsys):
+    assert compare(two_entries / "data", two_entries / "out", two_entries / "entries.json") == 0
+    assert capsys.readouterr().out.count("finished already") == 2
+    comparison = json.loads((two_entries / "out" / "comparison.json").read_text("utf-8"))
+    assert len(comparison["pairs"]) == 1 and comparison["pairs"][0]["n_images"] > 0
+    assert (two_entries / "out" / "02_unnamed").is_dir()
+    tex = (two_entries / "out" / "leaderboard.tex").read_text("utf-8")
+    assert tex.count(r"\\") == 3 and r"\toprule" in tex
+
+
+def test_finished_entries_of_other_images_or_sentences_are_refused(two_entries, tmp_path, capsys):
+    shutil.copytree(two_entries, tmp_path / "copy")
+    root = tmp_path / "copy"
+    file = root / "entries.json"
+    next((root / "data" / "正常").iterdir()).rename(root / "data" / "正常" / "new.png")
+    assert compare(root / "data", root / "out", file) == 2
+    assert "1 are new to it and 1 are gone" in capsys.readouterr().err
+
+    (two_entries / "texts.json").write_text(json.dumps({"正常": "别的"}), encoding="utf-8")
+    try:
+        assert compare(two_entries / "data", root / "out", file) == 2
+        assert "class sentences have changed" in capsys.readouterr().err
+    finally:
+        texts = {"正常": "一", "肺炎": "二", "气胸": "三"}
+        (two_entries / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def test_a_finished_entry_that_lost_a_file_does_not_take_the_others_along(two_entries, tmp_path):
+    shutil.copytree(two_entries / "out", tmp_path / "out")
+    (tmp_path / "out" / "02_unnamed" / "history.json").unlink()
+    assert compare(two_entries / "data", tmp_path / "out", two_entries / "entries.json") == 0
+    rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))
+    assert [row["status"] for row in rows] == ["finished", "failed"]
+    assert "history.json" in rows[1]["error"]
+
+
+def test_stopped_before_its_first_epoch_ended_the_same_command_works(class_folder, finished, tmp_path):
+    for name in ("config.json", "splits.json", "data_check.json"):
+        shutil.copy(finished / name, tmp_path / name)
+    assert train(class_folder, tmp_path, "--epochs", 1) == 0
+
+
+def test_overwrite_leaves_folders_of_the_user_alone(class_folder, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    mine = tmp_path / "out" / "fold_1" / "scan.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    assert train(class_folder, tmp_path / "out", "--epochs", 1, "--overwrite") == 0
+    assert mine.read_bytes() == b"mine"
+
+
+def test_results_do_not_go_into_the_data_folder(class_folder, capsys):
+    assert train(class_folder, class_folder, "--overwrite") == 2
+    assert "a folder of their own" in capsys.readouterr().err
+
+
+def test_a_patient_in_both_folders_is_refused(class_folder, tmp_path, capsys):
+    shutil.copytree(class_folder, tmp_path / "val")
+    flags = ["--val-dir", tmp_path / "val", "--group-pattern", r"^(P\d+)_"]
+    assert train(class_folder, tmp_path / "out", *flags) == 2
+    assert "36 patients have images in --data-dir and in --val-dir" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_does_not_fit_is_said_before_images_are_read(
+    class_folder,
+    finished,
+    tmp_path,
+    capsys,
+):
+    latest = finished / "checkpoint_latest.pth"
+    cases = [
+        (["--epochs", 3], latest, "has 4 epochs behind it"),
+        (["--text-template", "另{class_name}"], latest, "other sentences for"),
+    ]
+    fold = torch.load(latest, weights_only=True)
+    fold["config"]["use_cv"] = True
+    torch.save(fold, tmp_path / "fold.pth")
+    cases.append(([], tmp_path / "fold.pth", "is of a fold"))
+    for flags, checkpoint, message in cases:
+        assert train(class_folder, tmp_path / "out", "--resume-from", checkpoint, *flags) == 2
+        streams = capsys.readouterr()
+        assert message in streams.err and "read 72 images" not in streams.out
+
+
+def test_a_run_resumed_in_another_folder_brings_its_best_epoch(class_folder, finished, tmp_path):
+    flags = ["--resume-from", finished / "checkpoint_latest.pth", "--epochs", 4]
+    assert train(class_folder, tmp_path / "out", *flags, "--group-pattern", r"^(P\d+)_") == 0
+    best = (finished / "checkpoint_best.pth").read_bytes()
+    assert (tmp_path / "out" / "checkpoint_best.pth").read_bytes() == best
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--n-splits", "3"], "--n-splits"),
+        (["--use-cv", "--val-ratio", "0.3"], "--val-ratio"),
+        (["--val-dir", "v", "--val-ratio", "0.3"], "--val-ratio"),
+        (["--early-stopping-min-delta", "0.1"], "--early-stopping-min-delta"),
+    ],
+)
+def test_typed_options_without_effect_are_refused(flags, named):
+    typed = options_from_flags(["--data-dir", "d", "--output-dir", "o", *flags])
+    with pytest.raises(UserError, match=f"{named} has no effect"):
+        refuse_without_effect(typed, make_config(typed))
+
+
+def test_a_configuration_from_python_is_checked_too():
+    with pytest.raises(UserError) as refused:
+        make_config({"data_dir": "d", "output_dir": "o", "epoch": 3, "loss": "x", "batch_size": 10**400})
+    assert "unknown key 'epoch' (did you mean 'epochs'" in str(refused.value) and "'loss'" in str(
+        refused.value
+    )
+
+
+def test_a_full_disk_is_an_os_error_that_leaves_the_old_file(tmp_path):
+    target = tmp_path / "checkpoint.pth"
+    target.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_whole(target, lambda file: torch.save(torch.zeros(2**20), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
