@@ -23,11 +23,30 @@ GPU_IDS="${GPU_IDS:-0}"                     # "0", or "0 1 2": with CONFIG_FILE 
 # ----------------------------------------------------------------------------------------------------------------
 
 set -euo pipefail
+fail() { echo "error: $1" >&2; exit 2; }
+
+case "$(tr '[:upper:]' '[:lower:]' <<<"$USE_CV")" in
+    1 | true | yes | on) cv=1 ;;
+    0 | false | no | off) cv=0 ;;
+    *) fail "USE_CV must be 1, true, yes or on, or 0, false, no or off; not '$USE_CV'" ;;
+esac
+read -ra gpus <<<"$(tr -s ' ,' '\n' <<<"$GPU_IDS" | awk 'NF && !seen[$0]++' | tr '\n' ' ')"
+if [[ ! "${gpus[*]-}" =~ ^(-1|[0-9]+)(' '(-1|[0-9]+))*$ ]]; then
+    fail "GPU_IDS must be the number of a GPU, several as \"0 1\", or -1 for the CPU; not '$GPU_IDS'"
+elif [ "${#gpus[@]}" -gt 1 ] && [ -z "$CONFIG_FILE" ]; then
+    fail "GPU_IDS names several GPUs; only the entries of a CONFIG_FILE run side by side. Give one GPU."
+elif [ "${#gpus[@]}" -gt 1 ] && [[ " $*" =~ " --gpu-id"|" --config-index"|" --output-dir" ]]; then
+    fail "with several GPU_IDS, leave --gpu-id and --config-index out, and set OUTPUT_DIR instead of --output-dir"
+fi
+
 # Relative paths are meant from where the command is given.
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 for name in DATA_DIR OUTPUT_DIR CLASS_TEXTS_FILE GROUPS_FILE CONFIG_FILE; do
     case "${!name}" in "" | /*) ;; *) printf -v "$name" '%s' "$PWD/${!name}" ;; esac
 done
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+if [[ "$PWD" != "$here" && "$TEXT_ENCODER" == [!/]* && -d "$TEXT_ENCODER" ]]; then # a folder, not a name
+    TEXT_ENCODER="$PWD/$TEXT_ENCODER"
+fi
 cd "$here"
 source common/venv.sh
 ensure_venv requirements.txt
@@ -59,52 +78,88 @@ add --epochs "$EPOCHS"
 add --batch-size "$BATCH_SIZE"
 add --learning-rate "$LEARNING_RATE"
 add --img-size "$IMG_SIZE"
-if [ "$USE_CV" = 1 ]; then options+=(--use-cv --n-splits "$N_SPLITS"); fi
+if [ "$cv" = 1 ]; then options+=(--use-cv --n-splits "$N_SPLITS"); fi
 
-read -ra gpus <<<"$(tr -s ' ,' '\n' <<<"$GPU_IDS" | awk 'NF && !seen[$0]++' | tr '\n' ' ')"
+# Jobs run in the background, where bash answers a signal at once: whoever ends this script ends its trainings.
+stop() {
+    trap - INT TERM HUP
+    kill $(jobs -p) 2>/dev/null || true
+    wait
+    exit "$1"
+}
+stopped="stopped; finished epochs are saved, and the same command (without --overwrite) goes on from there"
+trap 'echo "$stopped" >&2; stop 130' INT
+trap 'echo "$stopped" >&2; stop 143' TERM
+trap 'stop 129' HUP
 
 if [ -z "$CONFIG_FILE" ]; then
-    if [ "${#gpus[@]}" -gt 1 ]; then
-        echo "error: GPU_IDS names several GPUs; only the entries of a CONFIG_FILE run side by side. Give one GPU." >&2
-        exit 2
-    fi
     options+=(--image-encoder "$IMAGE_ENCODER")
     add --text-encoder "$TEXT_ENCODER"
     # the same command again continues: a single run from its last checkpoint, a cross-validation by itself
-    if [ "$USE_CV" != 1 ] && [ -f "$OUTPUT_DIR/checkpoint_latest.pth" ] \
+    if [ "$cv" = 0 ] && [ -f "$OUTPUT_DIR/checkpoint_latest.pth" ] \
         && [[ ! " $* " =~ " --overwrite "|" --output-dir"|" --use-cv "|" --resume-from" ]]; then
         options+=(--resume-from "$OUTPUT_DIR/checkpoint_latest.pth")
     fi
-    "$PY" train_clip.py "${options[@]}" --gpu-id "${gpus[0]}" "$@"
 else
     options+=(--multi-config --config-file "$CONFIG_FILE")
     add --text-encoder "$TEXT_ENCODER" # only where it is set: it then wins over every entry of the file
-    if [ "${#gpus[@]}" -eq 1 ]; then
-        "$PY" train_clip.py "${options[@]}" --gpu-id "${gpus[0]}" "$@"
-    else
-        # One worker per GPU; each takes the next configuration that no other has claimed (mkdir succeeds once).
-        entries="$("$PY" -c 'import json, sys; print(len(json.load(open(sys.argv[1], encoding="utf-8-sig"))))' "$CONFIG_FILE")"
-        mkdir -p "$OUTPUT_DIR/logs"
-        claims="$(mktemp -d)"
-        trap 'rm -rf "$claims"; kill $(jobs -p) 2>/dev/null || true' EXIT
-        worker() {
-            local gpu="$1" status=0 i
-            shift
-            for ((i = 1; i <= entries; i++)); do
-                mkdir "$claims/$i" 2>/dev/null || continue
-                echo "configuration $i of $entries on GPU $gpu, log: $OUTPUT_DIR/logs/entry_$i.log"
-                "$PY" train_clip.py "${options[@]}" --config-index "$i" --gpu-id "$gpu" "$@" \
-                    >"$OUTPUT_DIR/logs/entry_$i.log" 2>&1 || { status=1; echo "configuration $i failed; see its log"; }
-            done
-            return "$status"
-        }
-        pids=()
-        for gpu in "${gpus[@]}"; do worker "$gpu" "$@" & pids+=($!); done
-        status=0
-        for pid in "${pids[@]}"; do wait "$pid" || status=1; done
-        echo "leaderboard: $OUTPUT_DIR/leaderboard.csv"
-        exit "$status"
-    fi
+fi
+
+if [ "${#gpus[@]}" -eq 1 ]; then
+    "$PY" train_clip.py "${options[@]}" --gpu-id "${gpus[0]}" "$@" &
+    wait $!
+else
+    # What concerns all configurations: "count" checks them and prints their number, "rank" writes the leaderboard.
+    configurations() {
+        "$PY" -c '
+import contextlib, pathlib, sys
+from common.cli import exit_code_of
+from training.config import make_config, options_from_flags
+from training.multi_config import print_leaderboard, read_entries, write_leaderboard
+from training.outputs import check_writable
+
+def main():
+    typed = options_from_flags(sys.argv[2:])
+    config = make_config(typed)
+    output_dir = pathlib.Path(config.output_dir)
+    check_writable(output_dir)
+    counting = sys.argv[1] == "count"
+    with contextlib.redirect_stdout(sys.stderr if counting else None):  # notes, once
+        entries = read_entries(config, typed)
+    if counting:
+        print(len(entries))
+    else:
+        print_leaderboard(write_leaderboard(output_dir, entries), output_dir)
+    return 0
+
+sys.exit(exit_code_of(main, "nothing was started"))' "$@"
+    }
+
+    # One worker per GPU; each takes the next configuration that no other has claimed (mkdir succeeds once).
+    worker() {
+        local gpu="$1" status=0 i
+        shift
+        trap 'stop 143' TERM
+        for ((i = 1; i <= entries; i++)); do
+            mkdir "$claims/$i" 2>/dev/null || continue
+            echo "configuration $i of $entries on GPU $gpu, log: $OUTPUT_DIR/logs/entry_$i.log"
+            "$PY" train_clip.py "${options[@]}" --config-index "$i" --gpu-id "$gpu" "$@" \
+                >"$OUTPUT_DIR/logs/entry_$i.log" 2>&1 &
+            wait $! || { status=1; echo "configuration $i failed; see its log"; }
+        done
+        return "$status"
+    }
+
+    entries="$(configurations count "${options[@]}" "$@")"
+    mkdir -p "$OUTPUT_DIR/logs"
+    claims="$(mktemp -d)"
+    trap 'rm -rf "$claims"' EXIT
+    pids=() status=0
+    for gpu in "${gpus[@]}"; do worker "$gpu" "$@" & pids+=($!); done
+    for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+    # once more at the end: the job that wrote it last may have read the folders before another had finished
+    configurations rank "${options[@]}" "$@" || status=1
+    if [ "$status" != 0 ]; then exit "$status"; fi
 fi
 
 if [ "$demo" = 1 ]; then
