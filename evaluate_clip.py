@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Measure a trained model on labelled images it has not seen, such as another hospital's.
+
+python evaluate_clip.py --checkpoint RUN --data-dir LABELLED --output-dir DIR
+python evaluate_clip.py --checkpoint CV_RUN --data-dir LABELLED --output-dir DIR --group-pattern '^(P\\d+)_'
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.cli import Parser, exit_code_of
+from common.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from data.scan import ImageFolder
+    from evaluation.trained import TrainedModel
+    from training.dataset import DataSet
+
+EPILOG = """\
+--checkpoint: a checkpoint file, or a run's folder (its last epoch); a cross-validation's folder, or several
+checkpoints, are an ensemble: the mean of their probabilities.
+
+--data-dir: one sub-folder of images per class, as in training. Classes are matched by name. A class of the
+model without a folder here is said, and what cannot be measured of it is null. A folder that is no class of
+the model is refused: --rename THEIRS=OURS says which class it is, --skip-extra leaves its images out.
+
+--output-dir receives config.json (what was evaluated on what), predictions.csv, metrics.json,
+metrics_table.csv and .tex, data_check.json, report.html and figures/.
+
+exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C
+"""
+
+
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    """The typed options. Raises UserError naming every mistake."""
+    parser = Parser(prog="evaluate_clip.py", description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, nargs="+", metavar="PATH", help="trained model or models (required)")
+    add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
+    add("--output-dir", type=Path, help="folder for the results (required)")
+    add("--group-pattern", help="regular expression on the file name whose first group is the patient")
+    add("--groups-file", type=Path, help="CSV with columns path,group that names each image's patient")
+    add("--rename", action="append", default=[], metavar="THEIRS=OURS",
+        help="this folder is that class of the model; may be given several times")  # fmt: skip
+    add("--skip-extra", action="store_true", help="leave out folders that are no class of the model")
+    add("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")
+    add("--num-workers", type=int, default=4, help="processes that load images (default: 4)")
+    add("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    add("--gpu-id", type=int, default=0, help="CUDA device; -1 is the CPU (default: 0)")
+    add("--no-amp", action="store_true", help="compute in float32")
+    add("--overwrite", action="store_true", help="replace another evaluation's results in --output-dir")
+    found = parser.read(typed, required=("--checkpoint", "--data-dir", "--output-dir"))
+    problems = [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if pair.count("=") != 1]
+    problems += [
+        f"{flag} must be at least {low}, not {value}"
+        for flag, value, low in (
+            ("--num-workers", found.num_workers, 0),
+            ("--batch-size", found.batch_size, 1),
+            ("--gpu-id", found.gpu_id, -1),
+        )
+        if value < low
+    ]
+    if found.group_pattern and found.groups_file:
+        problems.append("--group-pattern and --groups-file exclude each other: both name the patient")
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def match_classes(
+    folder: "ImageFolder", classes: Sequence[str], renames: Sequence[str], skip_extra: bool
+) -> "ImageFolder":
+    """The folder with the model's `classes` as its own, images of other folders left out; says what differs.
+
+    Raises UserError for a folder that is no class, unless `skip_extra`, and for a rename that fits nothing.
+    """
+    import numpy as np
+
+    from data.scan import ImageFolder, nfc
+
+    pairs = [tuple(nfc(side.strip()) for side in pair.split("=")) for pair in renames]
+    problems = [
+        f"--rename {theirs}={ours}: {wrong!r} is no {what}{did_you_mean(wrong, known)}"
+        for theirs, ours in pairs
+        for wrong, known, what in (
+            (theirs, folder.classes, "folder of --data-dir"),
+            (ours, classes, "class of the model"),
+        )
+        if wrong not in known
+    ]
+    ours_of = {name: name for name in folder.classes} | dict(pairs)
+    extra = [name for name in folder.classes if ours_of[name] not in classes]
+    if extra and not skip_extra:
+        problems += [
+            f"--data-dir {folder.root}: the folder {name!r} is no class of the model"
+            f"{did_you_mean(name, classes)}; say which one it is (--rename {name}=CLASS), or leave its "
+            "images out (--skip-extra)"
+            for name in extra
+        ]
+        problems.append(f"the model's classes are {', '.join(classes)}")
+    if problems:
+        raise UserError(*problems)
+
+    counts = np.bincount(folder.labels, minlength=len(folder.classes))
+    for name, n in zip(folder.classes, counts, strict=True):
+        if name in extra:
+            print(f"note: the folder {name!r} is no class of the model; its {n} images are left out")
+        elif ours_of[name] != name:
+            print(f"note: the folder {name!r} is taken for the class {ours_of[name]!r}")
+    absent = [name for name in classes if name not in ours_of.values()]
+    if absent:
+        print(f"note: no images of {', '.join(absent)}; what cannot be measured without them is null")
+    new = np.array([classes.index(ours_of[n]) if n not in extra else -1 for n in folder.classes])[
+        folder.labels
+    ]
+    kept = np.flatnonzero(new >= 0)
+    if not len(kept):
+        raise UserError(f"--data-dir {folder.root} has no images of the model's classes {', '.join(classes)}")
+    order = kept[np.argsort(new[kept], kind="stable")]
+    return ImageFolder(
+        folder.root, tuple(classes), tuple(folder.paths[i] for i in order), new[order], folder.notes
+    )
+
+
+def evaluate(typed: Sequence[str]) -> int:
+    """Check, load, read, predict, write. Returns the exit code (see --help)."""
+    arguments = read_arguments(typed)
+    from data.scan import scan_folder
+
+    folder = scan_folder(arguments.data_dir)
+    for note in folder.notes:
+        print(f"note: {note}")
+
+    import numpy as np  # the heavy libraries, only now
+
+    from common.files import write_json
+    from data.findings import print_findings
+    from data.loader import EpochBatches, ImageDataset, build_loader
+    from evaluation.predict import Ensemble, predict_probs
+    from evaluation.report import write_report
+    from evaluation.results import headline, write_results
+    from evaluation.trained import load_models
+    from training.config import Config
+    from training.dataset import findings_of, patients_of, read_images
+    from training.outputs import prepare_output_folder, print_files, refuse_results
+
+    options = Config(
+        data_dir=str(arguments.data_dir),
+        output_dir=str(arguments.output_dir),
+        group_pattern=arguments.group_pattern,
+        groups_file=str(arguments.groups_file) if arguments.groups_file else None,
+        skip_unreadable=arguments.skip_unreadable,
+        overwrite=arguments.overwrite,
+    )
+    refuse_results(arguments.output_dir, options)
+    models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
+    ensemble = Ensemble(models, autocasts)
+    folder = match_classes(folder, ensemble.classes, arguments.rename, arguments.skip_extra)
+    size = ensemble.sizes[0]
+    options = dataclasses.replace(options, img_size=size)
+    data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
+    if data.fingerprint in {model.facts["dataset_fingerprint"] for model in models}:
+        print(
+            "warning: these are the very images the model was made with, so what follows is too good; the "
+            "honest numbers are in the run's own metrics.json"
+        )
+    each = []
+    for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
+        pixels = data.pixels if model.img_size == size else None  # another size is read from the files
+        loader = build_loader(
+            ImageDataset(data.files, data.labels, model.img_size, pixels),
+            EpochBatches(np.arange(len(data.files)), arguments.batch_size, None),
+            0 if pixels is not None else arguments.num_workers,
+            pin_memory=model.device.type == "cuda",
+        )
+        each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])
+    predictions = data.predictions(np.arange(len(data.files)), np.mean(each, axis=0))
+
+    output_dir = arguments.output_dir
+    prepare_output_folder(output_dir, arguments.overwrite)
+    write_json(output_dir / "config.json", record_of(arguments, data, models))
+    findings = findings_of(data, [])
+    print_findings(findings)
+    write_json(output_dir / "data_check.json", {"findings": findings})
+    metrics = write_results(output_dir, predictions, "predictions.csv")
+    print(f"{len(predictions.paths)} images: {headline(metrics)}")
+    write_report(output_dir)
+    print_files(output_dir)
+    return 0
+
+
+def record_of(
+    arguments: argparse.Namespace, data: "DataSet", models: "Sequence[TrainedModel]"
+) -> dict[str, Any]:
+    """Content of the evaluation's config.json: what was evaluated on what, with what."""
+    from training.outputs import library_versions
+
+    of_model = ("image_encoder_name", "text_encoder_name", "img_size", "random_state", "epochs")
+    typed = ("data_dir", "group_pattern", "groups_file", "rename", "skip_extra", "skip_unreadable")
+    return {
+        "checkpoints": [str(model.path) for model in models],
+        "models": [{key: model.facts["config"][key] for key in of_model} for model in models],
+        **{key: getattr(arguments, key) for key in typed},
+        "data_dir": str(arguments.data_dir),
+        "groups_file": str(arguments.groups_file) if arguments.groups_file else None,
+        "classes": list(models[0].classes),
+        "class_texts": models[0].class_texts,
+        "images_per_class": data.images_per_class(),
+        "dataset_fingerprint": data.fingerprint,
+        **library_versions(),
+    }
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    return exit_code_of(lambda: evaluate(sys.argv[1:] if typed is None else typed), "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

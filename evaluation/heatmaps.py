@@ -1,0 +1,161 @@
+"""Heat maps: which parts of an image speak for a class, by Grad-CAM, and the picture of them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import UserError
+from models.clip import CLIPModel
+
+COLORMAP = "inferno"  # perceptually even: equal steps of heat look equal
+MOST_COVER = 0.6  # how far the colour hides the image where the heat is 1: the anatomy stays readable
+
+
+def heat_maps(
+    model: CLIPModel,
+    images: torch.Tensor,
+    class_features: torch.Tensor,
+    targets: torch.Tensor | Sequence[int],
+) -> np.ndarray:
+    """`coarse_maps` enlarged to the images, bilinearly, each by its own maximum: (B, S, S) float32, 0..1.
+
+    A map without anything for the class stays zero.
+    """
+    coarse = coarse_maps(model, images, class_features, targets)
+    heat = F.interpolate(coarse[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    largest = heat.amax(dim=(1, 2), keepdim=True)
+    return (heat / torch.where(largest > 0, largest, 1)).cpu().numpy()
+
+
+def coarse_maps(
+    model: CLIPModel,
+    images: torch.Tensor,
+    class_features: torch.Tensor,
+    targets: torch.Tensor | Sequence[int],
+) -> torch.Tensor:
+    """Grad-CAM of `log_odds`, "this class rather than the others": (B, h, w) float32, not negative.
+
+    images (B, 3, S, S) uint8 or 0..255 float; class_features (C, D) of unit length; targets (B,) indices of
+    classes. What is looked at is the backbone's last map, the one its head pools, of h x w cells or patches:
+    F_3 of starnet_dual_pyramid_rcf, the final patch tokens of a ViT that averages them. A ViT that reads only
+    its class token has no use for the final patch tokens; there it is the tokens that enter the last
+    attention. Class and register tokens are left out.
+
+    It costs one forward pass and a backward pass from the score to the map, in float32. The model stays as it
+    was: mode, weights, gradients. Raises UserError for backbones that have no such map.
+
+    Selvaraju et al. 2017, "Grad-CAM", arXiv 1610.02391.
+    """
+    device = model.logit_scale.device
+    targets = torch.as_tensor(targets, device=device)
+    # A backward pass cannot use what its caller made in inference mode, hence the clone.
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), _evaluating(model):
+        class_features = class_features.to(device).clone()
+        backbone = model.image_tower.backbone
+        last, pooled = _last_map(backbone, model.image_tower.normalise(images.to(device)))
+        with torch.enable_grad():
+            image_features = F.normalize(model.image_projection(pooled), dim=-1)  # (B, D)
+            logits = model.logit_scale.exp() * image_features @ class_features.T  # (B, C)
+            score = log_odds(logits, targets).sum()  # over images: in evaluation mode none touches another
+        (gradient,) = torch.autograd.grad(score, last)
+    maps, gradient = (_as_grid(backbone, values) for values in (last.detach(), gradient))
+    weights = gradient.mean(dim=(2, 3), keepdim=True)  # (B, channels, 1, 1)
+    return F.relu((weights * maps).sum(dim=1))
+
+
+def log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p)) of the target class's softmax probability p: (B, C), (B,) -> (B,).
+
+    That is its logit minus the log-sum-exp of the others: the closest rival counts most, as it does in the
+    model's own decision, and unlike that of log p the gradient does not die where the model is sure. A
+    single class has no others, and its logit stands alone.
+    """
+    own = F.one_hot(targets, logits.shape[1]).bool()
+    if logits.shape[1] == 1:
+        return logits[own]
+    return logits[own] - logits.masked_fill(own, -math.inf).logsumexp(dim=1)
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """The heat (S, S) 0..1 in colour over the image (S, S, 3) uint8: (S, S, 3) uint8.
+
+    The more heat, the less transparent; without heat the pixel is the image's own.
+    """
+    heat = np.clip(np.asarray(heat, np.float64), 0, 1)
+    colour = matplotlib.colormaps[COLORMAP](heat)[..., :3] * 255  # (S, S, 3)
+    cover = MOST_COVER * heat[..., None]
+    return np.rint((1 - cover) * image + cover * colour).astype(np.uint8)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module in the mode that was its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _last_map(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The map to look at, and the pooled features (B, num_features) as a function of it alone.
+
+    What comes before the map is not recorded for the backward pass, whether or not the tower is frozen.
+    """
+    if getattr(backbone, "global_pool", None) == "token":
+        return _last_attended_tokens(backbone, images)
+    with torch.no_grad():
+        last = backbone.forward_features(images)
+    if not isinstance(last, torch.Tensor):
+        raise _no_map(backbone, "it ends in several maps")
+    last = last.detach().requires_grad_()
+    with torch.enable_grad():
+        return last, backbone.forward_head(last)
+
+
+def _last_attended_tokens(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a backbone pooled by class token: the tokens (B, N, channels) that enter its last attention."""
+    blocks = getattr(backbone, "blocks", None)
+    attention = getattr(blocks[-1], "attn", None) if blocks is not None else None
+    if attention is None:
+        raise _no_map(backbone, "its class token is read in a way of its own")
+    caught: list[torch.Tensor] = []
+
+    def catch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        caught.append(inputs[0].detach().requires_grad_())
+        torch.set_grad_enabled(True)  # from here on; leaving no_grad below takes it back
+        return (caught[0], *inputs[1:])
+
+    hook = attention.register_forward_pre_hook(catch)
+    try:
+        with torch.no_grad():
+            pooled = backbone(images)
+    finally:
+        hook.remove()
+    return caught[0], pooled
+
+
+def _as_grid(backbone: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """(B, h, w, C), (B, tokens, C) or (B, C, h, w), whichever the backbone has -> (B, C, h, w)."""
+    if values.ndim == 4:
+        return values.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", None) == "NHWC" else values
+    prefix = getattr(backbone, "num_prefix_tokens", 0)  # class and register tokens come first
+    side = math.isqrt(max(0, values.shape[1] - prefix))
+    if values.ndim != 3 or side == 0 or side**2 != values.shape[1] - prefix:
+        raise _no_map(backbone, f"{tuple(values.shape)} is no square of patches behind {prefix} class tokens")
+    return values[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+
+
+def _no_map(backbone: nn.Module, why: str) -> UserError:
+    return UserError(
+        f"no heat maps for an image encoder of the kind {type(backbone).__name__}: {why}; leave them out, or "
+        "train another encoder, such as resnet50, convnext-tiny, vit or starnet_dual_pyramid_rcf"
+    )

@@ -1,0 +1,107 @@
+"""The model card (README.md) of an exported model: what it is for and not for, data, metrics, limits.
+
+Mitchell et al. 2019, "Model Cards for Model Reporting", arXiv 1810.03993. The header is Hugging Face's. The
+text is in model_card.md.jinja.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from common.files import read_json
+from data.scan import nfc
+from evaluation.tables import OVERALL
+from evaluation.trained import TrainedModel
+
+
+def run_facts(trained: TrainedModel) -> dict[str, Any]:
+    """What the checkpoint, and the run's own files where they lie beside it, say of the run.
+
+    fold: its number in a cross-validation, or None. last, epochs: is this the last epoch, and how many there
+    were. val: the validation figures of the checkpoint's epoch. pretrained: did training start from published
+    weights. apart, by_image: how the validation images were set apart. record, split, metrics: config.json,
+    the fold in splits.json, metrics.json (of the last epoch); None where they are not known.
+    """
+    folder = trained.path.resolve().parent
+    number = re.fullmatch(r"fold_(\d+)", folder.name)
+    in_fold = number is not None and (folder.parent / "config.json").exists()
+    run, fold = (folder.parent, int(number[1])) if in_fold else (folder, None)
+    history, epoch = trained.facts["history"], trained.facts["epoch"]
+    epochs = len(history["val_acc"])
+    facts: dict[str, Any] = {
+        "fold": fold,
+        "epochs": epochs,
+        # the best epoch's checkpoint was chosen even where it is the last one
+        "last": epoch == epochs and trained.path.name != "checkpoint_best.pth",
+        "val": {key: values[epoch - 1] for key, values in history.items() if key.startswith("val_")},
+        "pretrained": bool(trained.facts["pretrained"]["image"]),
+    }
+    record, splits, metrics = (_optional(run / f"{name}.json") for name in ("config", "splits", "metrics"))
+    if not record or record.get("dataset_fingerprint") != trained.facts["dataset_fingerprint"]:
+        record = splits = metrics = None  # the checkpoint was moved here from elsewhere
+    facts |= {
+        "record": record,
+        "metrics": metrics,
+        "split": None,
+        "apart": "in a way not known",
+        "by_image": False,
+    }
+    if splits:
+        facts["split"] = splits["folds"][(fold or 1) - 1]
+        facts["by_image"] = not splits["grouped_by"] and not record["val_dir"]
+        facts["apart"] = "by image" if facts["by_image"] else "as a folder of their own"
+        if splits["grouped_by"]:
+            facts["apart"] = f"by patient ({splits['n_groups']} of them, none on both sides)"
+    return facts
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path, "the run's") if path.exists() else None
+
+
+def model_card(
+    about: Mapping[str, Any], run: Mapping[str, Any], files: Sequence[str], difference: float | None
+) -> str:
+    """Markdown with a YAML header. about: `evaluation.export.description`; run: `run_facts`; files: names of
+    the exported files; difference: of the ONNX file's answers from PyTorch's, None without one.
+    """
+    counts = {"all": run["record"]["images_per_class"] if run["record"] else {}}
+    for side in ("train", "val"):
+        paths = run["split"][side] if run["split"] else []
+        counts[side] = Counter(nfc(path.split("/")[0]) for path in paths)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": _cell, "interval": _interval}
+    text = environment.get_template("model_card.md.jinja").render(
+        about=about,
+        run=run,
+        files=[*files, "README.md"],
+        difference=difference,
+        overall=OVERALL,
+        counts={side: defaultdict(lambda: "–", own) for side, own in counts.items()},
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _cell(text: str) -> str:
+    """Text that stays one cell of a Markdown table, whatever it holds."""
+    return " ".join(re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text).split())
+
+
+def _interval(entry: Mapping[str, Any], in_percent: bool) -> str:
+    """An interval entry of metrics.json (fractions) as "87.0 (85.1 to 88.9)"; "–" where it is undefined."""
+    shown = [
+        f"{100 * entry[key]:.1f}" if in_percent else f"{entry[key]:.3f}"
+        for key in ("value", "low", "high")
+        if entry[key] is not None
+    ]
+    return "–" if not shown else shown[0] if len(shown) < 3 else f"{shown[0]} ({shown[1]} to {shown[2]})"

@@ -1,0 +1,217 @@
+"""The tables of the report, from what a run folder holds. Plain text: the template escapes it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder
+from evaluation.tables import OVERALL, PER_CLASS
+
+Table = dict[str, Sequence[Any]]  # "header" (may be empty) and "rows"
+_HISTORY = {
+    "train_loss": "Training loss",
+    "val_loss": "Validation loss",
+    "train_acc": "Training accuracy (%)",
+    "val_acc": "Validation accuracy (%)",
+    "val_balanced_acc": "Validation balanced accuracy (%)",
+    "val_macro_f1": "Validation macro-F1 (%)",
+}
+
+
+def number(entry: Mapping[str, Any], in_percent: bool) -> tuple[str, str]:
+    """The value and its interval as words; "–" and "" where there is none."""
+    if entry["value"] is None:
+        return "–", ""
+    factor, form = (100, ".1f") if in_percent else (1, ".3f")
+    unit = " %" if in_percent else ""
+    value = f"{factor * entry['value']:{form}}{unit}"
+    if entry["low"] is None:
+        return value, ""
+    return value, f"{factor * entry['low']:{form}} to {factor * entry['high']:{form}}{unit}"
+
+
+def measures(run: RunFolder) -> Table:
+    rows = []
+    for key, title in OVERALL.items():
+        value, interval = number(run.metrics[key], "%" in title)
+        rows.append([title.replace(" (%)", ""), value, interval, run.metrics[key]["method"] or ""])
+    return {"header": ["Measure 指标", "Value 值", "95 % interval 区间", "Method 方法"], "rows": rows}
+
+
+def images_table(run: RunFolder) -> Table:
+    """Images and patients per class and side of the split."""
+    p, splits = run.predictions, run.counts_per_fold()
+    header = ["Class 类别"]
+    columns: list[list[Any]] = []
+    if run.kind != EVALUATION and splits:
+        if run.kind == SINGLE:
+            (train, val), *_ = splits
+            header += ["Training images 训练", "Validation images 验证"]
+            columns += [[train[name] for name in p.classes], [val[name] for name in p.classes]]
+        else:
+            header += ["Images 图像", "Validation images per fold 每折验证"]
+            per_fold = [[val[name] for _, val in splits] for name in p.classes]
+            columns += [list(map(sum, per_fold)), [_range(counts) for counts in per_fold]]
+    else:
+        header.append("Images 图像")
+        columns.append([run.metrics["per_class"][name]["support"] for name in p.classes])
+    if p.groups is not None:
+        where = "Validation patients 验证患者" if run.kind == SINGLE else "Patients 患者"
+        header.append(where)
+        columns.append([len(np.unique(p.groups[p.labels == c])) for c in range(len(p.classes))])
+    rows = [list(row) for row in zip(p.classes, *columns, strict=True)]
+    last = ["All 合计"] + [
+        sum(column) if all(isinstance(n, int) for n in column) else "" for column in columns
+    ]
+    if p.groups is not None:
+        last[-1] = len(np.unique(p.groups))  # a patient may have images of several classes
+    return {"header": header, "rows": [*rows, last]}
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
+    config, o = run.config, trained_with
+    rows = [["Images 图像", f"{config['data_dir']}, fingerprint {config['dataset_fingerprint'][:16]}"]]
+    if run.kind == EVALUATION:
+        rows.append(["Models 模型", ", ".join(config["checkpoints"])])
+        rows += [["Trained on 训练图像", o["data_dir"]]] if o else []
+    elif config.get("val_dir"):
+        rows.append(["Validation 验证", str(config["val_dir"])])
+    else:
+        how = (
+            f"{config['n_splits']} folds"
+            if run.kind == CROSS_VALIDATION
+            else f"hold-out of {config['val_ratio']:g}"
+        )
+        level = "patient 按患者" if run.by_patient else "image 按图像"
+        rows.append(["Split 划分", f"{how}, stratified, by {level}, seed {config['random_state']}"])
+    patients = config.get("group_pattern") or config.get("groups_file")
+    if patients:
+        rows.append(["Patients from 患者来源", str(patients)])
+    if o is None:
+        rows.append(["Training 训练", "not known: no checkpoint could be read"])
+    else:
+        rows += [
+            ["Image encoder 图像编码器", f"{o['image_encoder_name']}, weights: {o['image_weights']}"],
+            ["Text encoder 文本编码器", f"{o['text_encoder_name']}, weights: {o['text_weights']}"],
+            ["Input 输入", f"{o['img_size']} x {o['img_size']} pixels, augmentation: {o['augmentation']}"],
+            [
+                "Training 训练",
+                f"{o['epochs']} epochs, batch {o['batch_size']}, learning rate {o['learning_rate']:g}, loss "
+                f"{o['loss']}, seed {o['random_state']}",
+            ],
+        ]  # fmt: skip
+    if "million_parameters" in config:
+        rows.append(["Parameters 参数量", f"{config['million_parameters']:.1f} million"])
+    if "hardware" in config:
+        rows.append(["Hardware 硬件", config["hardware"]])
+    versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+    rows.append(["Versions 版本", versions])
+    rows.append(["Program at commit 程序版本", config.get("git_commit") or "not in a git checkout"])
+    return {"header": [], "rows": rows}
+
+
+def options_table(run: RunFolder, names: Sequence[str] | None = None) -> Table:
+    """config.json as rows; of the options `names` alone where given."""
+    hidden = ("class_texts", "classes", "versions", "changed_options")
+    chosen = [name for name in run.config if name not in hidden] if names is None else names
+    return {
+        "header": ["Option 选项", "Value 值"],
+        "rows": [[name, plain(run.config.get(name))] for name in chosen],
+    }
+
+
+def plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(own)}" for key, own in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(plain, value))
+    return "–" if value is None else str(value)
+
+
+def sentences_table(run: RunFolder) -> Table:
+    texts = run.config.get("class_texts", {})
+    return {
+        "header": ["Class 类别", "Sentences 描述"],
+        "rows": [[name, " / ".join(own)] for name, own in texts.items()],
+    }
+
+
+def epochs_table(run: RunFolder) -> tuple[Table, str]:
+    """Last beside best epoch, and what to know of it."""
+    if run.kind == CROSS_VALIDATION:
+        rows = [
+            [title, *(_mean_std(key, run.summary[side][key]) for side in ("last_epoch", "best_epoch"))]
+            for key, title in _HISTORY.items()
+        ]
+        best = ", ".join(str(run.best_epoch(fold)) for fold in run.histories)
+        caption = (
+            f"Mean ± sample standard deviation over {len(run.histories)} folds. Best epochs by "
+            f"{run.config['early_stopping_monitor']}: {best}."
+        )
+        return {
+            "header": ["", "Last epoch 最后", "Best epoch 最佳 (optimistic 偏乐观)"],
+            "rows": rows,
+        }, caption
+    history, best = run.histories[0], run.best_epoch(0)
+    last = len(history["val_loss"])
+    rows = [
+        [title, *(_of_epoch(key, history[key][epoch - 1]) for epoch in (last, best))]
+        for key, title in _HISTORY.items()
+    ]
+    header = ["", f"Last epoch 最后 ({last})", f"Best epoch 最佳 ({best}, optimistic 偏乐观)"]
+    return {"header": header, "rows": rows}, f"Best by {run.config['early_stopping_monitor']}."
+
+
+def _of_epoch(key: str, value: float) -> str:
+    return f"{value:.4f}" if key.endswith("loss") else f"{value:.2f}"
+
+
+def _mean_std(key: str, entry: Mapping[str, float]) -> str:
+    return f"{_of_epoch(key, entry['mean'])} ± {_of_epoch(key, entry['std_sample'])}"
+
+
+def confusion_table(run: RunFolder) -> Table:
+    counts = np.array(run.metrics["confusion_matrix"])
+    rows = [
+        [name, *(f"{n} ({100 * n / own.sum():.1f})" if own.sum() else str(n) for n in own)]
+        for name, own in zip(run.predictions.classes, counts, strict=True)
+    ]
+    return {"header": ["true \\ predicted 真实 \\ 预测", *run.predictions.classes], "rows": rows}
+
+
+def per_class_table(run: RunFolder) -> Table:
+    rows = []
+    for name, own in run.metrics["per_class"].items():
+        cells = [number(own[key], key not in ("roc_auc", "average_precision")) for key in PER_CLASS]
+        rows.append([name, own["support"], *("\n".join(cell) for cell in cells)])
+    titles = ("Sensitivity\n灵敏度", "Specificity\n特异度", "Precision\n精确率", "F1", "ROC-AUC", "AP")
+    return {"header": ["Class\n类别", "Images\n图像", *titles], "rows": rows}
+
+
+def temperature_table(run: RunFolder) -> tuple[Table, str]:
+    metrics = run.metrics
+    scaling = metrics["calibration"]["temperature_scaling"]
+    names = {"ece": "ECE", "nll": "NLL (nats)", "brier": "Brier score"}
+    if scaling is None:
+        rows = [[title, f"{metrics[key]['value']:.3f}"] for key, title in names.items()]
+        return {
+            "header": ["", "Value 值"],
+            "rows": rows,
+        }, "No temperature was fitted: there is nothing to fit on."
+    rows = [
+        [title, f"{scaling[f'{key}_before']:.3f}", f"{scaling[f'{key}_after']:.3f}"]
+        for key, title in names.items()
+    ]
+    parts = "the other folds" if run.kind == CROSS_VALIDATION else "the other half of the images"
+    caption = (
+        f"“After” is fair: each image is scaled by a temperature fitted on {parts}. For new images the "
+        f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure)."
+    )
+    header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
+    return {"header": header, "rows": rows}, caption

@@ -1,0 +1,112 @@
+"""What a run, a cross-validation or an evaluation left in its folder, read back for the report."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_json
+from data.scan import nfc
+from evaluation.results import Predictions, read_predictions
+
+SINGLE, CROSS_VALIDATION, EVALUATION = "single", "cross-validation", "evaluation"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """kind: SINGLE, CROSS_VALIDATION or EVALUATION (of finished models on another folder).
+
+    histories: fold -> history.json, with 0 for a single run; empty for an evaluation. splits, summary, check:
+    splits.json, cv_summary.json, data_check.json, None where they are not there.
+    """
+
+    path: Path
+    kind: str
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    predictions: Predictions
+    histories: Mapping[int, Mapping[str, list[float]]]
+    splits: Mapping[str, Any] | None
+    summary: Mapping[str, Any] | None
+    check: Mapping[str, Any] | None
+
+    @property
+    def images(self) -> Path:
+        """The folder that the paths of the predictions are relative to."""
+        return Path(self.config.get("val_dir") or self.config["data_dir"])
+
+    @property
+    def by_patient(self) -> bool:
+        return bool(self.config.get("group_pattern") or self.config.get("groups_file"))
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The file of the model that made the predictions of each fold; 0 where there are no folds."""
+        if self.kind == EVALUATION:
+            return {0: Path(self.config["checkpoints"][0])}
+        if self.kind == SINGLE:
+            return {0: self.path / "checkpoint_latest.pth"}
+        return {fold: self.path / f"fold_{fold}" / "checkpoint_latest.pth" for fold in self.histories}
+
+    def best_epoch(self, fold: int) -> int:
+        """The epoch (from 1) that is best by what the run monitored: the first of equals."""
+        monitor = self.config.get("early_stopping_monitor", "val_acc")
+        values = self.histories[fold][monitor]
+        return 1 + values.index(min(values) if monitor == "val_loss" else max(values))
+
+    def counts_per_fold(self) -> list[tuple[Counter[str], Counter[str]]]:
+        """Images per class that trained and that validated, of each split; by class folder."""
+        folds = self.splits["folds"] if self.splits else []
+        return [
+            tuple(Counter(nfc(path.split("/")[0]) for path in fold[side]) for side in ("train", "val"))
+            for fold in folds
+        ]
+
+    def baseline(self) -> tuple[str, float]:
+        """The class always to answer without looking, and the share of images on which that is right.
+
+        It is the most frequent class in training (of each fold); where the training images are not known, as
+        in an evaluation, that of the images themselves.
+        """
+        splits = self.counts_per_fold()
+        if self.kind == EVALUATION or not splits:
+            support = {name: own["support"] for name, own in self.metrics["per_class"].items()}
+            splits = [(Counter(support), Counter(support))]
+        majority = [max(sorted(train), key=train.__getitem__) for train, _ in splits]
+        right = sum(val[name] for name, (_, val) in zip(majority, splits, strict=True))
+        return Counter(majority).most_common(1)[0][0], right / sum(val.total() for _, val in splits)
+
+
+def read_run_folder(path: Path) -> RunFolder:
+    """Raises UserError when a file that every finished run has is missing or damaged."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give the folder of a finished run")
+    if not (path / "metrics.json").exists():
+        raise UserError(f"{path} holds no metrics.json; give the folder of a finished run or evaluation")
+    config = read_json(path / "config.json", "the run's config.json")
+    summary = _optional(path / "cv_summary.json")
+    if summary:
+        folds = {fold["fold"]: path / f"fold_{fold['fold']}" for fold in summary["folds"]}
+        kind, predictions = CROSS_VALIDATION, "oof_predictions.csv"
+    elif "checkpoints" in config:
+        folds, kind, predictions = {}, EVALUATION, "predictions.csv"
+    else:
+        folds, kind, predictions = {0: path}, SINGLE, "predictions.csv"
+    return RunFolder(
+        path=path,
+        kind=kind,
+        config=config,
+        metrics=read_json(path / "metrics.json", "the run's metrics.json"),
+        predictions=read_predictions(path / predictions),
+        histories={
+            fold: read_json(own / "history.json", "the run's history.json") for fold, own in folds.items()
+        },
+        splits=_optional(path / "splits.json"),
+        summary=summary,
+        check=_optional(path / "data_check.json"),
+    )
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path, "the run's file") if path.exists() else None

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Export a trained model for use without this program: ONNX, safetensors, and a model card.
+
+python export_clip.py --checkpoint RUN --output-dir exported
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.cli import Parser, exit_code_of
+from common.errors import UserError, did_you_mean
+
+FORMATS = ("onnx", "safetensors")
+EPILOG = """\
+--checkpoint: a checkpoint file, or a run's folder (its last epoch). Of a cross-validation each fold is
+exported into a folder of its own (fold_1, fold_2, ...): an ONNX file holds one model.
+
+onnx         model.onnx: images (N, 3, S, S) float32, RGB, 0 to 255 -> probs (N, classes) and image_features
+             (N, D). The normalisation is inside. The answers are compared with PyTorch's before anything is
+             written. model.onnx.json: classes, sentences, how a file becomes that input, checksums
+safetensors  model.safetensors and config.json: the tensors of the image side and the class features
+README.md    the model card: use, data, metrics, limits; the licence is left to you
+
+exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
+"""
+
+
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    """The typed options. Raises UserError naming every mistake."""
+    parser = Parser(prog="export_clip.py", description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="PATH", help="run folder or checkpoint file (required)")
+    add("--output-dir", type=Path, metavar="FOLDER", help="folder for the exported files (required)")
+    add(
+        "--format", nargs="+", default=list(FORMATS), metavar="NAME", help="onnx, safetensors (default: both)"
+    )
+    add("--overwrite", action="store_true", help="replace files of the same names in --output-dir")
+    problems = []
+    try:
+        found = parser.read(typed, required=("--checkpoint", "--output-dir"))
+    except UserError as error:
+        found, _ = parser.parse_known_args(typed)
+        problems += error.problems
+    problems += [
+        f"--format {name!r} is unknown{did_you_mean(name, FORMATS)}; give {' or '.join(FORMATS)}"
+        for name in found.format
+        if name not in FORMATS
+    ]
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Raises UserError when the folder cannot be written, is a run's, or holds files of these names."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder} is a file; give a folder")
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(
+            f"--output-dir {folder} cannot be written: {nearest} is no folder that may be written"
+        )
+    # a run's config.json is not ours to replace
+    if any((folder / name).exists() for name in ("checkpoint_latest.pth", "history.json", "splits.json")):
+        raise UserError(
+            f"--output-dir {folder} is the folder of a run; give another, such as {folder / 'export'}"
+        )
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise UserError(
+            f"--output-dir {folder} holds {', '.join(there)} already; give another folder, or --overwrite"
+        )
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Check, load, convert, compare, write. Returns the exit code."""
+    if not arguments.checkpoint.exists():
+        raise UserError(
+            f"--checkpoint {arguments.checkpoint} does not exist; give a run's folder or a checkpoint"
+        )
+    check_folder(arguments.output_dir, (), arguments.overwrite)
+
+    import torch  # the heavy libraries, only now
+
+    from common.files import write_whole
+    from evaluation.export import CARD, FILES, exported_files
+    from evaluation.model_card import run_facts
+    from evaluation.trained import find_checkpoints, load_trained
+
+    checkpoints = find_checkpoints(arguments.checkpoint)
+    folders = [arguments.output_dir]
+    if len(checkpoints) > 1:
+        folders = [arguments.output_dir / checkpoint.parent.name for checkpoint in checkpoints]
+        print(
+            f"note: a cross-validation: each of its {len(folders)} folds is exported into a folder of its own"
+        )
+    formats = [name for name in FORMATS if name in arguments.format]
+    names = [*(file for name in formats for file in FILES[name]), CARD]
+    for folder in folders:
+        check_folder(folder, names, arguments.overwrite)
+
+    for checkpoint, folder in zip(checkpoints, folders, strict=True):
+        started = time.monotonic()
+        trained = load_trained(checkpoint, torch.device("cpu"))
+        files, difference = exported_files(trained, formats, run_facts(trained))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(folder / name, lambda file, content=content: file.write(content))
+        print(f"{checkpoint} -> {folder}, in {time.monotonic() - started:.1f} s")
+        if difference is not None:
+            print(f"  onnxruntime against PyTorch: largest difference {difference:.1e} (1e-4 is allowed)")
+        for name, content in files.items():
+            print(f"  {name}  {len(content) / 1e6:,.1f} MB" if len(content) > 1e5 else f"  {name}")
+    print("README.md is the model card: complete what only its author knows, and choose the licence")
+    return 0
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """Returns the exit code (see --help)."""
+    words = sys.argv[1:] if typed is None else typed
+    return exit_code_of(
+        lambda: export(read_arguments(words)), "what is finished is whole, the rest was not written"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Predict the class of images with a trained model, or with several whose probabilities are averaged.
+
+python predict_clip.py --checkpoint RUN --input FOLDER --output predictions.csv
+python predict_clip.py --checkpoint RUN_A RUN_B --input image.png --output predictions.csv --heatmaps maps
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import Parser, exit_code_of
+from common.errors import RunFailed, UserError, shorten
+
+if TYPE_CHECKING:
+    from data.inputs import ImageList
+    from evaluation.predict import Tally
+    from evaluation.trained import TrainedModel
+
+EPILOG = """\
+--checkpoint: a checkpoint file, or a run's folder (its last epoch). The folder of a cross-validation stands
+for an ensemble of its folds, and several checkpoints for one of all: the mean of their probabilities. They
+need the same classes; each reads the images at its own size and in the precision it was validated in.
+
+--input: an image, a folder (every image below it, sorted), or a list: .txt with a path per line, or .csv with
+a column path. Paths of a list are relative to its folder, or absolute. Rows come in the order of the input.
+
+--output, a CSV that opens in Excel with Chinese names, has the columns
+  path            relative to the folder of --input, or as the list has it
+  prediction      the class of highest probability, which is the column probability
+  spread          its sample standard deviation over the models, empty for a single one
+  prob_<class>    the probability of each class
+  error           why an image could not be read; the numbers of its row are then empty
+A spreadsheet takes a cell that begins with = + - or @ for a formula. So such a path is written with ./ before
+it (it is the same path), and such a class or error with an apostrophe.
+
+--class-texts-file: zero-shot. The classes are those of the file, a JSON such as {"积液": "胸腔积液"}, one or
+several sentences each. Nobody has measured how well the model tells them apart: try it on labelled images.
+
+exit code: 0 done, 1 not one image could be predicted or the machine failed, 2 bad input, 130 interrupted
+"""
+MOST_HEAT_MAPS = 1000  # more are worth a word
+NUMBERS = {"--batch-size": (1, 65536), "--num-workers": (0, 256), "--gpu-id": (-1, 1023)}
+
+
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    """The typed options, numbers converted. Raises UserError naming every mistake."""
+    parser = Parser(prog="predict_clip.py", description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", action="extend", type=Path, metavar="PATH",
+        help="run folder or checkpoint file; several are an ensemble (required)")  # fmt: skip
+    add("--input", type=Path, metavar="PATH", help="image, folder, or list (.txt, .csv) (required)")
+    add("--output", type=Path, metavar="FILE", help="CSV file to write (required)")
+    add("--overwrite", action="store_true", help="replace an existing --output, or heat maps")
+    add("--class-texts-file", type=Path, metavar="FILE", help="JSON: score these sentences (zero-shot)")
+    add("--heatmaps", type=Path, metavar="FOLDER", help="write pictures of what spoke for the class")
+    add("--batch-size", default="64", metavar="N", help="images at a time (default: 64)")
+    add("--num-workers", default="4", metavar="N",
+        help="processes that load images, at most one per CPU core (default: 4)")  # fmt: skip
+    add("--gpu-id", default="0", metavar="N", help="CUDA device; -1 is the CPU (default: 0)")
+    add("--no-amp", action="store_true", help="compute in float32")
+    problems = []
+    try:
+        found = parser.read(typed, required=("--checkpoint", "--input", "--output"))
+    except UserError as error:
+        found, _ = parser.parse_known_args(typed)
+        problems += error.problems
+    for flag, (low, high) in NUMBERS.items():
+        name = flag[2:].replace("-", "_")
+        text = getattr(found, name)
+        value = int(text) if re.fullmatch(r"-?\d{1,9}", text) else None
+        if value is None or not low <= value <= high:
+            problems.append(f"{flag} must be a whole number, {low} to {high}, not {text!r}")
+        setattr(found, name, value)
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises UserError, naming every problem, when an output cannot be written or would replace something."""
+    problems = []
+    output, heat_maps = arguments.output, arguments.heatmaps
+    if output.suffix.lower() != ".csv":
+        problems.append(f"--output {output} must end in .csv")
+    elif output.is_dir():
+        problems.append(f"--output {output} is a folder; give a file such as {output / 'predictions.csv'}")
+    elif output.exists() and arguments.input.exists() and output.samefile(arguments.input):
+        problems.append(f"--output {output} is the list given as --input; give another file")
+    elif output.exists() and not arguments.overwrite:
+        problems.append(f"--output {output} exists; give another file, or --overwrite to replace it")
+    if heat_maps is not None:
+        inside = arguments.input.is_dir() and heat_maps.resolve().is_relative_to(arguments.input.resolve())
+        if heat_maps.exists() and not heat_maps.is_dir():
+            problems.append(f"--heatmaps {heat_maps} is a file; give a folder")
+        elif inside:
+            problems.append(
+                f"--heatmaps {heat_maps} lies in --input, where the next run would take the heat maps for "
+                "images; give a folder elsewhere"
+            )
+        elif heat_maps.is_dir() and any(heat_maps.iterdir()) and not arguments.overwrite:
+            problems.append(
+                f"--heatmaps {heat_maps} is not empty; give another folder, or --overwrite to write into it"
+            )
+    for flag, path in (("--output", output), ("--heatmaps", heat_maps)):
+        if path is not None:
+            nearest = next(parent for parent in path.absolute().parents if parent.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                problems.append(
+                    f"{flag} {path} cannot be written: {nearest} is no folder that may be written"
+                )
+    if problems:
+        raise UserError(*problems)
+
+
+def new_sentences(path: Path) -> dict[str, list[str]]:
+    """Class -> sentences of --class-texts-file; its keys are the classes. Raises UserError."""
+    from common.files import read_json
+    from data.scan import nfc
+    from data.texts import class_sentences
+
+    stored = read_json(path, "--class-texts-file")
+    if not isinstance(stored, dict) or len(stored) < 2 or not all(name.strip() for name in stored):
+        raise UserError(
+            f"--class-texts-file {path} must hold one JSON object with at least two named classes, such as "
+            '{"类别1": "描述1", "类别2": "描述2"}'
+        )
+    classes = list(dict.fromkeys(nfc(name) for name in stored))
+    return class_sentences(classes, texts_file=path)[0]
+
+
+def warn_of_training_images(source: Path, images: "ImageList", models: Sequence["TrainedModel"]) -> None:
+    """A model is surer of the images it was trained on than of any other."""
+    where = (source if source.is_dir() else images.root / images.names[0]).resolve()
+    for model in models:
+        folder = Path(model.facts["config"]["data_dir"]).resolve()
+        inside, around = where.is_relative_to(folder), folder.is_relative_to(where)
+        if folder.exists() and (inside or around):
+            print(
+                f"warning: --input holds images of {folder}, which the model was trained on, so most of "
+                "these probabilities are too good; the honest ones are in the run's predictions.csv or "
+                "oof_predictions.csv"
+            )
+            return
+
+
+def print_summary(
+    arguments: argparse.Namespace, images: "ImageList", classes: Sequence[str], tally: "Tally"
+) -> None:
+    n, n_good = len(images.names), int(tally.counts.sum())
+    print(
+        f"\npredicted {n_good:,} of {n:,} images in {tally.seconds:.1f} s ({n / tally.seconds:.0f} images/s)"
+    )
+    for name, count, confidence in zip(classes, tally.counts, tally.confidences, strict=True):
+        mean = f"  mean probability {confidence / count:.3f}" if count else ""
+        print(f"  {count:8,}  {100 * count / max(1, n_good):5.1f} %  {name}{mean}")
+    if n_good:
+        print(f"mean probability of the predicted class: {tally.confidences.sum() / n_good:.3f}")
+    if tally.n_failed:
+        print(f"{tally.n_failed:,} images have no prediction; the column error says why:")
+        print(shorten(tally.failures, 5) if tally.n_failed <= 5 else shorten(tally.failures[:5]) + "\n  ...")
+    print(f"{arguments.output}: one row per image")
+    if arguments.heatmaps is not None and n_good:
+        print(f"{arguments.heatmaps}: one heat map per predicted image, numbered as the rows")
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """Check everything, load, predict, sum up. Returns the exit code."""
+    from data.inputs import list_images
+
+    check_outputs(arguments)
+    texts = new_sentences(arguments.class_texts_file) if arguments.class_texts_file else None
+    images = list_images(arguments.input)
+    for note in images.notes:
+        print(f"note: {note}")
+
+    from evaluation.predict import Ensemble, predict_files  # the heavy libraries, only now
+    from evaluation.trained import load_models
+
+    models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp, texts)
+    ensemble = Ensemble(models, autocasts)
+    if len(models) > 1:
+        print(f"ensemble: the mean of {len(models)} models")
+    if texts is not None:
+        print(
+            f"zero-shot: the classes are the {len(texts)} of {arguments.class_texts_file}, whose sentences "
+            "the model was not trained or validated with"
+        )
+    warn_of_training_images(arguments.input, images, models)
+    if arguments.heatmaps is not None:
+        if len(images.names) > MOST_HEAT_MAPS:
+            print(
+                f"warning: --heatmaps writes up to {len(images.names):,} pictures, which takes time and room"
+            )
+        arguments.heatmaps.mkdir(parents=True, exist_ok=True)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tally = predict_files(
+            images,
+            ensemble,
+            arguments.output,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            heat_map_dir=arguments.heatmaps,
+        )
+    except (RuntimeError, MemoryError) as error:
+        explanation = _explanation(error, arguments.batch_size)
+        if explanation is None:
+            raise
+        raise RunFailed(explanation) from None
+    print_summary(arguments, images, ensemble.classes, tally)
+    return 0 if tally.counts.sum() else 1
+
+
+def _explanation(error: Exception, batch_size: int) -> str | None:
+    """A sentence for failures that come from the machine rather than from this program, else None."""
+    from training.device import explain_failure, is_out_of_memory
+
+    if is_out_of_memory(error):
+        return f"out of memory; lower --batch-size (now {batch_size}) or --num-workers"
+    return explain_failure(error, None)
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """Returns the exit code (see --help)."""
+    words = sys.argv[1:] if typed is None else typed
+    return exit_code_of(lambda: predict(read_arguments(words)), "no file of predictions was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""evaluate_clip.py on folders whose classes fit, are renamed, are missing, are too many."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, roc_auc_score
+
+import evaluate_clip
+from common.errors import UserError
+from data.scan import scan_folder
+from evaluation.results import read_predictions
+from evaluation.trained import find_checkpoints, load_trained
+
+FLAGS = ["--num-workers", "0", "--gpu-id", "-1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.report.write_report", lambda folder: None)
+        yield
+
+
+def evaluate(checkpoints, data, output, *flags):
+    paths = ["--checkpoint", *checkpoints, "--data-dir", data, "--output-dir", output]
+    return evaluate_clip.main([*map(str, paths), *FLAGS, *flags])
+
+
+@pytest.fixture(scope="module")
+def elsewhere(class_folder, tmp_path_factory):
+    """Another hospital: one class under another name, one missing, one that the model does not know."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(class_folder / "正常", root / "正常")
+    shutil.copytree(class_folder / "肺炎", root / "pneumonia")
+    shutil.copytree(class_folder / "气胸", root / "骨折")
+    for path in root.rglob("*.png"):  # not the very images that the model knows
+        path.rename(path.with_name(f"x_{path.name}"))
+    return root
+
+
+def test_numbers_are_those_of_scikit_learn_on_the_written_predictions(finished, elsewhere, tmp_path, capsys):
+    flags = ["--rename", "pneumonia=肺炎", "--skip-extra", "--group-pattern", r"_(P\d+)_"]
+    assert evaluate([finished], elsewhere, tmp_path, *flags) == 0
+    said = capsys.readouterr().out
+    assert (
+        "'骨折' is no class of the model; its 24 images are left out" in said and "no images of 气胸" in said
+    )
+    run = read_predictions(tmp_path / "predictions.csv")
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert len(run.paths) == 48 and metrics["n_groups"] == 24
+    assert {run.classes[c] for c in run.labels} == {"正常", "肺炎"}
+    assert all(
+        ("pneumonia" in path) == (run.classes[c] == "肺炎")
+        for path, c in zip(run.paths, run.labels, strict=True)
+    )
+    assert metrics["accuracy"]["value"] == pytest.approx(accuracy_score(run.labels, run.probs.argmax(1)))
+    c = run.classes.index("肺炎")
+    expected = roc_auc_score(run.labels == c, run.probs[:, c])
+    assert metrics["per_class"]["肺炎"]["roc_auc"]["value"] == pytest.approx(expected)
+    assert metrics["per_class"]["气胸"]["sensitivity"]["value"] is None
+    record = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert record["images_per_class"] == {"正常": 24, "气胸": 0, "肺炎": 24}
+
+
+def test_several_checkpoints_are_averaged(finished, elsewhere, tmp_path):
+    flags = ["--rename", "pneumonia=肺炎", "--rename", "骨折=气胸", "--no-amp"]
+    files = [finished / "checkpoint_latest.pth", finished / "checkpoint_best.pth"]
+    probs = []
+    for number, checkpoints in enumerate((files[:1], files[1:], files)):
+        assert evaluate(checkpoints, elsewhere, tmp_path / str(number), *flags) == 0
+        probs.append(read_predictions(tmp_path / str(number) / "predictions.csv").probs)
+    np.testing.assert_allclose(probs[2], (probs[0] + probs[1]) / 2, atol=1e-6)
+
+
+def test_a_run_is_told_when_it_is_evaluated_on_its_own_images(finished, class_folder, tmp_path, capsys):
+    assert evaluate([finished], class_folder, tmp_path) == 0
+    assert "the very images the model was made with" in capsys.readouterr().out
+
+
+def test_results_are_not_overwritten_without_being_told(finished, class_folder, capsys):
+    assert evaluate([finished], class_folder, finished) == 2
+    assert "holds another run's results" in capsys.readouterr().err
+
+
+def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):
+    folder = scan_folder(elsewhere)
+    with pytest.raises(UserError) as refused:
+        evaluate_clip.match_classes(folder, ("正常", "气胸", "肺炎"), ["pneumona=肺炎", "骨折=肺"], False)
+    text = str(refused.value)
+    assert "'pneumona' is no folder of --data-dir (did you mean 'pneumonia'" in text
+    assert "'肺' is no class of the model" in text and "'pneumonia' is no class of the model" in text
+
+
+def test_bad_options_are_all_named(capsys):
+    typed = [
+        "--data-dir",
+        "d",
+        "--rename",
+        "a",
+        "--batch-size",
+        "0",
+        "--group-pattern",
+        "x",
+        "--groups-file",
+        "y",
+    ]
+    assert evaluate_clip.main([*typed, "--checkpoint", "c", "--output-dir", "o", "--heat"]) == 2
+    assert "unknown option --heat" in capsys.readouterr().err
+    assert evaluate_clip.main([*typed, "--checkpoint", "c", "--output-dir", "o"]) == 2
+    said = capsys.readouterr().err
+    assert all(
+        word in said for word in ("THEIRS=OURS", "--batch-size must be at least 1", "exclude each other")
+    )
+
+
+def test_what_a_checkpoint_path_may_be(finished, tmp_path):
+    latest = finished / "checkpoint_latest.pth"
+    assert find_checkpoints(finished) == find_checkpoints(latest) == [latest]
+    for missing, message in (
+        (tmp_path / "no", "does not exist"),
+        (tmp_path, "holds no checkpoint_latest.pth"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_checkpoints(missing)
+    for number in (10, 2, 1):
+        (tmp_path / f"fold_{number}").mkdir()
+    with pytest.raises(UserError, match=r"not finished \(fold_1, fold_2, fold_10\)"):
+        find_checkpoints(tmp_path)
+    for number in (10, 2, 1):
+        (tmp_path / f"fold_{number}" / "predictions.csv").touch()
+    (tmp_path / "cv_summary.json").touch()
+    assert [path.parent.name for path in find_checkpoints(tmp_path)] == ["fold_1", "fold_2", "fold_10"]
+
+
+def test_class_features_of_the_checkpoint_are_those_of_its_sentences(finished):
+    trained = load_trained(finished / "checkpoint_latest.pth", torch.device("cpu"), with_text=True)
+    torch.testing.assert_close(trained.features_of(trained.class_texts), trained.class_features)
+    assert load_trained(finished / "checkpoint_latest.pth", torch.device("cpu")).model.text_tower is None

@@ -1,0 +1,432 @@
+"""report.html of hand-made run folders: what it says, what it holds, and what it does without."""
+
+import base64
+import dataclasses
+import json
+import re
+import shutil
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+import evaluation.model_views as model_views
+from common.errors import UserError
+from common.files import write_json
+from evaluation.claim import claim_items
+from evaluation.report import FIGURES, main, write_report
+from evaluation.results import Predictions, write_results
+from evaluation.run_folder import read_run_folder
+from evaluation.trained import FORMAT, load_trained
+from models.clip import build_clip
+from training.config import Config
+
+CHINESE = ("正常", "肺炎", "骨折")
+EVIL = ("$x_1$", "<img src=x onerror=alert(1)>", "a&b \"c\" 'd'")
+EPOCHS = 4
+
+
+def make_images(root, classes, random):
+    paths = []
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(8):
+            grey = np.clip(random.normal(60 + 60 * c, 20, (40, 56)), 0, 255).astype(np.uint8)
+            Image.fromarray(grey).save(root / name / f"P{c}{i // 2}_{i % 2}.png")
+            paths.append(f"{name}/P{c}{i // 2}_{i % 2}.png")
+    return paths, np.repeat(np.arange(len(classes)), 8)
+
+
+def write_checkpoint(path, config, classes, random):
+    torch.manual_seed(0)
+    size = config["embed_dim"]
+    model = build_clip(
+        config["image_encoder_name"],
+        None,
+        img_size=64,
+        embed_dim=size,
+        temperature=0.07,
+        image_weights="none",
+    )
+    features = torch.nn.functional.normalize(
+        torch.from_numpy(random.normal(size=(len(classes), size))).float()
+    )
+    torch.save(
+        {
+            "format": FORMAT, "config": config, "classes": list(classes),
+            "class_texts": {name: [name] for name in classes}, "class_features": features,
+            "dataset_fingerprint": "f" * 64,
+            "pretrained": {"image": [], "text": ["a"]}, "model": model.state_dict(), "optimizer": {},
+            "history": {}, "rng": {}, "epoch": EPOCHS,
+        },
+        path,
+    )  # fmt: skip
+
+
+def write_history(path):
+    falling = [1.0, 0.8, 0.6, 0.7]
+    rising = [50.0, 75.0, 80.0, 70.0]  # best in epoch 3, last in epoch 4
+    keys = ("train_loss", "train_loss_image_to_text", "val_loss")
+    history = dict.fromkeys(keys, falling)
+    history |= dict.fromkeys(("train_acc", "val_acc", "val_balanced_acc", "val_macro_f1"), rising)
+    write_json(path, history)
+    return history
+
+
+def make_run(root, classes, kind, **options):
+    """A folder as the programs leave it. In truth 21 of 24 images are right."""
+    random = np.random.default_rng(0)
+    run, data = root / "运行 1", root / "data"
+    run.mkdir(parents=True)
+    paths, labels = make_images(data, classes, random)
+    options = {"group_pattern": "^(P[0-9]+)_", "data_dir": str(data), "output_dir": str(run)} | options
+    config = dataclasses.asdict(
+        Config(
+            **options, image_encoder_name="timm:test_resnet", text_encoder_name="bert-tiny-bytes", gpu_id=-1,
+            image_weights="none", img_size=64, embed_dim=8, use_cv=kind == "cv", n_splits=2, epochs=EPOCHS,
+        )
+    )  # fmt: skip
+    record = config | {
+        "classes": list(classes),
+        "class_texts": {name: [f"这是{name}", "又一句"] for name in classes},
+        "dataset_fingerprint": "0123456789abcdef" * 4,
+        "images_per_class": dict.fromkeys(classes, 8),
+        "hardware": "CPU",
+        "versions": {"python": "3.11", "torch": "2.13"},
+        "git_commit": "c0ffee",
+        "changed_options": ["img_size"],
+    }
+    probs = np.full((24, 3), 0.1)
+    probs[np.arange(24), labels] = 0.8
+    wrong = [0, 9, 17]
+    probs[wrong] = np.roll(probs[wrong], 1, axis=1)
+    probs[0] = 0.02, 0.95, 0.03  # the most confident mistake
+    groups = np.arange(24) // 2
+    folds = np.where(groups % 2 == 0, 1, 2)
+    halves = [{"val": [p for p, f in zip(paths, folds, strict=True) if f == k]} for k in (1, 2)]
+    for half in halves:
+        half["train"] = [p for p in paths if p not in half["val"]]
+    if kind == "cv":
+        for fold in (1, 2):
+            (run / f"fold_{fold}").mkdir()
+            write_history(run / f"fold_{fold}" / "history.json")
+            write_checkpoint(run / f"fold_{fold}" / "checkpoint_latest.pth", config, classes, random)
+        entry = {"mean": 70.0, "std_sample": 1.5, "std_population": 1.0}
+        of_all = dict.fromkeys(
+            ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1"), entry
+        )
+        folds_record = [{"fold": 1}, {"fold": 2}]
+        write_json(
+            run / "cv_summary.json", {"folds": folds_record, "last_epoch": of_all, "best_epoch": of_all}
+        )
+        write_json(run / "splits.json", {"folds": halves})
+    elif kind == "single":
+        write_history(run / "history.json")
+        write_checkpoint(run / "checkpoint_latest.pth", config, classes, random)
+        write_json(run / "splits.json", {"folds": [{"train": paths, "val": paths}]})
+    else:
+        write_checkpoint(root / "model.pth", config, classes, random)
+        keep = (
+            "data_dir",
+            "group_pattern",
+            "classes",
+            "class_texts",
+            "images_per_class",
+            "dataset_fingerprint",
+        )
+        record = {key: record[key] for key in keep} | {"checkpoints": [str(root / "model.pth")] * 2}
+    write_json(run / "config.json", record)
+    predictions = Predictions(
+        tuple(classes), tuple(paths), labels, probs, folds if kind == "cv" else None, groups
+    )
+    write_results(run, predictions, "oof_predictions.csv" if kind == "cv" else "predictions.csv")
+    return run
+
+
+class Page(HTMLParser):
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.css = [], [], [], ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_data(self, data):
+        if self.lasttag == "style":
+            self.css += data
+        else:
+            self.words.append(data)
+
+    def pictures(self, kind):
+        prefix = f"data:{kind};base64,"
+        sources = [value for tag, key, value in self.attributes if (tag, key) == ("img", "src")]
+        return [base64.b64decode(s.removeprefix(prefix)) for s in sources if s.startswith(prefix)]
+
+
+def assert_self_contained(page):
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    for tag, key, value in page.attributes:
+        assert not key.startswith("on"), (tag, key)
+        if key in ("src", "href", "srcset"):
+            assert value.startswith(("data:", "#")), value[:60]
+    assert "@import" not in page.css
+    assert all(target.startswith("data:") for target in re.findall(r"url\(['\"]?(.{5})", page.css))
+    assert not re.search(r"(https?:)?//\w", re.sub(r"base64,[A-Za-z0-9+/=]+", "", page.source))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """kind -> folder with its report, made without a warning."""
+    made = {}
+    for kind in ("single", "cv", "evaluation"):
+        made[kind] = make_run(tmp_path_factory.mktemp(kind), CHINESE, kind)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Glyph .* missing")
+            assert write_report(made[kind]) == made[kind] / "report.html"
+    return made
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """A copy of the single run to spoil."""
+    return Path(shutil.copytree(runs["single"], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("kind", ["single", "cv", "evaluation"])
+def test_the_page_is_one_file_that_loads_nothing(runs, kind):
+    page = Page(runs[kind] / "report.html")
+    assert_self_contained(page)
+    assert "Report CJK" in page.css and "font/woff" in page.css
+
+
+@pytest.mark.parametrize("kind", ["single", "cv", "evaluation"])
+def test_the_page_says_the_numbers(runs, kind):
+    metrics = json.loads((runs[kind] / "metrics.json").read_text())
+    text = Page(runs[kind] / "report.html").text
+    assert "87.5 %" in text and 100 * metrics["accuracy"]["value"] == 87.5  # 21 of 24
+    accuracy = metrics["accuracy"]
+    assert f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f} %" in text
+    assert "33.3 % accuracy of always answering" in text  # three classes of eight images
+    assert "24 images of 12 patients" in text and "intervals over patients" in text
+    for name in CHINESE:
+        assert name in text
+    assert f"{metrics['calibration']['temperature_scaling']['nll_after']:.3f}" in text
+
+
+@pytest.mark.parametrize("kind", ["single", "cv", "evaluation"])
+def test_every_figure_is_there_as_png_and_svg_and_in_the_page(runs, kind):
+    expected = [name for name in FIGURES if kind != "evaluation" or not name.startswith("learning")]
+    found = {path.name for path in (runs[kind] / "figures").iterdir()}
+    assert found == {f"{name}.{suffix}" for name in expected for suffix in ("png", "svg")}
+    page = Page(runs[kind] / "report.html")
+    assert len(page.pictures("image/svg+xml")) == len(expected) - 1  # the mistakes are shown one by one
+    assert len(page.pictures("image/jpeg")) == 3 * 3  # image and two heat maps of three mistakes
+
+
+def test_last_and_best_epoch_stand_side_by_side_and_the_bias_is_named(runs):
+    text = Page(runs["single"] / "report.html").text
+    assert "Last epoch 最后 (4)" in text and "Best epoch 最佳 (3, optimistic 偏乐观)" in text
+    assert "its numbers are optimistic" in text
+    assert "Validation accuracy (%) 70.00 80.00" in text
+    folds = Page(runs["cv"] / "report.html").text
+    assert "70.00 ± 1.50" in folds and "Best epochs by val_acc: 3, 3" in folds
+
+
+def test_mistakes_come_the_most_confident_first(runs):
+    for kind in runs:
+        text = Page(runs[kind] / "report.html").text
+        first = text.index("true 正常 (2.0 %), predicted 肺炎 (95.0 %)")
+        assert text.index("正常/P00_0.png") < first < text.index("(80.0 %)", first)
+        assert "All 3 misclassified images of 24." in text
+
+
+def test_automatic_weights_are_named_as_what_they_were(runs):
+    for kind in runs:
+        text = Page(runs[kind] / "report.html").text
+        assert "timm:test_resnet, weights: random" in text and "bert-tiny-bytes, weights: published" in text
+
+
+def test_of_many_mistakes_the_twelve_most_confident_are_shown():
+    probs = np.random.default_rng(0).dirichlet([1, 1, 1], size=60)
+    labels = np.arange(60) % 3
+    paths = tuple(map(str, range(60)))
+    shown = model_views.most_confident_mistakes(Predictions(CHINESE, paths, labels, probs))
+    wrong = [i for i in range(60) if max(probs[i]) != probs[i][labels[i]]]
+    assert [m.path for m in shown] == [str(i) for i in sorted(wrong, key=lambda i: -max(probs[i]))[:12]]
+    assert all(m.probability == max(probs[int(m.path)]) for m in shown)
+
+
+def test_the_options_that_were_changed_are_named(runs):
+    text = Page(runs["single"] / "report.html").text
+    assert (
+        "Options that differ from their defaults 与默认值不同的选项 Option 选项 Value 值 img_size 64" in text
+    )
+
+
+def test_the_map_is_the_principal_plane_of_the_embeddings(runs):
+    folder = read_run_folder(runs["single"])
+    trained = load_trained(runs["single"] / "checkpoint_latest.pth", torch.device("cpu"))
+    problems = []
+    space = model_views.space_map(folder, trained, trained.class_features, 0, problems)
+    images = [
+        np.asarray(Image.open(folder.images / p).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
+        for p in folder.predictions.paths
+    ]
+    with torch.no_grad():
+        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        vectors = trained.model.encode_image(batch).double().numpy()
+    oracle = PCA(2).fit(vectors)
+    assert problems == [] and space.rows.tolist() == list(range(24))
+    np.testing.assert_allclose(space.shares, oracle.explained_variance_ratio_, rtol=1e-3)
+    np.testing.assert_allclose(np.abs(space.points), np.abs(oracle.transform(vectors)), atol=1e-4)
+    sentences = oracle.transform(trained.class_features.double().numpy())
+    np.testing.assert_allclose(np.abs(space.sentences), np.abs(sentences), atol=1e-4)
+
+
+def test_heat_maps_are_asked_for_the_predicted_and_the_true_class(runs, monkeypatch):
+    asked = []
+
+    def heat_maps(model, images, class_features, targets):
+        asked.append(list(targets))
+        assert images.shape == (6, 3, 64, 64) and images.dtype == torch.uint8
+        return np.zeros((6, 64, 64), np.float32)
+
+    monkeypatch.setattr(model_views, "heat_maps", heat_maps)
+    views = model_views.look(read_run_folder(runs["single"]))
+    assert asked == [[1, 2, 0, 0, 1, 2]]
+    assert {m.picture.shape for m in views.mistakes} == {m.for_label.shape for m in views.mistakes}
+    assert views.mistakes[0].picture.shape == (40, 56, 3)  # the image's own shape, not the model's square
+
+
+def test_columns_of_another_order_get_their_own_sentences(runs):
+    folder = read_run_folder(runs["single"])
+    p = folder.predictions
+    turned = dataclasses.replace(p, classes=p.classes[::-1], labels=2 - p.labels, probs=p.probs[:, ::-1])
+    one, other = (
+        model_views.look(dataclasses.replace(folder, predictions=own)).space.sentences for own in (p, turned)
+    )
+    np.testing.assert_allclose(one, other[::-1])
+
+
+def test_names_are_words_and_nothing_else(tmp_path):
+    run = make_run(tmp_path, EVIL, "single")
+    finding = {"level": "danger", "kind": "x", "message": "<b>bad</b>", "examples": ["<i>p</i>"], "count": 1}
+    note = {"level": "note", "kind": "y", "message": "fine", "examples": [], "count": 0}
+    write_json(run / "data_check.json", {"findings": [note, finding]})
+    write_report(run)
+    page = Page(run / "report.html")
+    assert_self_contained(page)
+    for name in (*EVIL, "<b>bad</b>", "<i>p</i>"):
+        assert name in page.text
+    assert "i" not in page.tags
+    assert page.text.index("<b>bad</b>") < page.text.index("note 提示 fine")
+    assert "The data check found 1 danger;" in page.text
+    for svg in (run / "figures").glob("*.svg"):
+        assert "<img" not in svg.read_text()
+
+
+def test_what_is_missing_is_said(run, tmp_path):
+    record = json.loads((run / "config.json").read_text())
+    shutil.copytree(record["data_dir"], tmp_path / "data")
+    (tmp_path / "data" / "正常" / "P00_0.png").unlink()
+    write_json(run / "config.json", record | {"data_dir": str(tmp_path / "data")})
+    (run / "checkpoint_latest.pth").unlink()
+    write_report(run)
+    page = Page(run / "report.html")
+    assert "正常/P00_0.png cannot be shown" in page.text
+    assert "checkpoint_latest.pth does not exist" in page.text
+    assert "There is no data_check.json" in page.text
+    assert "The map could not be drawn" in page.text
+    assert len(page.pictures("image/jpeg")) == 2  # the pictures that are left, without heat maps
+    assert not (run / "figures" / "embedding_map.png").exists()  # that of the report before
+
+
+def test_an_encoder_without_heat_maps_still_shows_the_pictures(run, monkeypatch):
+    def refuse(*_):
+        raise UserError("no heat maps for this encoder")
+
+    monkeypatch.setattr(model_views, "heat_maps", refuse)
+    write_report(run)
+    page = Page(run / "report.html")
+    assert "no heat maps for this encoder" in page.text
+    assert len(page.pictures("image/jpeg")) == 3
+
+
+def test_images_that_are_gone_do_not_stop_the_report(run):
+    record = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", record | {"data_dir": "/nowhere"})
+    write_report(run)
+    page = Page(run / "report.html")
+    assert "no map of embeddings: 0 of 24 images can be read" in page.text
+    assert page.pictures("image/jpeg") == []
+    assert not (run / "figures" / "mistakes.png").exists()
+
+
+def test_a_split_by_image_is_named_as_the_danger_it_is(tmp_path):
+    run = make_run(tmp_path, CHINESE, "single", group_pattern=None)
+    write_report(run)
+    text = Page(run / "report.html").text
+    assert "The split is by image. If patients have several images" in text
+    assert "No patient is on both sides" not in text
+
+
+def test_an_evaluation_on_the_training_images_is_named(runs, tmp_path):
+    text = Page(runs["evaluation"] / "report.html").text
+    assert "The folder is not the one that the model was trained on." in text
+    assert "mean of 2 models" in text and "Learning curves" not in text
+    run = Path(shutil.copytree(runs["evaluation"], tmp_path / "copy"))
+    record = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", record | {"dataset_fingerprint": "f" * 64})
+    write_report(run)
+    text = Page(run / "report.html").text
+    assert "the very images that the model was made with" in text and "not known to the program" not in text
+    write_json(run / "config.json", record | {"checkpoints": [str(tmp_path / "gone.pth")]})
+    write_report(run)
+    text = Page(run / "report.html").text
+    assert "Whether the model was trained on these images is not known" in text
+    assert "is not the one that the model" not in text
+
+
+def test_the_checklist_has_44_items_and_answers_with_the_runs_facts(runs):
+    answers = {}
+    for kind, path in runs.items():
+        folder = read_run_folder(path)
+        items = claim_items(folder, None if kind == "evaluation" else folder.config, 3)
+        assert [item.number for item in items] == list(range(1, 45))
+        assert all((item.status == "authors") == (item.answer == "") for item in items)
+        answers[kind] = {item.number: item.answer for item in items}
+    assert answers["single"][20].startswith("By patient")
+    assert "2-fold cross-validation" in answers["cv"][19] and "seed 42" in answers["cv"][19]
+    assert "torch 2.13" in answers["cv"][23] and "c0ffee" in answers["cv"][23]
+    assert "last epoch" in answers["single"][26]
+    assert "3 of 24 images" in answers["single"][39]
+    assert answers["single"][33] == "" and "24 images" in answers["evaluation"][33]
+    assert answers["evaluation"][25] == ""  # no checkpoint, so nothing is known of the training
+    assert answers["single"][34] == answers["single"][44] == ""
+
+
+def test_the_baseline_is_the_training_majority_of_each_fold(runs):
+    folder = read_run_folder(runs["cv"])
+    folds = [
+        {"train": ["a/1", "a/2", "b/3"], "val": ["a/5", "b/6", "b/7"]},
+        {"train": ["b/1", "b/2", "a/3"], "val": ["b/8"]},
+    ]
+    name, share = dataclasses.replace(folder, splits={"folds": folds}).baseline()
+    assert share == 2 / 4 and name == "a"
+
+
+def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert main([str(tmp_path)]) == 2
+    assert "metrics.json" in capsys.readouterr().err
