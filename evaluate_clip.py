@@ -39,7 +39,14 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     """The typed options. Raises UserError naming every mistake."""
     parser = Parser(prog="evaluate_clip.py", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("--checkpoint", type=Path, nargs="+", metavar="PATH", help="trained model or models (required)")
+    add(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="trained model or models (required)",
+    )
     add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
     add("--output-dir", type=Path, help="folder for the results (required)")
     add("--group-pattern", help="regular expression on the file name whose first group is the patient")
@@ -131,7 +138,7 @@ def evaluate(typed: Sequence[str]) -> int:
     arguments = read_arguments(typed)
     from data.scan import scan_folder
 
-    folder = scan_folder(arguments.data_dir)
+    folder = scan_folder(arguments.data_dir, at_least=1)
     for note in folder.notes:
         print(f"note: {note}")
 
@@ -146,6 +153,7 @@ def evaluate(typed: Sequence[str]) -> int:
     from evaluation.trained import load_models
     from training.config import Config
     from training.dataset import findings_of, patients_of, read_images
+    from training.device import failures_explained
     from training.outputs import prepare_output_folder, print_files, refuse_results
 
     options = Config(
@@ -156,6 +164,7 @@ def evaluate(typed: Sequence[str]) -> int:
         skip_unreadable=arguments.skip_unreadable,
         overwrite=arguments.overwrite,
     )
+    refuse_run_folder(arguments.output_dir, arguments.data_dir)
     refuse_results(arguments.output_dir, options)
     models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
     ensemble = Ensemble(models, autocasts)
@@ -163,26 +172,27 @@ def evaluate(typed: Sequence[str]) -> int:
     size = ensemble.sizes[0]
     options = dataclasses.replace(options, img_size=size)
     data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
-    if data.fingerprint in {model.facts["dataset_fingerprint"] for model in models}:
+    if known := images_known_to(models, data):
         print(
-            "warning: these are the very images the model was made with, so what follows is too good; the "
-            "honest numbers are in the run's own metrics.json"
+            "warning: these are images the model was made with, so what follows is too good; the honest "
+            "numbers are in the run's own metrics.json"
         )
     each = []
-    for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
-        pixels = data.pixels if model.img_size == size else None  # another size is read from the files
-        loader = build_loader(
-            ImageDataset(data.files, data.labels, model.img_size, pixels),
-            EpochBatches(np.arange(len(data.files)), arguments.batch_size, None),
-            0 if pixels is not None else arguments.num_workers,
-            pin_memory=model.device.type == "cuda",
-        )
-        each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])
+    with failures_explained(arguments.batch_size):
+        for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
+            pixels = data.pixels if model.img_size == size else None  # another size is read from the files
+            loader = build_loader(
+                ImageDataset(data.files, data.labels, model.img_size, pixels),
+                EpochBatches(np.arange(len(data.files)), arguments.batch_size, None),
+                0 if pixels is not None else arguments.num_workers,
+                pin_memory=model.device.type == "cuda",
+            )
+            each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])
     predictions = data.predictions(np.arange(len(data.files)), np.mean(each, axis=0))
 
     output_dir = arguments.output_dir
     prepare_output_folder(output_dir, arguments.overwrite)
-    write_json(output_dir / "config.json", record_of(arguments, data, models))
+    write_json(output_dir / "config.json", record_of(arguments, data, models, known))
     findings = findings_of(data, [])
     print_findings(findings)
     write_json(output_dir / "data_check.json", {"findings": findings})
@@ -193,8 +203,35 @@ def evaluate(typed: Sequence[str]) -> int:
     return 0
 
 
+def refuse_run_folder(output_dir: Path, data_dir: Path) -> None:
+    """An evaluation never writes into the data, nor into a run's folder, whose model it could remove."""
+    from training.outputs import results_in
+
+    mine = {"config.json", "predictions.csv", "metrics.json", "metrics_table.csv", "metrics_table.tex",
+            "data_check.json", "report.html"}  # fmt: skip
+    of_a_run = [name for name in results_in(output_dir) if name not in mine]
+    if of_a_run:
+        raise UserError(
+            f"--output-dir {output_dir} is a run's folder (it holds {', '.join(of_a_run)}); give the "
+            "evaluation a folder of its own"
+        )
+    if output_dir.resolve().is_relative_to(data_dir.resolve()):
+        raise UserError(f"--output-dir {output_dir} lies in --data-dir; give results a folder elsewhere")
+
+
+def images_known_to(models: "Sequence[TrainedModel]", data: "DataSet") -> bool:
+    """Whether a model was made with these images, or with the folder they are in, or one of two folders."""
+    root = data.folder.root.resolve()
+    for model in models:
+        stored, config = model.facts["dataset_fingerprint"], model.facts["config"]
+        folders = {Path(config[name]).resolve() for name in ("data_dir", "val_dir") if config[name]}
+        if data.fingerprint in stored or root in folders:  # with --val-dir one string holds both fingerprints
+            return True
+    return False
+
+
 def record_of(
-    arguments: argparse.Namespace, data: "DataSet", models: "Sequence[TrainedModel]"
+    arguments: argparse.Namespace, data: "DataSet", models: "Sequence[TrainedModel]", known: bool
 ) -> dict[str, Any]:
     """Content of the evaluation's config.json: what was evaluated on what, with what."""
     from training.outputs import library_versions
@@ -211,6 +248,8 @@ def record_of(
         "class_texts": models[0].class_texts,
         "images_per_class": data.images_per_class(),
         "dataset_fingerprint": data.fingerprint,
+        "images_known_to_model": known,
+        "gpu_id": arguments.gpu_id,
         **library_versions(),
     }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import Parser, exit_code_of
-from common.errors import RunFailed, UserError, shorten
+from common.errors import UserError, shorten
 
 if TYPE_CHECKING:
     from data.inputs import ImageList
@@ -180,6 +180,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
     from evaluation.predict import Ensemble, predict_files  # the heavy libraries, only now
     from evaluation.trained import load_models
+    from training.device import failures_explained
 
     models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp, texts)
     ensemble = Ensemble(models, autocasts)
@@ -198,7 +199,7 @@ def predict(arguments: argparse.Namespace) -> int:
             )
         arguments.heatmaps.mkdir(parents=True, exist_ok=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with failures_explained(arguments.batch_size):
         tally = predict_files(
             images,
             ensemble,
@@ -207,22 +208,8 @@ def predict(arguments: argparse.Namespace) -> int:
             num_workers=arguments.num_workers,
             heat_map_dir=arguments.heatmaps,
         )
-    except (RuntimeError, MemoryError) as error:
-        explanation = _explanation(error, arguments.batch_size)
-        if explanation is None:
-            raise
-        raise RunFailed(explanation) from None
     print_summary(arguments, images, ensemble.classes, tally)
     return 0 if tally.counts.sum() else 1
-
-
-def _explanation(error: Exception, batch_size: int) -> str | None:
-    """A sentence for failures that come from the machine rather than from this program, else None."""
-    from training.device import explain_failure, is_out_of_memory
-
-    if is_out_of_memory(error):
-        return f"out of memory; lower --batch-size (now {batch_size}) or --num-workers"
-    return explain_failure(error, None)
 
 
 def main(typed: Sequence[str] | None = None) -> int:

@@ -213,8 +213,11 @@ def quick_findings(
     inspection: Inspection,
     patients: Sequence[str | None] | None = None,
     splits: Sequence[Split] | None = None,
+    for_training: bool = True,
 ) -> list[Finding]:
     """What one reading of the images tells, most dangerous first, without opening a file again.
+
+    Without `for_training` nothing is said of how many images the classes have.
 
     inspection: of `folder.files()`, in that order. patients: of each image, None where unknown. splits:
     indices into the folder's images; those of a separate validation folder are one Split over both.
@@ -224,7 +227,8 @@ def quick_findings(
     findings += _identical_findings(folder, inspection.digests, sides)
     if patients is not None:
         findings += _patient_findings(folder, patients, sides)
-    findings += _class_findings(folder, inspection.digests, patients)
+    if for_training:
+        findings += _class_findings(folder, inspection.digests, patients)
     return by_danger(findings)
 
 

@@ -102,11 +102,12 @@ def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
     return found
 
 
-def scan_folder(root: Path, option: str = "--data-dir") -> ImageFolder:
+def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> ImageFolder:
     """List the images of every class folder, in an order that no file system changes.
 
     Hidden entries and system litter are passed over; other files that are no images are counted in `notes`.
-    Raises UserError when the folder is missing, is empty, or holds fewer than two classes with images.
+    Raises UserError when the folder is missing, is empty, or holds fewer than `at_least` (1 or 2) classes
+    with images.
     """
     if not root.is_dir():
         raise UserError(
@@ -151,11 +152,12 @@ def scan_folder(root: Path, option: str = "--data-dir") -> ImageFolder:
         ) from None
 
     used = [name for name in names if per_class[name]]
-    if len(used) < 2:
+    if len(used) < at_least:
         have = f"only {used[0]!r}" if used else "none"
         hint = " (its images lie loose in the folder)" if loose and not used else ""
+        wanted = "two class folders" if at_least == 2 else "one class folder"
         raise UserError(
-            f"{option} {root} needs at least two class folders with images, found {have}{hint}; "
+            f"{option} {root} needs at least {wanted} with images, found {have}{hint}; "
             f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     paths = [path for name in used for path in per_class[name]]

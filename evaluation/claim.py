@@ -7,6 +7,7 @@ checklist's, titles are ours: the wording that binds is in the paper.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder
@@ -112,7 +113,11 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
     }
     if run.kind == EVALUATION:
         answers[32] = (AUTHORS, "")
-        answers[33] = (PARTLY, f"This evaluation: {tested}.")
+        if not config["images_known_to_model"]:
+            answers[33] = (
+                PARTLY,
+                f"This evaluation: {tested}; that the data are external is for the authors.",
+            )
         return answers
     level = "patient" if run.by_patient else "image"
     with_twins = ", images with identical pixels kept together"
@@ -172,12 +177,13 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         ),
         25: (
             ANSWERED,
-            f"AdamW, {options['epochs']} epochs, batches of {options['batch_size']}, peak learning rate "
-            f"{options['learning_rate']:g} (new layers x {options['new_lr_ratio']:g}, text x "
-            f"{options['text_lr_ratio']:g}), weight decay {options['weight_decay']:g}, loss "
-            f"{options['loss']}, {' and '.join(frozen) or 'no'} encoder frozen. {augmentation}",
+            f"AdamW, {'at most ' if stop else ''}{options['epochs']} epochs, batches of "
+            f"{options['batch_size']}, peak learning rate {options['learning_rate']:g} (new layers x "
+            f"{options['new_lr_ratio']:g}, text x {options['text_lr_ratio']:g}), weight decay "
+            f"{options['weight_decay']:g}, loss {options['loss']}, {' and '.join(frozen) or 'no'} encoder "
+            f"frozen. {augmentation}",
         ),
-        26: (ANSWERED, f"The last epoch; it was not chosen.{stopping}"),
+        26: (ANSWERED, f"{_which_epoch(run)}{stopping}"),
         27: (
             ANSWERED,
             f"Mean of the probabilities of {n_models} models." if n_models > 1 else "None in these results.",
@@ -185,6 +191,15 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         42: (PARTLY, "Every option and number: config.json, splits.json and history.json of the run."),
         43: (PARTLY, "The trained weights are in the checkpoints of the run's folder."),
     }  # fmt: skip
+
+
+def _which_epoch(run: RunFolder) -> str:
+    names = {Path(path).name for path in run.config.get("checkpoints", ["checkpoint_latest.pth"])}
+    if names == {"checkpoint_latest.pth"}:
+        return "The last epoch; it was not chosen."
+    if "checkpoint_best.pth" in names:
+        return "An epoch chosen on the validation images of its own training run."
+    return f"The checkpoints given: {', '.join(sorted(names))}."
 
 
 def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:

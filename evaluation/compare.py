@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from data.scan import nfc
 from evaluation.intervals import LEVEL, bootstrap_weights, percentile_interval
 from evaluation.metrics import WeightedMetrics
 from evaluation.results import Predictions
@@ -81,10 +82,11 @@ def compare(runs: Mapping[str, Predictions], *, seed: int = 0, resamples: int = 
 
 
 def _sorted_by_path(run: Predictions) -> Predictions:
-    order = np.array(sorted(range(len(run.paths)), key=run.paths.__getitem__))
+    paths = [nfc(path) for path in run.paths]
+    order = np.array(sorted(range(len(paths)), key=paths.__getitem__))
     return Predictions(
         run.classes,
-        tuple(run.paths[i] for i in order),
+        tuple(paths[i] for i in order),
         run.labels[order],
         run.probs[order],
         groups=None if run.groups is None else run.groups[order],

@@ -41,11 +41,11 @@ def bootstrap_weights(units: np.ndarray, resamples: int, seed: int) -> Iterator[
 def percentile_interval(samples: np.ndarray) -> tuple[float, float] | None:
     """The middle 95 % of the resamples (R,), those that are NaN left out.
 
-    None where they are all the same (or all NaN): what never varies, as in a perfect score or with a single
-    patient, says nothing about the uncertainty, and a width of zero would claim certainty.
+    None where its ends are the same: what hardly varies, as in a perfect score or with a single patient, says
+    nothing about the uncertainty, and a width of zero would claim certainty.
     """
     defined = samples[~np.isnan(samples)]
-    if len(defined) == 0 or np.ptp(defined) < 1e-12:
+    if len(defined) == 0:
         return None
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return (float(low), float(high)) if high - low > 1e-12 else None

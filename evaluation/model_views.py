@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.device import Hardware, choose_hardware
 from common.errors import UserError, first_line
 from data.images import UnreadableImage, read_image, to_square
 from evaluation.heatmaps import heat_maps, overlay
@@ -20,7 +21,7 @@ from evaluation.trained import TrainedModel, load_trained
 MOST_MISTAKES = 12
 MOST_IN_MAP = 2000
 PICTURE_SIDE = 224  # pixels of the longer side in the report
-_BATCH = 32
+_BATCH = 8  # on a CPU larger ones only cost memory
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def space_map(
     if n_images > MOST_IN_MAP:
         rows = np.sort(np.random.default_rng(0).choice(rows, MOST_IN_MAP, replace=False))
     vectors, readable = [], []
+    autocast = _hardware(run, trained.facts["config"]["use_amp"]).autocast()  # as it was validated
     with ThreadPoolExecutor() as threads:
         for start in range(0, len(rows), _BATCH):
             files = [run.images / p.paths[i] for i in rows[start : start + _BATCH]]
@@ -131,7 +133,7 @@ def space_map(
             readable += [square is not None for square in squares]
             batch = [square for square in squares if square is not None]
             if batch:
-                with torch.no_grad():
+                with torch.no_grad(), autocast:
                     vectors.append(trained.model.encode_image(_batch(batch, trained.device)).cpu().double())
     rows = rows[np.array(readable)]
     if len(rows) < 3:
@@ -154,14 +156,19 @@ def space_map(
 
 def _load(file: Path, run: RunFolder) -> tuple[TrainedModel, torch.Tensor]:
     """The model, and its class features (C, D) in the order of the predictions' columns."""
-    gpu = run.config.get("gpu_id", -1)
-    has_gpu = torch.cuda.is_available() and 0 <= gpu < torch.cuda.device_count()
-    trained = load_trained(file, torch.device("cuda", gpu) if has_gpu else torch.device("cpu"))
+    trained = load_trained(file, _hardware(run, use_amp=False).device)
     missing = [name for name in run.predictions.classes if name not in trained.classes]
     if missing:
         raise UserError(f"{file} does not know the classes {', '.join(missing)} of the predictions")
     order = [trained.classes.index(name) for name in run.predictions.classes]
     return trained, trained.class_features[order]
+
+
+def _hardware(run: RunFolder, use_amp: bool) -> Hardware:
+    """The run's own GPU where this machine has it, else the CPU."""
+    gpu = run.config.get("gpu_id", -1)
+    has_gpu = torch.cuda.is_available() and gpu < torch.cuda.device_count()
+    return choose_hardware(gpu if has_gpu else -1, use_amp)
 
 
 def _with_pictures(

@@ -170,6 +170,7 @@ def page(
         mistakes_caption=report_text.mistakes_caption(run, views),
         map_caption=report_text.map_caption(run, views),
         findings=report_text.findings(run),
+        quick_check=run.check is not None and "shortcuts" not in run.check,
         claim=[
             {**vars(item), "word": report_text.STATUS[item.status]}
             for item in claim_items(run, trained_with, views.n_mistakes)

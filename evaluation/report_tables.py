@@ -102,8 +102,9 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
             ["Input 输入", f"{o['img_size']} x {o['img_size']} pixels, augmentation: {o['augmentation']}"],
             [
                 "Training 训练",
-                f"{o['epochs']} epochs, batch {o['batch_size']}, learning rate {o['learning_rate']:g}, loss "
-                f"{o['loss']}, seed {o['random_state']}",
+                f"{'at most ' if o['early_stopping_patience'] else ''}{o['epochs']} epochs, batch "
+                f"{o['batch_size']}, learning rate {o['learning_rate']:g}, loss {o['loss']}, seed "
+                f"{o['random_state']}",
             ],
         ]  # fmt: skip
     if "million_parameters" in config:
@@ -211,7 +212,8 @@ def temperature_table(run: RunFolder) -> tuple[Table, str]:
     parts = "the other folds" if run.kind == CROSS_VALIDATION else "the other half of the images"
     caption = (
         f"“After” is fair: each image is scaled by a temperature fitted on {parts}. For new images the "
-        f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure)."
+        f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program here "
+        "applies it by itself, and it is that of single models, not of an ensemble's mean."
     )
     header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
     return {"header": header, "rows": rows}, caption

@@ -67,8 +67,6 @@ def interval_note(run: RunFolder) -> Text:
 def notes(run: RunFolder, views: Views) -> list[Text]:
     """What a reader must know before believing the numbers."""
     found = []
-    made_with = views.facts["dataset_fingerprint"] if views.facts else None
-    same = run.kind == EVALUATION and made_with == run.config["dataset_fingerprint"]
     if run.kind == CROSS_VALIDATION:
         folds = run.config["n_splits"]
         found.append(
@@ -81,15 +79,15 @@ def notes(run: RunFolder, views: Views) -> list[Text]:
     if run.kind == EVALUATION:
         n_models = len(run.config["checkpoints"])
         ensemble = f" The probabilities are the mean of {n_models} models." if n_models > 1 else ""
-        if same:
-            en = "These are the very images that the model was made with, so the numbers are too good."
-            zh = "这些图像正是训练该模型所用的图像，结果过于乐观。"
-        elif made_with is None:
-            en = "Whether the model was trained on these images is not known: no checkpoint could be read."
-            zh = "无法读取模型，因此不知这些图像是否用于训练。"
+        if run.config["images_known_to_model"]:
+            en = "These are images that a model was made with, so the numbers are too good."
+            zh = "这些图像曾用于制作模型，结果过于乐观。"
         else:
-            en = "The folder is not the one that the model was trained on."
-            zh = "该文件夹不是训练模型所用的文件夹。"
+            en = (
+                "This is not the folder that a model was made with; whether single images of it were is not "
+                "known to the program."
+            )
+            zh = "这不是制作模型所用的文件夹；其中个别图像是否用过，程序无法得知。"
         found.append(both(en + ensemble, zh))
     else:
         monitor = run.config["early_stopping_monitor"]
@@ -108,7 +106,7 @@ def notes(run: RunFolder, views: Views) -> list[Text]:
                     "早停也依据验证图像，最后轮次的数值因此略偏乐观。",
                 )
             )
-    if not same:
+    if not run.config.get("images_known_to_model"):
         found.append(_partition_note(run))
     if run.metrics["interval"]["unit"] == "patient":
         found.append(

@@ -46,12 +46,12 @@ def latex(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).translate(_LATEX)
 
 
-def percent(entry: Mapping[str, Any], *, digits: int = 1) -> str:
-    """ "87.0 (85.1 to 88.9)" from fractions {"value", "low", "high"}; "–" where undefined."""
-    return _with_interval(entry, 100, digits)
+def percent(entry: Mapping[str, Any]) -> str:
+    """The like of 87.0 (85.1 to 88.9) from an interval entry of fractions; "–" where undefined."""
+    return with_interval(entry, 100, 1)
 
 
-def _with_interval(entry: Mapping[str, Any], factor: float, digits: int) -> str:
+def with_interval(entry: Mapping[str, Any], factor: float, digits: int) -> str:
     if entry["value"] is None:
         return "–"
     value = f"{factor * entry['value']:.{digits}f}"
@@ -64,7 +64,9 @@ def tabular(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A booktabs tabular; the first column to the left, the others to the right."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(latex(cell) for cell in cells) + r" \\"
+        # behind the \\ of the line before, "[" and "*" would be its arguments
+        guard = "{}" if cells[0].startswith(("[", "*")) else ""
+        return guard + " & ".join(latex(cell) for cell in cells) + r" \\"
 
     return "\n".join(
         [
@@ -97,7 +99,7 @@ def write_metrics_tables(output_dir: Path, metrics: Mapping[str, Any]) -> None:
         ],
     )
     overall = [
-        [title, percent(metrics[key]) if "%" in title else _with_interval(metrics[key], 1, 3)]
+        [title, percent(metrics[key]) if "%" in title else with_interval(metrics[key], 1, 3)]
         for key, title in OVERALL.items()
     ]
     by_class = [

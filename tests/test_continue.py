@@ -86,8 +86,9 @@ def test_overwrite_leaves_folders_of_the_user_alone(class_folder, finished, tmp_
 
 
 def test_results_do_not_go_into_the_data_folder(class_folder, capsys):
-    assert train(class_folder, class_folder, "--overwrite") == 2
-    assert "a folder of their own" in capsys.readouterr().err
+    for output in (class_folder, class_folder / "runs"):  # its figures would be a class of the next run
+        assert train(class_folder, output, "--overwrite") == 2
+        assert "give results a folder elsewhere" in capsys.readouterr().err
 
 
 def test_a_patient_in_both_folders_is_refused(class_folder, tmp_path, capsys):
@@ -123,6 +124,21 @@ def test_a_run_resumed_in_another_folder_brings_its_best_epoch(class_folder, fin
     assert train(class_folder, tmp_path / "out", *flags, "--group-pattern", r"^(P\d+)_") == 0
     best = (finished / "checkpoint_best.pth").read_bytes()
     assert (tmp_path / "out" / "checkpoint_best.pth").read_bytes() == best
+
+
+def test_results_of_the_shorter_run_do_not_lie_beside_the_longer_ones_weights(
+    class_folder, finished, tmp_path, monkeypatch
+):
+    shutil.copytree(finished, tmp_path / "out")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.run.write_results", killed)
+    latest = tmp_path / "out" / "checkpoint_latest.pth"
+    assert train(class_folder, tmp_path / "out", "--resume-from", latest, "--epochs", 5) == 130
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not left & {"metrics.json", "predictions.csv", "report.html"} and "checkpoint_latest.pth" in left
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,17 @@ def test_several_checkpoints_are_averaged(finished, elsewhere, tmp_path):
 
 def test_a_run_is_told_when_it_is_evaluated_on_its_own_images(finished, class_folder, tmp_path, capsys):
     assert evaluate([finished], class_folder, tmp_path) == 0
-    assert "the very images the model was made with" in capsys.readouterr().out
+    assert "these are images the model was made with" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["images_known_to_model"] is True
 
 
 def test_results_are_not_overwritten_without_being_told(finished, class_folder, capsys):
-    assert evaluate([finished], class_folder, finished) == 2
-    assert "holds another run's results" in capsys.readouterr().err
+    before = sorted(path.name for path in finished.iterdir())
+    assert evaluate([finished], class_folder, finished, "--overwrite") == 2  # it would remove the model
+    assert "a folder of its own" in capsys.readouterr().err
+    assert sorted(path.name for path in finished.iterdir()) == before
+    assert evaluate([finished], class_folder, class_folder / "out") == 2
+    assert "lies in --data-dir" in capsys.readouterr().err
 
 
 def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):

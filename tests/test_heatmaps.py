@@ -9,29 +9,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
-from evaluation.heatmaps import heat_maps, log_odds, overlay
+from evaluation.heatmaps import coarse_maps, heat_maps, log_odds, overlay
 from evaluation.trained import TrainedModel
 from models.clip import CLIPModel, build_clip
 from models.image_encoders import ImageTower
 
 SIZE = 64
-# One of every kind of last map: NCHW, NHWC, tokens with and without class and register tokens.
-KINDS = [
-    "resnet18",
-    "efficientnet-b0",
-    "starnet_dual_pyramid_rcf",
-    "timm:starnet_s050",
-    "timm:convnext_atto",
-    "timm:mobilenetv3_small_050",
-    "timm:test_mambaout",  # NHWC
-    "timm:swin_tiny_patch4_window7_224",  # NHWC
-    "timm:efficientformer_l1",  # tokens after convolutions; made for 224 px only
-    "timm:vit_tiny_patch16_224",  # class token
-    "timm:deit_tiny_distilled_patch16_224",  # class and distillation token
-    "timm:test_vit2",  # mean of the patch tokens, with a class token beside them
-    "timm:test_vit3",  # attention pooling
-    "timm:vit_wee_patch16_reg1_gap_256",
-]
+# One of every kind of last map (NCHW, NHWC, tokens with and without class and register tokens), and how many
+# cells wide that map is at SIZE.
+KINDS = {
+    "resnet18": 2,
+    "efficientnet-b0": 2,
+    "starnet_dual_pyramid_rcf": 2,
+    "timm:starnet_s050": 2,
+    "timm:convnext_atto": 2,
+    "timm:mobilenetv3_small_050": 2,
+    "timm:test_mambaout": 2,  # NHWC
+    "timm:swin_tiny_patch4_window7_224": 2,  # NHWC
+    "timm:efficientformer_l1": 7,  # tokens after convolutions; made for 224 px only
+    "timm:vit_tiny_patch16_224": 4,  # class token
+    "timm:deit_tiny_distilled_patch16_224": 4,  # class and distillation token
+    "timm:test_vit2": 4,  # mean of the patch tokens, with a class token beside them
+    "timm:test_vit3": 4,  # attention pooling
+    "timm:vit_wee_patch16_reg1_gap_256": 4,
+}
 UNFIT = ["timm:cait_xxs24_224", "timm:pit_ti_224", "timm:efficientvim_m1"]
 
 
@@ -186,6 +187,8 @@ def test_every_kind_of_encoder_gives_maps_and_stays_as_it_was(name):
     assert expected.shape == (3, size, size) and expected.dtype == np.float32
     assert np.isfinite(expected).all() and expected.min() >= 0 and expected.max() == 1
     assert all(heat.max() in (0, 1) for heat in expected)
+    coarse = coarse_maps(model, images, features, [0, 1, 2])
+    assert coarse.shape == (3, KINDS[name], KINDS[name]) and not coarse.requires_grad
 
     model.train()
     next(model.image_tower.backbone.children()).eval()  # modes as mixed as in fine-tuning

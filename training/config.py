@@ -326,9 +326,12 @@ def contradictions(config: Config) -> list[str]:
             problems.append(f"{flag_of(name)} is required")
     for name in ("data_dir", "val_dir"):
         folder = getattr(config, name)
-        if folder and config.output_dir and Path(folder).resolve() == Path(config.output_dir).resolve():
+        if not (folder and config.output_dir):
+            continue
+        if Path(config.output_dir).resolve().is_relative_to(Path(folder).resolve()):
             problems.append(
-                f"--output-dir {folder} is {flag_of(name)} too; give results a folder of their own"
+                f"--output-dir {config.output_dir} lies in {flag_of(name)}, where it would be taken for a "
+                "class; give results a folder elsewhere"
             )
     exclusive = [
         ("resume_from", "overwrite", "one continues the old results, the other throws them away"),

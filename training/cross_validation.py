@@ -10,6 +10,7 @@ import numpy as np
 from common.device import choose_hardware
 from common.files import read_json, write_json
 from data.findings import print_findings
+from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
 from evaluation.metrics import classification_metrics
 from evaluation.report import write_report
@@ -157,8 +158,8 @@ def summarise(output_dir: Path, n_splits: int, data: DataSet) -> tuple[dict[str,
     fold_dirs = [output_dir / f"fold_{number}" for number in range(1, n_splits + 1)]
     folds = [read_json(fold_dir / "result.json", "the fold's result") for fold_dir in fold_dirs]
     parts = [read_predictions(fold_dir / PREDICTIONS) for fold_dir in fold_dirs]
-    position = {path: i for i, path in enumerate(data.folder.paths)}
-    indices = np.array([position[path] for part in parts for path in part.paths])
+    position = {nfc(path): i for i, path in enumerate(data.folder.paths)}
+    indices = np.array([position[nfc(path)] for part in parts for path in part.paths])
     order = indices.argsort()
     probs = np.concatenate([part.probs for part in parts])[order]
     of_fold = np.concatenate([part.folds for part in parts])[order]

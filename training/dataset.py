@@ -162,6 +162,8 @@ def read_images(
             if not val_folder.paths:
                 raise UserError(f"no image of --val-dir {config.val_dir} can be read:\n{listing}")
         folder = folder.without({i for i in bad if i < n_own})
+        if not folder.paths:
+            raise UserError(f"no image of --data-dir {config.data_dir} can be read")
         check_class_sizes(folder, at_least, "that can be read")
         inspection = inspection.without(set(bad))
         files, n_own = [file for i, file in enumerate(files) if i not in bad], len(folder.paths)
@@ -177,12 +179,14 @@ def read_images(
 
 
 def findings_of(data: DataSet, splits: Sequence[Split]) -> list[dict[str, Any]]:
-    """What is wrong or odd with the images and how they are split, as far as one reading tells."""
+    """What is wrong or odd with the images and how they are split, as far as one reading tells; without
+    `splits`, in images that are not for training.
+    """
     folder = data.folder
     if data.val_folder is not None:
         paths = (*folder.paths, *data.val_folder.paths)
         folder = ImageFolder(folder.root, folder.classes, paths, data.labels, ())
-    return quick_findings(folder, data.inspection, data.patients, splits)
+    return quick_findings(folder, data.inspection, data.patients, splits, for_training=bool(splits))
 
 
 def split_of(config: Config, data: DataSet) -> Split:

@@ -1,8 +1,11 @@
 """Failures that come from the machine, in words."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
-from common.errors import first_line, last_line
+from common.errors import RunFailed, first_line, last_line
 from data.images import UnreadableImage
 from training.config import Config
 
@@ -25,6 +28,21 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
     if isinstance(error, OSError):
         return f"the system says: {error}"
     return None
+
+
+@contextlib.contextmanager
+def failures_explained(batch_size: int) -> Iterator[None]:
+    """For programs that use a trained model: failures of the machine become a RunFailed with one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            explanation = f"out of memory; lower --batch-size (now {batch_size}) or --num-workers"
+        else:
+            explanation = explain_failure(error, None)
+        if explanation is None:
+            raise
+        raise RunFailed(explanation) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -270,15 +270,20 @@ def _rank(
     finished = {row["folder"]: predictions for row, predictions in ranked if predictions is not None}
     comparison = compare(finished)
     against_first = {
-        pair["b"]: "worse beyond noise" if pair["beyond_noise"] else "within noise"
-        for pair in comparison["pairs"]
-        if pair["a"] == next(iter(finished))
+        pair["b"]: _verdict(pair) for pair in comparison["pairs"] if pair["a"] == next(iter(finished))
     }
     for rank, (row, predictions) in enumerate(ranked, 1):
         if predictions is not None:
             row["rank"] = rank
             row["against_first"] = "first" if rank == 1 else against_first.get(row["folder"], "other images")
     return [row for row, _ in ranked], comparison
+
+
+def _verdict(pair: Mapping[str, Any]) -> str:
+    """On b against a. Ranks go by the mean of folds, the test by all images, so that they may disagree."""
+    if not pair["beyond_noise"]:
+        return "within noise"
+    return f"{'worse' if pair['difference']['accuracy']['value'] > 0 else 'better'} beyond noise"
 
 
 def leaderboard_table(ranked: Sequence[Mapping[str, Any]]) -> str:

@@ -78,8 +78,9 @@ def refuse_results(output_dir: Path, config: Config) -> None:
     """Raises UserError when the folder holds results that no option says to replace or to continue."""
     check_writable(output_dir)
     found = results_in(output_dir)
-    if set(found) <= {"config.json", "splits.json", "data_check.json"} and "splits.json" in found:
-        return  # a run that was stopped before its first epoch ended: nothing is lost
+    stopped_early = set(found) <= {"config.json", "splits.json", "data_check.json"} and "splits.json" in found
+    if stopped_early or found == ["data_check.json"]:
+        return  # before its first epoch ended, or only looked at by data.check: nothing is lost
     latest = output_dir / "checkpoint_latest.pth"
     resumes_here = config.resume_from and Path(config.resume_from).resolve().parent == output_dir.resolve()
     if found and not config.overwrite and not resumes_here:
@@ -142,6 +143,12 @@ def refuse_other_images(output_dir: Path, config: Config, folder: ImageFolder) -
         )
 
 
+def remove_results(output_dir: Path) -> None:
+    """Before a finished run goes on: what its last end left would not fit the new weights."""
+    for name in ("predictions.csv", "metrics.json", "metrics_table.csv", "metrics_table.tex", "report.html"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
 def prepare_output_folder(output_dir: Path, overwrite: bool) -> None:
     """Make the folder; with `overwrite` remove the files (and nothing else) that a run wrote there."""
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -166,6 +173,7 @@ def run_record(
     """Content of config.json: the options by their JSON keys, then what else made the result."""
     return {
         **dataclasses.asdict(config),
+        "changed_options": [name for name, f in FIELDS.items() if getattr(config, name) != f.default],
         "classes": list(data.folder.classes),
         "class_texts": {name: list(own) for name, own in class_texts.items()},
         "dataset_fingerprint": data.fingerprint,

@@ -37,7 +37,13 @@ from training.dataset import (
 )
 from training.fit import duration, fit
 from training.optim import parameter_groups
-from training.outputs import prepare_output_folder, print_files, refuse_results, run_record
+from training.outputs import (
+    prepare_output_folder,
+    print_files,
+    refuse_results,
+    remove_results,
+    run_record,
+)
 from training.state import EarlyStopping, TrainState
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite")
@@ -108,6 +114,7 @@ def train_single(
     print_findings(findings)
 
     prepare_output_folder(output_dir, config.overwrite)
+    remove_results(output_dir)
     records = {
         "config.json": run_record(config, data, texts, hardware, n_parameters(model)),
         "splits.json": record_of(config, data, [split]),
