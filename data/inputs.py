@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError, did_you_mean
-from data.scan import _images_below
+from data.scan import images_below
 
 LIST_SUFFIXES = (".txt", ".csv")
 
@@ -48,7 +48,7 @@ def _of_folder(folder: Path) -> ImageList:
     ignored: Counter[str] = Counter()
     real = Path(os.path.realpath(folder))  # "." and links have no name of their own
     try:
-        found = _images_below(real, ignored)
+        found = images_below(real, ignored)
     except PermissionError as error:
         raise UserError(f"--input: no permission to read {error.filename}") from None
     if not found:

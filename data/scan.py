@@ -63,7 +63,7 @@ def _spelling(name: str) -> tuple[str, str]:
     return nfc(name), name
 
 
-def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
+def images_below(folder: Path, ignored: Counter[str]) -> list[str]:
     """Image paths below `folder`, relative to its parent. From directory entries alone: no stat per file.
 
     Each real folder is read once. Links wait until the folders are done and are then followed in sorted
@@ -120,7 +120,7 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
         suffixes = [os.path.splitext(name)[1].lower() for name, is_folder in found if not is_folder]
         loose = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)
         ignored: Counter[str] = Counter()
-        per_class = {name: _images_below(root / name, ignored) for name in names}
+        per_class = {name: images_below(root / name, ignored) for name in names}
     except PermissionError as error:
         raise UserError(f"{option}: no permission to read {error.filename}") from None
 

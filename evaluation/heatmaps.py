@@ -45,7 +45,9 @@ def coarse_maps(
     classes. What is looked at is the backbone's last map, the one its head pools, of h x w cells or patches:
     F_3 of starnet_dual_pyramid_rcf, the final patch tokens of a ViT that averages them. A ViT that reads only
     its class token has no use for the final patch tokens; there it is the tokens that enter the last
-    attention. Class and register tokens are left out.
+    attention. Class and register tokens are left out. A ViT may have mixed what it saw into tokens of the
+    background by then, small ones trained from scratch often do, and the map says where it is, not where it
+    came from.
 
     It costs one forward pass and a backward pass from the score to the map, in float32. The model stays as it
     was: mode, weights, gradients. Raises UserError for backbones that have no such map.
