@@ -124,22 +124,13 @@ def space_map(
     n_images = len(rows)
     if n_images > MOST_IN_MAP:
         rows = np.sort(np.random.default_rng(0).choice(rows, MOST_IN_MAP, replace=False))
-    vectors, readable = [], []
-    autocast = _hardware(run, trained.facts["config"]["use_amp"]).autocast()  # as it was validated
-    with ThreadPoolExecutor() as threads:
-        for start in range(0, len(rows), _BATCH):
-            files = [run.images / p.paths[i] for i in rows[start : start + _BATCH]]
-            squares = list(threads.map(lambda file: _square(file, trained.img_size), files))
-            readable += [square is not None for square in squares]
-            batch = [square for square in squares if square is not None]
-            if batch:
-                with torch.no_grad(), autocast:
-                    vectors.append(trained.model.encode_image(_batch(batch, trained.device)).cpu().double())
-    rows = rows[np.array(readable)]
+    n_drawn = len(rows)
+    hardware = _hardware(run, trained.facts["config"]["use_amp"])  # as it was validated
+    images, readable = _embed([run.images / p.paths[i] for i in rows], trained, hardware)
+    rows = rows[readable]
     if len(rows) < 3:
         problems.append(f"no map of embeddings: {len(rows)} of {n_images} images can be read in {run.images}")
         return None
-    images = torch.cat(vectors).numpy()  # (N, D)
     centre = images.mean(0)
     _, sizes, axes = np.linalg.svd(images - centre, full_matrices=False)
     plane = axes[:2].T  # (D, 2)
@@ -150,8 +141,35 @@ def space_map(
         (features.cpu().double().numpy() - centre) @ plane,
         sizes[:2] ** 2 / max((sizes**2).sum(), 1e-30),
         n_images,
-        int(len(readable) - len(rows)),
+        n_drawn - len(rows),
     )
+
+
+def _embed(files: list[Path], trained: TrainedModel, hardware: Hardware) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors (n, D) of the n files that can be read, and which those are (N,) bool.
+
+    On a CPU one thread per batch, not one batch on all threads: beside other work, threads that wait
+    for each other at every layer were measured to take four times as long.
+    """
+
+    def embed(batch: list[Path]) -> tuple[torch.Tensor, list[bool]]:
+        squares = [_square(file, trained.img_size) for file in batch]
+        read = [square for square in squares if square is not None]
+        vectors = torch.empty(0, trained.class_features.shape[1])
+        if read:
+            with torch.no_grad(), hardware.autocast():
+                vectors = trained.model.encode_image(_batch(read, trained.device)).cpu()
+        return vectors.double(), [square is not None for square in squares]
+
+    batches = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            vectors, readable = zip(*threads.map(embed, batches), strict=True)
+    finally:
+        torch.set_num_threads(n_threads)
+    return torch.cat(vectors).numpy(), np.array([r for own in readable for r in own])
 
 
 def _load(file: Path, run: RunFolder) -> tuple[TrainedModel, torch.Tensor]:

@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from common.cli import exit_code_of
+from common.cli import Parser, exit_code_of
 from common.files import write_whole
 from evaluation import figures, fonts, report_tables, report_text
 from evaluation.claim import claim_items
@@ -267,15 +267,17 @@ def _for_paper(run: RunFolder, mistake: Mistake) -> figures.Picture:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
         prog="python -m evaluation.report", description="Remake report.html and figures/ of a run folder."
     )
     parser.add_argument("run_dir", type=Path, help="folder of a finished run, cross-validation or evaluation")
-    run_dir = parser.parse_args(arguments).run_dir
+    return parser.read(typed, required=())
 
+
+def main(typed: Sequence[str] | None = None) -> int:
     def program() -> int:
-        print(write_report(run_dir))
+        print(write_report(read_arguments(sys.argv[1:] if typed is None else typed).run_dir))
         return 0
 
     return exit_code_of(program, "no report was written")

@@ -92,10 +92,10 @@ def test_ctrl_c_says_how_to_continue_and_the_resumed_run_is_whole(class_folder, 
 @pytest.mark.slow
 def test_a_folder_with_results_is_not_touched_without_being_told(class_folder, tmp_path):
     assert run(*small(class_folder, tmp_path / "run", "--epochs", "1"))[0] == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     code, _, error = run(*small(class_folder, tmp_path / "run", "--epochs", "1"))
     assert code == 2 and "holds another run's results" in error and "--overwrite" in error
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     assert run(*small(class_folder, tmp_path / "run", "--epochs", "1", "--overwrite"))[0] == 0
 
 

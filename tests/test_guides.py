@@ -21,6 +21,7 @@ import pytest
 import data.check
 import data.demo
 import evaluate_clip
+import evaluation.report
 import export_clip
 import generate_class_texts
 import models.clip  # noqa: F401 - it registers the encoders
@@ -180,6 +181,7 @@ READERS: dict[str, Callable[[Sequence[str]], object]] = {
     "test_clip_model.py": read_encoder_check,
     "data.demo": read_demo,
     "data.check": data.check.read_arguments,
+    "evaluation.report": evaluation.report.read_arguments,
     "tests/run.sh": read_tests,
 }
 LIBRARIES_READ = {"HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
