@@ -189,15 +189,15 @@ def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
     try:
         regex = re.compile(nfc(pattern))
     except re.error as error:
-        raise UserError(f"--group-pattern {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"--group-pattern '{pattern}' is not a regular expression: {error}") from None
     if regex.groups < 1:
-        raise UserError(f"--group-pattern {pattern!r} needs a group in parentheses, such as '^(P\\d+)_'")
+        raise UserError(f"--group-pattern '{pattern}' needs a group in parentheses, such as '^(P\\d+)_'")
     # An empty group would make one patient of all images that have none.
     matches = [regex.search(nfc(path.rsplit("/", 1)[-1])) for path in folder.paths]
     missed = [path for path, m in zip(folder.paths, matches, strict=True) if m is None or not m.group(1)]
     if missed:
         raise UserError(
-            f"--group-pattern {pattern!r} matches no patient in {len(missed)} of {len(matches)} file names:\n"
+            f"--group-pattern '{pattern}' matches no patient in {len(missed)} of {len(matches)} file names:\n"
             + shorten(missed)
         )
     return [m.group(1) for m in matches if m]

@@ -159,7 +159,9 @@ def mistakes_caption(run: RunFolder, views: Views) -> str:
     of = f"All {n}" if shown == n else f"The {shown} most confident of {n}"
     heat = (
         " Heat maps (Grad-CAM): bright parts speak for the class rather than for the others. They show "
-        "where the model looks, not why. 热图中明亮区域支持该类别。"
+        "what the model used, not why, and coarsely: most encoders have one cell per 32 x 32 pixels of their "
+        "input. A peak beside the lesion may be the grid, or a model that goes by something else. "
+        "热图中明亮区域支持该类别；分辨率很粗，多数编码器每 32 x 32 像素一格。"
         if any(m.for_label is not None for m in views.mistakes)
         else ""
     )

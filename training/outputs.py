@@ -173,7 +173,11 @@ def run_record(
     """Content of config.json: the options by their JSON keys, then what else made the result."""
     return {
         **dataclasses.asdict(config),
-        "changed_options": [name for name, f in FIELDS.items() if getattr(config, name) != f.default],
+        "changed_options": [
+            name
+            for name, f in FIELDS.items()
+            if name not in FREE_ON_CONTINUE and getattr(config, name) != f.default
+        ],
         "classes": list(data.folder.classes),
         "class_texts": {name: list(own) for name, own in class_texts.items()},
         "dataset_fingerprint": data.fingerprint,
