@@ -5,7 +5,6 @@ python export_clip.py --checkpoint RUN --output-dir exported
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError, did_you_mean
+from common.files import unwritable
 
 FORMATS = ("onnx", "safetensors")
 EPILOG = """\
@@ -59,10 +59,10 @@ def check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     """Raises UserError when the folder cannot be written, is a run's, or holds files of these names."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output-dir {folder} is a file; give a folder")
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    blocking = unwritable(folder)
+    if blocking:
         raise UserError(
-            f"--output-dir {folder} cannot be written: {nearest} is no folder that may be written"
+            f"--output-dir {folder} cannot be written: {blocking} is no folder that may be written"
         )
     # a run's config.json is not ours to replace
     if any((folder / name).exists() for name in ("checkpoint_latest.pth", "history.json", "splits.json")):

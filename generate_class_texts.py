@@ -9,7 +9,6 @@ The first gives every class a sentence from a template, to be edited afterwards;
 
 import argparse
 import contextlib
-import os
 import shlex
 import sys
 import unicodedata
@@ -21,7 +20,7 @@ import numpy as np
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import read_json, unwritable, write_json
 from data.scan import ImageFolder, nfc, scan_folder
 from data.texts import check_template, class_sentences
 
@@ -64,9 +63,9 @@ def check_output(output: Path, interactive: bool, overwrite: bool) -> None:
     """Raises UserError when the file cannot be written, or when writing it would lose another's content."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; give a file such as {output / 'class_texts.json'}")
-    nearest = next(parent for parent in output.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--output {output} cannot be written: {nearest} is no folder that may be written")
+    blocking = unwritable(output.absolute().parent)
+    if blocking:
+        raise UserError(f"--output {output} cannot be written: {blocking} is no folder that may be written")
     if interactive and sys.stdin is None:
         raise UserError("--interactive needs a terminal or piped input, and standard input is closed")
     if not output.exists() or overwrite or (interactive and sys.stdin.isatty()):

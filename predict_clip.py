@@ -6,7 +6,6 @@ python predict_clip.py --checkpoint RUN_A RUN_B --input image.png --output predi
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError, shorten
+from common.files import unwritable
 
 if TYPE_CHECKING:
     from data.inputs import ImageList
@@ -108,10 +108,10 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             )
     for flag, path in (("--output", output), ("--heatmaps", heat_maps)):
         if path is not None:
-            nearest = next(parent for parent in path.absolute().parents if parent.exists())
-            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            blocking = unwritable(path.absolute().parent)
+            if blocking:
                 problems.append(
-                    f"{flag} {path} cannot be written: {nearest} is no folder that may be written"
+                    f"{flag} {path} cannot be written: {blocking} is no folder that may be written"
                 )
     if problems:
         raise UserError(*problems)

@@ -46,6 +46,14 @@ class _RememberingFile(io.FileIO):
             raise
 
 
+def unwritable(folder: Path) -> Path | None:
+    """What keeps files from being written into `folder`, which need not exist yet: it, or the nearest of its
+    parents that exists. None where nothing does.
+    """
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
+
+
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))

@@ -14,7 +14,7 @@ import jinja2
 
 from common.files import read_json
 from data.scan import nfc
-from evaluation.tables import OVERALL
+from evaluation.tables import OVERALL, with_interval
 from evaluation.trained import TrainedModel
 
 
@@ -98,10 +98,4 @@ def _cell(text: str) -> str:
 
 
 def _interval(entry: Mapping[str, Any], in_percent: bool) -> str:
-    """An interval entry of metrics.json (fractions) as "87.0 (85.1 to 88.9)"; "–" where it is undefined."""
-    shown = [
-        f"{100 * entry[key]:.1f}" if in_percent else f"{entry[key]:.3f}"
-        for key in ("value", "low", "high")
-        if entry[key] is not None
-    ]
-    return "–" if not shown else shown[0] if len(shown) < 3 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+    return with_interval(entry, 100, 1) if in_percent else with_interval(entry, 1, 3)

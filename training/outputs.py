@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import platform
 import re
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 from common.device import Hardware
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, unwritable
 from data.scan import ImageFolder, nfc
 from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet
@@ -67,10 +66,10 @@ def check_writable(output_dir: Path) -> None:
     """Raises UserError when the folder is a file or cannot be written to."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir} is a file; give a folder")
-    nearest = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    blocking = unwritable(output_dir)
+    if blocking:
         raise UserError(
-            f"--output-dir {output_dir} cannot be written: {nearest} is no folder that may be written"
+            f"--output-dir {output_dir} cannot be written: {blocking} is no folder that may be written"
         )
 
 
