@@ -55,6 +55,8 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
         help="this folder is that class of the model; may be given several times")  # fmt: skip
     add("--skip-extra", action="store_true", help="leave out folders that are no class of the model")
     add("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")
+    add("--cache-dir", type=Path, help="folder for decoded images (default: ~/.cache/train_clip)")
+    add("--no-cache", action="store_true", help="keep no decoded images on disk")
     add("--num-workers", type=int, default=4, help="processes that load images (default: 4)")
     add("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     add("--gpu-id", type=int, default=0, help="CUDA device; -1 is the CPU (default: 0)")
@@ -71,6 +73,8 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
         )
         if value < low
     ]
+    if found.cache_dir and found.no_cache:
+        problems.append("--cache-dir and --no-cache exclude each other")
     if found.group_pattern and found.groups_file:
         problems.append("--group-pattern and --groups-file exclude each other: both name the patient")
     if problems:
@@ -162,6 +166,8 @@ def evaluate(typed: Sequence[str]) -> int:
         group_pattern=arguments.group_pattern,
         groups_file=str(arguments.groups_file) if arguments.groups_file else None,
         skip_unreadable=arguments.skip_unreadable,
+        cache_dir=str(arguments.cache_dir) if arguments.cache_dir else None,
+        use_cache=not arguments.no_cache,
         overwrite=arguments.overwrite,
     )
     refuse_run_folder(arguments.output_dir, arguments.data_dir)
@@ -169,9 +175,12 @@ def evaluate(typed: Sequence[str]) -> int:
     models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
     ensemble = Ensemble(models, autocasts)
     folder = match_classes(folder, ensemble.classes, arguments.rename, arguments.skip_extra)
-    size = ensemble.sizes[0]
-    options = dataclasses.replace(options, img_size=size)
+    options = dataclasses.replace(options, img_size=ensemble.sizes[0])
     data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
+    of_size = {options.img_size: data}
+    for size in ensemble.sizes[1:]:
+        options = dataclasses.replace(options, img_size=size)
+        of_size[size] = read_images(options, data.folder, None, data.patients, at_least=0)
     if known := images_known_to(models, data):
         print(
             "warning: these are images the model was made with, so what follows is too good; the honest "
@@ -180,11 +189,11 @@ def evaluate(typed: Sequence[str]) -> int:
     each = []
     with failures_explained(arguments.batch_size):
         for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
-            pixels = data.pixels if model.img_size == size else None  # another size is read from the files
+            squares = of_size[model.img_size].squares
             loader = build_loader(
-                ImageDataset(data.files, data.labels, model.img_size, pixels),
+                ImageDataset(data.files, data.labels, model.img_size, squares),
                 EpochBatches(np.arange(len(data.files)), arguments.batch_size, None),
-                0 if pixels is not None else arguments.num_workers,
+                arguments.num_workers,
                 pin_memory=model.device.type == "cuda",
             )
             each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])

@@ -143,7 +143,7 @@ def play_run(run: Path, data_dir: Path, lesions: Sequence[Lesion]) -> tuple[str,
             inspection = inspect_images(folder.files(), trained.img_size)
         known = held_out(checkpoint, trained.facts, fingerprint(folder, inspection.digests), data_dir)
         own = [lesion for lesion in lesions if lesion.path in known]
-        squares = inspection.pixels[[index[lesion.path] for lesion in own]]
+        squares = inspection.squares[[index[lesion.path] for lesion in own]]
         games += games_of(trained, own, squares)
     if not games:
         raise UserError(f"--checkpoint {run}: no validation image has a lesion")

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
+READ_AHEAD = 1024  # decoded images that may wait for their turn
 # A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
 MOST_PIXELS = 2**30 // 4 // 3
 
@@ -71,7 +72,8 @@ def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
         if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, dataset)
         if pixels.ndim == 3:
-            return Image.fromarray(pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)), stored
+            colour = pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)
+            return _grey_if_grey(Image.fromarray(colour)), stored
         pixels = scale_to_8_bit(apply_voi_lut(apply_modality_lut(pixels, dataset), dataset))
     except UnreadableImage:
         raise
@@ -79,7 +81,7 @@ def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
         raise UnreadableImage(f"DICOM: {type(error).__name__}: {error}") from None
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         pixels = 255 - pixels  # in MONOCHROME1 the largest value is black
-    return Image.fromarray(pixels).convert("RGB"), stored
+    return Image.fromarray(pixels), stored
 
 
 def _is_dicom(path: Path) -> bool:
@@ -102,8 +104,18 @@ def _stored_bits(mode: str) -> int:
     return 16 if ";16" in mode else {"1": 1, "I": 32, "F": 32}.get(mode, 8)
 
 
+def _grey_if_grey(image: Image.Image) -> Image.Image:
+    """An RGB image whose three channels are equal as the one channel it is, which is quicker to work on."""
+    pixels = np.asarray(image)
+    first, others = pixels[..., :1], pixels[..., 1:]
+    middle = len(pixels) // 2  # one row tells most colour images
+    if (first[middle] == others[middle]).all() and (first == others).all():
+        return image.getchannel(0)
+    return image
+
+
 def read_image(path: Path) -> Image.Image:
-    """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit RGB image.
+    """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit image: L where it is grey, else RGB.
 
     16-bit and float images are scaled by their own range; EXIF orientation is applied; transparency is
     composed on black; palettes are expanded. Raises UnreadableImage.
@@ -133,7 +145,9 @@ def _read(path: Path) -> tuple[Image.Image, _Stored]:
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-        return image.convert("RGB"), stored
+        if image.mode in ("L", "1"):
+            return image.convert("L"), stored
+        return _grey_if_grey(image.convert("RGB")), stored
     except UnreadableImage:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything from OSError to IndexError
@@ -144,7 +158,38 @@ def _read(path: Path) -> tuple[Image.Image, _Stored]:
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
     """Resize the whole image to (size, size, 3) uint8. Nothing is cropped and no border is added."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+class Squares:
+    """N images, decoded and resized: rows of an array (M, S, S, 3) uint8 in memory or in a mapped file.
+
+    rows (N,): the row of each image; None where they are the array's own.
+    """
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray | None = None):
+        self.array, self.rows = array, np.arange(len(array)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """(S, S, 3) for one index, a new (B, S, S, 3) for several."""
+        return self.array[self.rows[indices]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one file is found to be. error: why it cannot be read, and nothing else is known then.
+
+    digest: a hash of the decoded pixels. square: (size, size, 3) uint8, where asked for.
+    """
+
+    digest: str = ""
+    error: str = ""
+    facts: Facts | None = None
+    square: np.ndarray | None = None
+    measured: Any = None
 
 
 @dataclass(frozen=True)
@@ -152,26 +197,72 @@ class Inspection:
     """What one reading of N files found.
 
     errors: index -> why the file cannot be read. digests: N hashes of the decoded pixels, "" where
-    unreadable. pixels: (N, size, size, 3) uint8, or None when not asked for or when they would not fit
-    MEMORY_FOR_IMAGES. facts: N, None where unreadable. measured: N results of `measure`, None where
-    unreadable; empty without it.
+    unreadable. squares: N, or None when not asked for or when they would not fit MEMORY_FOR_IMAGES. facts:
+    N, None where unreadable. measured: N results of `measure`, None where unreadable; empty without it.
     """
 
     errors: dict[int, str]
     digests: list[str]
-    pixels: np.ndarray | None
+    squares: Squares | None
     facts: list[Facts | None] = field(default_factory=list)
     measured: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading], squares: Squares | None, measured: bool = False) -> "Inspection":
+        return cls(
+            {i: reading.error for i, reading in enumerate(readings) if reading.error},
+            [reading.digest for reading in readings],
+            squares,
+            [reading.facts for reading in readings],
+            [reading.measured for reading in readings] if measured else [],
+        )
 
     def without(self, dropped: set[int]) -> "Inspection":
         keep = [i for i in range(len(self.digests)) if i not in dropped]
         return Inspection(
             {new: self.errors[i] for new, i in enumerate(keep) if i in self.errors},
             [self.digests[i] for i in keep],
-            self.pixels[keep] if self.pixels is not None else None,
+            Squares(self.squares.array, self.squares.rows[keep]) if self.squares else None,
             [self.facts[i] for i in keep] if self.facts else [],
             [self.measured[i] for i in keep] if self.measured else [],
         )
+
+
+def read_all(
+    files: Sequence[Path], size: int | None, measure: Callable[[Image.Image], Any] | None = None
+) -> Iterator[Reading]:
+    """A Reading of each file in turn, decoded by several threads, with a progress bar.
+
+    size: edge of the square to make, or None for none. `measure` is called with every decoded image (see
+    `read_image`), in those threads.
+    """
+
+    def read(file: Path) -> Reading:
+        try:
+            image, stored = _read(file)
+        except UnreadableImage as error:
+            return Reading(error=str(error))
+        raw = image.tobytes()
+        digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=16)
+        digest.update(raw)
+        # Every pixel equals the next; the comparison ends at the first that does not.
+        depth = len(image.getbands())
+        constant = memoryview(raw)[depth:] == memoryview(raw)[:-depth]
+        return Reading(
+            digest.hexdigest(),
+            facts=Facts(*stored, image.width, image.height, constant),
+            square=None if size is None else to_square(image, size),
+            measured=measure(image) if measure else None,
+        )
+
+    # Threads, not processes: decoding, resizing and hashing all run outside Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+        total=len(files), desc="reading images", unit="img", leave=False, disable=None
+    ) as progress:  # fmt: skip
+        for start in range(0, len(files), READ_AHEAD):
+            for reading in pool.map(read, files[start : start + READ_AHEAD]):
+                progress.update()
+                yield reading
 
 
 def inspect_images(
@@ -179,38 +270,13 @@ def inspect_images(
 ) -> Inspection:
     """Decode every file once: names all that cannot be read, before any training.
 
-    size: edge of the squares to keep, or None to keep none. `measure` is called with every decoded image
-    (upright 8-bit RGB), from several threads at once.
+    size: edge of the squares to keep in memory, or None to keep none. `measure`: see `read_all`.
     """
     keep = size is not None and len(files) * size * size * 3 <= MEMORY_FOR_IMAGES
-    pixels = np.zeros((len(files), size, size, 3), np.uint8) if keep else None
-
-    def inspect(i: int) -> tuple[str, str, Facts | None, Any]:
-        try:
-            image, stored = _read(files[i])
-        except UnreadableImage as error:
-            return "", str(error), None, None
-        if pixels is not None:
-            pixels[i] = to_square(image, size)
-        raw = image.tobytes()
-        digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
-        digest.update(raw)
-        # Every pixel equals the next; the comparison ends at the first that does not.
-        constant = memoryview(raw)[3:] == memoryview(raw)[:-3]
-        facts = Facts(*stored, image.width, image.height, constant)
-        return digest.hexdigest(), "", facts, measure(image) if measure else None
-
-    # Threads, not processes: decoding, resizing and hashing all run outside Python's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = tqdm(
-            pool.map(inspect, range(len(files))),
-            total=len(files), desc="reading images", unit="img", leave=False, disable=None,
-        )  # fmt: skip
-        results = list(jobs)
-    return Inspection(
-        {i: why for i, (_, why, _, _) in enumerate(results) if why},
-        [digest for digest, _, _, _ in results],
-        pixels,
-        [facts for _, _, facts, _ in results],
-        [measured for _, _, _, measured in results] if measure else [],
-    )
+    array = np.zeros((len(files), size, size, 3), np.uint8) if keep else None
+    readings = []
+    for i, reading in enumerate(read_all(files, size if keep else None, measure)):
+        if reading.square is not None:
+            array[i] = reading.square
+        readings.append(replace(reading, square=None))
+    return Inspection.of(readings, None if array is None else Squares(array), measure is not None)

@@ -35,7 +35,7 @@ class Look:
 
 
 def look_at(image: Image.Image) -> Look:
-    """Measure an 8-bit RGB image. Safe to call from several threads."""
+    """Measure an 8-bit image, L or RGB. Safe to call from several threads."""
     from imagehash import phash
 
     # Whole pixels are averaged first, which is many times faster than resizing a large image finely.

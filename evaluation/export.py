@@ -131,8 +131,8 @@ def preprocessing(trained: TrainedModel) -> dict[str, Any]:
         "padded; bicubic with antialiasing on 8-bit pixels: Pillow's Image.resize(size, Resampling.BICUBIC)",
         "5_layout": f"float32 (N, 3, {size}, {size}), values 0 to 255, not divided",
         "6_normalisation": "inside the ONNX graph, per channel: (pixel / 255 - mean) / std; do not repeat it",
-        "mean": [round(v, 6) for v in tower.mean.flatten().tolist()],
-        "std": [round(v, 6) for v in tower.std.flatten().tolist()],
+        "mean": list(tower.mean),
+        "std": list(tower.std),
     }
 
 

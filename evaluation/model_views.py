@@ -205,7 +205,7 @@ def _with_pictures(
             problems.append(f"{mistake.path} cannot be shown: {error}")
             done.append(mistake)
             continue
-        small = image.copy()
+        small = image.convert("RGB")
         small.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
         read.append((replace(mistake, picture=np.asarray(small)), image))
     if trained is None or not read:

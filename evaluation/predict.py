@@ -7,10 +7,8 @@ lets one or several models answer, and writes rows as they come, so that no numb
 import csv
 import io
 import math
-import multiprocessing
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from common.errors import UserError, first_line
 from common.files import write_whole
 from data.images import UnreadableImage, read_image, to_square
 from data.inputs import ImageList
+from data.loader import fork_context
 from evaluation.trained import TrainedModel
 from models.clip import CLIPModel
 
@@ -132,9 +131,7 @@ def decode(
             collate_fn=_same,
             num_workers=workers,
             pin_memory=pin_memory,
-            multiprocessing_context=multiprocessing.get_context("fork")
-            if workers and sys.platform == "linux"
-            else None,
+            multiprocessing_context=fork_context(workers),
         )
     )
 

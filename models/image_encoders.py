@@ -32,15 +32,17 @@ class ImageTower(nn.Module):
         pretrained: frozenset[str] = frozenset(),
     ):
         super().__init__()
-        self.backbone, self.num_features = backbone, num_features
+        self.backbone, self.num_features, self.mean, self.std = backbone, num_features, mean, std
         self.pretrained = frozenset(f"backbone.{name}" for name in pretrained)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        # (image / 255 - mean) / std = image * scale + shift
+        scale, shift = 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
+        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 or 0..255 float -> what the backbone takes."""
-        images = (images.float() / 255 - self.mean) / self.std
-        return images.contiguous(memory_format=torch.channels_last)
+        images = images.float().contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(self.shift, images, self.scale)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 or 0..255 float -> (B, num_features)."""

@@ -1,12 +1,17 @@
 """Shared by all tests: the torchvision workaround first, one thread, small made-up data."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only wait for each other
+# decoded images are kept under the user's folder of caches: not the one of whoever runs the tests
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="train_clip_tests_")
 
 import common.torchvision_compat  # noqa: F401, I001
 
+import atexit
 import contextlib
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 # Started in the background of a script, this process ignores Ctrl-C, and so would the programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

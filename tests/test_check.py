@@ -243,7 +243,7 @@ def test_the_quick_part_reads_no_file_again(folder):
         "patient_in_several_classes", "unreadable",
     }  # fmt: skip
     left = inspection.without(set(inspection.errors))
-    assert not left.errors and len(left.facts) == len(left.digests) == len(left.pixels) == 72
+    assert not left.errors and len(left.facts) == len(left.digests) == len(left.squares) == 72
 
 
 # ---- what a file is
@@ -294,7 +294,7 @@ def test_dicom_facts(tmp_path):
 def test_measurements_keep_the_order_of_the_files(folder):
     files = scan_folder(folder).files()
     found = inspect_images([*files[:5], folder / "none.png"], None, lambda image: image.size)
-    assert found.measured == [*(Image.open(file).size for file in files[:5]), None] and found.pixels is None
+    assert found.measured == [*(Image.open(file).size for file in files[:5]), None] and found.squares is None
 
 
 # ---- shortcuts

@@ -57,6 +57,8 @@ class Config:
     groups_file: str | None = option(
         None, "data", "CSV with columns path,group that names each image's patient"
     )
+    cache_dir: str | None = option(None, "data", "folder for decoded images (default: ~/.cache/train_clip)")
+    use_cache: bool = option(True, "data", "keep no decoded images on disk", flag="--no-cache")
     skip_unreadable: bool = option(False, "data", "leave unreadable images out instead of stopping")
     overwrite: bool = option(False, "data", "replace another run's results in --output-dir")
 
@@ -151,7 +153,11 @@ class Config:
     )
 
     num_workers: int = option(
-        4, "other", "processes that load images, at most one per CPU core", low=0, high=256
+        4,
+        "other",
+        "processes that read images which neither the cache nor memory holds, at most one per CPU core",
+        low=0,
+        high=256,
     )
     gpu_id: int = option(0, "other", "CUDA device; -1 trains on the CPU", low=-1)
     use_amp: bool = option(True, "other", "train in float32 instead of mixed precision", flag="--no-amp")
@@ -326,13 +332,17 @@ def contradictions(config: Config) -> list[str]:
             problems.append(f"{flag_of(name)} is required")
     for name in ("data_dir", "val_dir"):
         folder = getattr(config, name)
-        if not (folder and config.output_dir):
-            continue
-        if Path(config.output_dir).resolve().is_relative_to(Path(folder).resolve()):
-            problems.append(
-                f"--output-dir {config.output_dir} lies in {flag_of(name)}, where it would be taken for a "
-                "class; give results a folder elsewhere"
-            )
+        for written in ("output_dir", "cache_dir"):
+            target = getattr(config, written)
+            if folder and target and Path(target).resolve().is_relative_to(Path(folder).resolve()):
+                problems.append(
+                    f"{flag_of(written)} {target} lies in {flag_of(name)}, where it would be taken for a "
+                    "class; give a folder elsewhere"
+                )
+    if config.cache_dir and not config.use_cache:
+        problems.append(
+            "--cache-dir and --no-cache exclude each other: one says where to put what the other does without"
+        )
     exclusive = [
         ("resume_from", "overwrite", "one continues the old results, the other throws them away"),
         ("group_pattern", "groups_file", "both say which patient an image is of"),

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, shorten
+from data.cache import default_cache_dir, inspect_cached
 from data.findings import quick_findings
-from data.images import Inspection, inspect_images
+from data.images import Inspection, Squares, inspect_images
 from data.scan import (
     ImageFolder,
     check_class_sizes,
@@ -51,9 +52,9 @@ class DataSet:
         return len(self.folder.paths)
 
     @property
-    def pixels(self) -> np.ndarray | None:
-        """(N, S, S, 3) uint8, or None where they would not fit into memory."""
-        return self.inspection.pixels
+    def squares(self) -> Squares | None:
+        """The N images decoded, or None where there is no cache and they would not fit into memory."""
+        return self.inspection.squares
 
     def images_per_class(self) -> dict[str, int]:
         """Of --data-dir."""
@@ -138,12 +139,17 @@ def read_images(
     patients: Sequence[str] | None,
     at_least: int,
 ) -> DataSet:
-    """Read every image once. Raises UserError naming the unreadable ones, unless --skip-unreadable drops
-    them and leaves every class of `folder` `at_least` images.
+    """Read every image once, those that the cache does not hold already. Raises UserError naming the
+    unreadable ones, unless --skip-unreadable drops them and leaves every class of `folder` `at_least` images.
     """
     files = folder.files() + (val_folder.files() if val_folder else [])
     started = time.monotonic()
-    inspection = inspect_images(files, config.img_size)
+    if config.use_cache:
+        roots = [str(images.root.resolve()) for images in (folder, val_folder) if images]
+        cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+        inspection = inspect_cached(files, config.img_size, cache_dir, "\n".join(roots))
+    else:
+        inspection = inspect_images(files, config.img_size)
     bad = inspection.errors
     if bad:
         listing = shorten([f"{files[i]}: {why}" for i, why in bad.items()], 50)
@@ -170,7 +176,9 @@ def read_images(
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])
-    held = "kept in memory" if inspection.pixels is not None else "read again every epoch"
+    held = "read again every epoch"
+    if inspection.squares:
+        held = "in the cache" if isinstance(inspection.squares.array, np.memmap) else "kept in memory"
     print(f"read {len(files)} images in {time.monotonic() - started:.1f} s, {held}")
     return DataSet(
         folder, val_folder, files, labels, inspection, patients, merge_groups(inspection.digests, patients),

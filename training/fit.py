@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.device import Hardware
 from common.errors import RunFailed, shorten
 from common.files import write_json
+from data.augment import Augmentation
 from data.loader import EpochBatches
 from evaluation.metrics import classification_metrics
 from evaluation.predict import predict_probs
@@ -29,6 +30,7 @@ def train_one_epoch(
     state: TrainState,
     sentences: ClassSentences,
     loader: DataLoader,
+    augment: Augmentation,
     hardware: Hardware,
     *,
     loss_kind: str,
@@ -51,6 +53,7 @@ def train_one_epoch(
             group["lr"] = group["peak_lr"] * factor
 
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = augment(images, state.epoch, indices)  # (B, 3, S, S)
         with hardware.autocast():
             image_features = model.encode_image(images)  # (B, D)
             draw = torch.Generator().manual_seed(seed * 1_000_003 + state.step)
@@ -124,6 +127,7 @@ def fit(
     sentences: ClassSentences,
     train_loader: DataLoader,
     val_loader: DataLoader,
+    augment: Augmentation,
     hardware: Hardware,
     *,
     output_dir: Path,
@@ -146,8 +150,9 @@ def fit(
         epoch_started = time.monotonic()
         batches.epoch = state.epoch
         row = train_one_epoch(
-            state, sentences, train_loader, hardware, loss_kind=loss_kind, grad_clip=grad_clip, seed=seed
-        )
+            state, sentences, train_loader, augment, hardware,
+            loss_kind=loss_kind, grad_clip=grad_clip, seed=seed,
+        )  # fmt: skip
         train_seconds = time.monotonic() - epoch_started
         metrics, probs, class_features = validate(state, sentences, val_loader, hardware)
         state.epoch += 1

@@ -43,8 +43,8 @@ FOLD_FILES = (
 # themselves are compared by content.
 FREE_ON_CONTINUE = frozenset(
     {
-        "data_dir", "output_dir", "overwrite", "resume_from", "gpu_id", "num_workers", "fold",
-        "multi_config", "config_file", "config_index",
+        "data_dir", "output_dir", "overwrite", "resume_from", "gpu_id", "num_workers", "fold", "cache_dir",
+        "use_cache", "multi_config", "config_file", "config_index",
     }
 )  # fmt: skip
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "scikit-learn", "pillow", "numpy", "pydicom")

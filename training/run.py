@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from common.device import Hardware, choose_hardware
 from common.errors import UserError
 from common.files import write_json, write_whole
+from data.augment import Augmentation
 from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
@@ -300,25 +300,12 @@ def train_on_split(
         write_json(output_dir / name, record)
     sentences.prepare(device, center=checkpoint is None)
 
-    train_set = ImageDataset(
-        data.files,
-        data.labels,
-        config.img_size,
-        data.pixels,
-        config.augmentation,
-        config.horizontal_flip,
-        seed,
-    )
-    val_set = ImageDataset(data.files, data.labels, config.img_size, data.pixels)
+    images = ImageDataset(data.files, data.labels, config.img_size, data.squares)
     workers = min(config.num_workers, os.cpu_count() or 1)
-    if data.pixels is not None and sys.platform != "linux":
-        workers = 0  # without fork each worker would get a copy of all images
-    # Decoded images need no work before validation, so its loader needs no processes of its own.
-    val_workers = 0 if data.pixels is not None else workers
     pin_memory = device.type == "cuda"
-    train_loader = build_loader(train_set, train_batches, workers, pin_memory)
+    train_loader = build_loader(images, train_batches, workers, pin_memory)
     val_batches = EpochBatches(split.val, config.batch_size, None)
-    val_loader = build_loader(val_set, val_batches, val_workers, pin_memory)
+    val_loader = build_loader(images, val_batches, workers, pin_memory)
 
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
     print(
@@ -342,6 +329,7 @@ def train_on_split(
         sentences,
         train_loader,
         val_loader,
+        Augmentation(config.augmentation, config.horizontal_flip, seed),
         hardware,
         output_dir=output_dir,
         facts=facts,

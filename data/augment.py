@@ -1,0 +1,85 @@
+"""Random changes of square images that a radiograph could have shown by itself, for a whole batch at once."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+PRESETS = ("none", "minimal", "standard")
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: grey value of a colour
+
+
+class Augmentation:
+    """Changes (B, 3, S, S) images, each by what `seed`, the epoch and its index say, whatever else is in the
+    batch.
+
+    none: nothing. minimal: shifts to 4 %. standard: rotation to 7 degrees, shifts to 5 %, zoom 0.95 to 1.1,
+    brightness and contrast to 10 %. The latter two also mirror half of the images when `horizontal_flip`.
+    Never a vertical flip, never a hue. Where the image ends, black comes in.
+
+    The same in distribution as torchvision's RandomHorizontalFlip, RandomAffine and ColorJitter one after the
+    other, but an image is resampled once, and rounded and clipped once.
+    """
+
+    def __init__(self, preset: str, horizontal_flip: bool, seed: int):
+        if preset not in PRESETS:
+            raise ValueError(f"unknown augmentation {preset!r}")
+        self.preset, self.horizontal_flip, self.seed = preset, horizontal_flip, seed
+
+    def draw(self, epoch: int, indices: Sequence[int], size: int) -> np.ndarray:
+        """(B, 7): rotation clockwise in degrees, shifts right and down in whole pixels, zoom, brightness,
+        contrast (1 leaves each as it is), and -1 where mirrored, else 1.
+        """
+        # The sampler's order comes from [seed, epoch], which NumPy takes for [seed, epoch, 0, 0].
+        uniform = np.stack([np.random.default_rng([self.seed, epoch, int(i), 1]).random(7) for i in indices])
+        standard = self.preset == "standard"
+        shift = 0.05 if standard else 0.04
+        low = np.array([-7, -shift * size, -shift * size, 0.95, 0.9, 0.9, -1])
+        high = np.array([7, shift * size, shift * size, 1.1, 1.1, 1.1, 1])
+        drawn = low + (high - low) * uniform
+        drawn[:, 1:3] = drawn[:, 1:3].round()
+        drawn[:, 6] = np.where(drawn[:, 6] < 0, -1, 1) if self.horizontal_flip else 1
+        if not standard:
+            drawn[:, [0, 3, 4, 5]] = [0, 1, 1, 1]
+        return drawn
+
+    def __call__(self, images: torch.Tensor, epoch: int, indices: Sequence[int]) -> torch.Tensor:
+        """(B, 3, S, S) uint8 on any device -> the same shape, 0..255 float32; "none" gives back `images`."""
+        if self.preset == "none":
+            return images
+        drawn = torch.from_numpy(self.draw(epoch, indices, images.shape[-1])).float().to(images.device)
+        images = resample(images, drawn)
+        return change_colour(images, drawn[:, 4], drawn[:, 5]) if self.preset == "standard" else images
+
+
+def resample(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Mirror, then zoom and rotate about the centre, then shift: one bilinear resampling, 0..255 float32.
+
+    images (B, 3, S, S), drawn (B, 7) as `Augmentation.draw` gives it.
+    """
+    degrees, right, down, zoom, _, _, mirror = drawn.T
+    cos, sin = (degrees * (math.pi / 180)).cos() / zoom, (degrees * (math.pi / 180)).sin() / zoom
+    # Of an output pixel, in units of half the side from the centre: where it lies in the input.
+    right, down = 2 * right / images.shape[-1], 2 * down / images.shape[-1]
+    inverse = torch.stack(
+        [
+            torch.stack([mirror * cos, mirror * sin, -mirror * (cos * right + sin * down)], dim=1),
+            torch.stack([-sin, cos, sin * right - cos * down], dim=1),
+        ],
+        dim=1,
+    )  # (B, 2, 3)
+    grid = F.affine_grid(inverse, list(images.shape), align_corners=False)  # (B, S, S, 2)
+    return F.grid_sample(images.contiguous().float(), grid, align_corners=False)
+
+
+def change_colour(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
+    """Stretch about the image's mean grey by `contrast` (B,), then multiply by `brightness` (B,), in place.
+
+    The other order gives the same but for what is clipped between the two. images (B, 3, S, S) 0..255 float.
+    """
+    means = images.mean(dim=(2, 3))  # (B, 3)
+    grey = means @ means.new_tensor(LUMA)  # (B,)
+    factor, offset = brightness * contrast, brightness * (1 - contrast) * grey
+    return images.mul_(factor.view(-1, 1, 1, 1)).add_(offset.view(-1, 1, 1, 1)).clamp_(0, 255)

@@ -1,0 +1,178 @@
+"""Decoded images on disk: the same pixels as the files, only what is new is decoded, no run ends over it."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import cache
+from data.cache import cache_file, inspect_cached
+from data.images import inspect_images
+
+SIZE = 16
+
+
+@pytest.fixture
+def files(tmp_path) -> list[Path]:
+    """Nine images of several sizes and modes; one cannot be read."""
+    folder = tmp_path / "图像"
+    folder.mkdir()
+    random = np.random.RandomState(0)
+    found = []
+    for i in range(8):
+        shape = (20 + i, 30) if i % 2 else (25, 20 + i, 3)
+        found.append(folder / f"{i}.png")
+        Image.fromarray(random.randint(0, 256, shape).astype(np.uint8)).save(found[-1])
+    found.insert(3, folder / "bad.png")
+    found[3].write_bytes(b"no image")
+    return found
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[Path]:
+    """Which files are decoded, in order."""
+    done: list[Path] = []
+    read_all = cache.read_all
+
+    def noting(files, size):
+        done.extend(files)
+        return read_all(files, size)
+
+    monkeypatch.setattr(cache, "read_all", noting)
+    return done
+
+
+def same(found, files) -> None:
+    expected = inspect_images(files, SIZE)
+    assert found.errors == expected.errors and found.digests == expected.digests
+    assert found.facts == expected.facts and len(found.squares) == len(files)
+    for i in range(len(files)):
+        if i not in expected.errors:
+            assert np.array_equal(found.squares[i], expected.squares[i])
+
+
+def test_the_second_run_decodes_nothing_but_what_cannot_be_read(files, tmp_path, decoded):
+    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    assert decoded == files
+    decoded.clear()
+    same(inspect_cached(files[:3], SIZE, tmp_path / "c", "a"), files[:3])
+    same(inspect_cached(files[::-2], SIZE, tmp_path / "c", "a"), files[::-2])  # fewer, in another order
+    assert decoded == []
+    found = inspect_cached(files, SIZE, tmp_path / "c", "a")
+    same(found, files)
+    assert decoded == [files[3]] and isinstance(found.squares.array, np.memmap)
+
+
+def test_only_new_and_changed_files_are_decoded(files, tmp_path, decoded):
+    good = files[:3] + files[4:]
+    inspect_cached(good[:-1], SIZE, tmp_path / "c", "a")
+    decoded.clear()
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(good[1])
+    os.utime(good[2], ns=(1, 1))  # touched: another file may have been put in its place
+    same(inspect_cached(good, SIZE, tmp_path / "c", "a"), good)
+    assert decoded == [good[1], good[2], good[-1]]
+
+
+def test_data_folders_and_sizes_do_not_mix(files, tmp_path):
+    names = {cache_file(tmp_path, size, name) for size in (16, 32) for name in ("a", "b")}
+    assert len(names) == 4
+    for size in (16, 32):
+        assert inspect_cached(files, size, tmp_path / "c", "a").squares[0].shape == (size, size, 3)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "other squares", "flipped"])
+def test_a_damaged_cache_is_made_anew(files, tmp_path, damage, capsys):
+    inspect_cached(files, SIZE, tmp_path / "c", "a")
+    path = cache_file(tmp_path / "c", SIZE, "a")
+    whole = path.read_bytes()
+    if damage == "other squares":
+        inspect_cached(files, 8, tmp_path / "c", "a")
+        shutil.copy(cache_file(tmp_path / "c", 8, "a"), path)
+    else:
+        path.write_bytes(
+            {
+                "empty": b"",
+                "cut": whole[: len(whole) // 2],
+                "text": b"x" * len(whole),
+                "flipped": whole[:-60] + bytes(52) + whole[-8:],
+            }[damage]
+        )
+    capsys.readouterr()
+    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    assert "damaged" in capsys.readouterr().out
+    assert len(path.read_bytes()) == len(whole)
+
+
+def test_without_room_images_are_kept_in_memory_and_it_is_said(files, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=cache.FREE_DISK + 9 * SIZE * SIZE * 3 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    found = inspect_cached(files, SIZE, tmp_path / "c", "a")
+    same(found, files)
+    assert not isinstance(found.squares.array, np.memmap)
+    assert "no cache" in capsys.readouterr().out and not list((tmp_path / "c").iterdir())
+    usage = usage._replace(free=usage.free + 1)
+    assert isinstance(inspect_cached(files, SIZE, tmp_path / "c", "a").squares.array, np.memmap)
+
+
+def test_a_disk_that_fills_while_it_is_written_leaves_nothing_behind(files, tmp_path, monkeypatch, capsys):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "write_whole", full)
+    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_no_reason_to_stop(files, tmp_path, capsys):
+    (tmp_path / "c").write_text("a file")
+    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    assert "no cache" in capsys.readouterr().out
+
+
+def test_several_runs_may_build_it_at_once(files, tmp_path):
+    found = {}
+    threads = [
+        threading.Thread(
+            target=lambda i=i: found.update({i: inspect_cached(files, SIZE, tmp_path / "c", "a")})
+        )
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for one in found.values():
+        same(one, files)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == [cache_file(tmp_path, SIZE, "a").name]
+
+
+def test_a_run_keeps_what_it_has_mapped_when_another_replaces_it(files, tmp_path):
+    first = inspect_cached(files, SIZE, tmp_path / "c", "a")
+    before = first.squares[list(range(9))]
+    for file in files[:3]:
+        Image.new("RGB", (9, 9)).save(file)
+    inspect_cached(files[:2], SIZE, tmp_path / "c", "a")
+    assert np.array_equal(first.squares[list(range(9))], before)
+
+
+def test_what_a_killed_run_left_is_removed_when_it_is_old(files, tmp_path):
+    path = cache_file(tmp_path / "c", SIZE, "a")
+    path.parent.mkdir()
+    old, young = (path.with_name(f".{path.name}.{i}.x.tmp") for i in (1, 2))
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    inspect_cached(files, SIZE, tmp_path / "c", "a")
+    assert not old.exists() and young.exists()
+
+
+def test_only_its_owner_may_look_into_it(files, tmp_path):
+    if os.name != "posix":
+        pytest.skip("POSIX permissions")
+    inspect_cached(files, SIZE, tmp_path / "c", "a")
+    assert (tmp_path / "c").stat().st_mode & 0o077 == 0
