@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import common.torchvision_compat  # noqa: F401
 from common.cli import Parser, exit_code_of
-from common.device import Hardware, choose_hardware
+from common.device import Hardware, choose_hardware, keep_freed_memory
 from data.augment import Augmentation
 from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
@@ -358,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add("--gpu-id", type=int, default=0)
         options = parser.read(sys.argv[1:] if arguments is None else arguments, ["--data-dir"])
         hardware = choose_hardware(options.gpu_id, True)
+        keep_freed_memory()  # as training does: the floor shall be as fast as it can be
         with tempfile.TemporaryDirectory() as work:
             measure(options, hardware, Path(work))
         return 0

@@ -4,7 +4,6 @@ Everywhere probs is (N, C) with rows that sum to 1, and labels (N,) holds the nu
 """
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
 SMALLEST = 1e-12  # a smaller probability counts as this one: a single zero would make the NLL infinite
@@ -68,6 +67,8 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
         return float((np.log(np.exp(logs * inverse).sum(1)) - of_label * inverse).mean())
 
     limit = np.log(MAX_TEMPERATURE)
+    from scipy.optimize import minimize_scalar  # slow to import, and only the end of a run needs it
+
     found = minimize_scalar(mean_nll, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 

@@ -61,7 +61,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import f1_score, recall_score
 
 from common.errors import UserError
 from evaluation.calibration import (
@@ -83,13 +82,20 @@ def classification_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, f
     The class is the one of highest probability. The loss is the mean of -log p(label) over images, in nats.
     Macro-F1 is over the classes that have images or were predicted.
     """
-    predictions = probs.argmax(1)
+    confusion = confusion_matrix(labels, probs.argmax(1), probs.shape[1])
+    right, of_class, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    present, seen = of_class > 0, of_class + predicted > 0
     return {
         "loss": float(nll_of_images(probs, labels).mean()),
-        "acc": float((predictions == labels).mean()),
-        "balanced_acc": float(recall_score(labels, predictions, labels=np.unique(labels), average="macro")),
-        "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "acc": float(right.sum() / len(labels)),
+        "balanced_acc": float((right[present] / of_class[present]).mean()),
+        "macro_f1": float((2 * right[seen] / (of_class + predicted)[seen]).mean()),
     }
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> np.ndarray:
+    """(C, C) counts: a row per true class, a column per predicted class."""
+    return np.bincount(labels * n_classes + predictions, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
 def majority_baseline(train_labels: np.ndarray, val_labels: np.ndarray) -> tuple[int, float]:
@@ -133,8 +139,7 @@ def full_metrics(
     samples["ece"] = np.maximum(0, samples["ece"] + value["ece"] - samples["ece"].mean())
 
     predictions = probs.argmax(1)
-    confusion = np.bincount(labels * len(classes) + predictions, minlength=len(classes) ** 2)
-    confusion = confusion.reshape(len(classes), len(classes))
+    confusion = confusion_matrix(labels, predictions, len(classes))
     per_class = {}
     for c, name in enumerate(classes):
         trials = {"sensitivity": labels == c, "specificity": labels != c, "precision": predictions == c}

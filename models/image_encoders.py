@@ -10,6 +10,7 @@ from torch import nn
 from common.errors import UserError, did_you_mean, first_line
 from models.registry import IMAGE_ENCODERS, register
 from models.weights import fetch_from_hub, load_into, part_of, read_state_dict
+from models.wide import widen_depthwise
 
 OPTION = "--image-weights"
 OWN_PREFIX = "image_tower.backbone."  # of a backbone's tensors in this program's checkpoints
@@ -32,6 +33,7 @@ class ImageTower(nn.Module):
         pretrained: frozenset[str] = frozenset(),
     ):
         super().__init__()
+        widen_depthwise(backbone)
         self.backbone, self.num_features, self.mean, self.std = backbone, num_features, mean, std
         self.pretrained = frozenset(f"backbone.{name}" for name in pretrained)
         # (image / 255 - mean) / std = image * scale + shift

@@ -20,6 +20,7 @@ from common.errors import UserError
 from models.image_encoders import OPTION, OWN_PREFIX, ImageTower, published_weights
 from models.registry import IMAGE_ENCODERS, register
 from models.weights import load_into, part_of
+from models.wide import wide
 
 CHANNELS = (24, 48, 96, 192)
 STRIDE = 32
@@ -68,7 +69,7 @@ class PooledAttention(nn.Module):
             x.reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)  # (B, heads, keys, C / heads)
             for x in (self.key(pooled), self.value(pooled))
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = wide(F.scaled_dot_product_attention, query, key, value)
         return self.out(mixed.transpose(1, 2).reshape(batch, height, width, dim))
 
 
@@ -96,9 +97,10 @@ class GlobalStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.downsample(x).permute(0, 2, 3, 1)  # (B, H, W, C); a view where memory is channels_last
-        tokens = self.norm(tokens + self.position(self._code(*tokens.shape[1:3], tokens.device)))
-        tokens = tokens + self.attention(self.attention_norm(tokens))
-        tokens = tokens + self.mlp(self.mlp_norm(tokens))
+        code = self.position(self._code(*tokens.shape[1:3], tokens.device))  # (H, W, C)
+        tokens = wide(self.norm, tokens + code)
+        tokens = tokens + self.attention(wide(self.attention_norm, tokens))
+        tokens = tokens + self.mlp(wide(self.mlp_norm, tokens))
         return tokens.permute(0, 3, 1, 2)
 
 

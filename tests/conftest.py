@@ -61,8 +61,7 @@ def _undrawn():
         (folder / "report.html").write_text("-")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.run.write_report", write_report)
-        patch.setattr("training.cross_validation.write_report", write_report)
+        patch.setattr("evaluation.report.write_report", write_report)
         yield
 
 

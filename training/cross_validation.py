@@ -13,7 +13,6 @@ from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
 from evaluation.metrics import classification_metrics
-from evaluation.report import write_report
 from evaluation.results import headline, read_predictions, write_results
 from evaluation.trained import read_checkpoint
 from training.config import Config
@@ -108,6 +107,8 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         summary, metrics = summarise(output_dir, len(splits), data)
         print_cv_summary(summary)
         print(f"  out of fold, last epoch, {metrics['n_images']} images: {headline(metrics)}")
+        from evaluation.report import write_report  # it draws: imports that training can do without
+
         write_report(output_dir)
         print_files(output_dir)
         print_use(output_dir)

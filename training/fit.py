@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.device import Hardware
+from common.device import Hardware, keep_freed_memory
 from common.errors import RunFailed, shorten
 from common.files import write_json
 from data.augment import Augmentation
@@ -21,7 +22,7 @@ from evaluation.predict import predict_probs
 from models.clip import ClassSentences
 from training.losses import contrastive_loss
 from training.optim import lr_factor
-from training.state import TrainState
+from training.state import TrainState, write_checkpoints
 
 CHECK_EVERY_STEPS = 20  # a look at the loss makes a GPU wait, so it is not taken at every step
 
@@ -146,37 +147,44 @@ def fit(
     started, first, probs = time.monotonic(), state.epoch, None
     if state.epoch:  # the run may have been killed between its checkpoint and its history
         write_json(output_dir / "history.json", state.history)
-    while state.epoch < epochs and not state.stopped_early:
-        epoch_started = time.monotonic()
-        batches.epoch = state.epoch
-        row = train_one_epoch(
-            state, sentences, train_loader, augment, hardware,
-            loss_kind=loss_kind, grad_clip=grad_clip, seed=seed,
-        )  # fmt: skip
-        train_seconds = time.monotonic() - epoch_started
-        metrics, probs, class_features = validate(state, sentences, val_loader, hardware)
-        state.epoch += 1
-        row |= metrics
-        row["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
-        row["temperature"] = float(torch.exp(-state.model.logit_scale.detach()))
-        row["epoch_seconds"] = time.monotonic() - epoch_started
-        row["images_per_second"] = len(batches.indices) / train_seconds
-        for key, values in state.history.items():
-            values.append(row[key])
+    if hardware.device.type == "cpu":
+        keep_freed_memory()
+    with ThreadPoolExecutor(1) as writer:  # an epoch's files are written while the next one is computed
+        written: Future | None = None
+        while state.epoch < epochs and not state.stopped_early:
+            epoch_started = time.monotonic()
+            batches.epoch = state.epoch
+            row = train_one_epoch(
+                state, sentences, train_loader, augment, hardware,
+                loss_kind=loss_kind, grad_clip=grad_clip, seed=seed,
+            )  # fmt: skip
+            train_seconds = time.monotonic() - epoch_started
+            metrics, probs, class_features = validate(state, sentences, val_loader, hardware)
+            state.epoch += 1
+            row |= metrics
+            row["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
+            row["temperature"] = float(torch.exp(-state.model.logit_scale.detach()))
+            row["epoch_seconds"] = time.monotonic() - epoch_started
+            row["images_per_second"] = len(batches.indices) / train_seconds
+            for key, values in state.history.items():
+                values.append(row[key])
 
-        value = row[state.early_stopping.monitor]
-        is_best = state.early_stopping.is_better(value, state.best_value)
-        if is_best:
-            state.best_value, state.best_epoch = value, state.epoch
-        state.stopped_early = state.early_stopping.update(value)
+            value = row[state.early_stopping.monitor]
+            is_best = state.early_stopping.is_better(value, state.best_value)
+            if is_best:
+                state.best_value, state.best_epoch = value, state.epoch
+            state.stopped_early = state.early_stopping.update(value)
 
-        now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
-        if save_best and is_best:
-            state.save(output_dir / "checkpoint_best.pth", now)
-        state.save(output_dir / "checkpoint_latest.pth", now)
-        write_json(output_dir / "history.json", state.history)
-        left = (time.monotonic() - started) / (state.epoch - first) * (epochs - state.epoch)
-        print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)
+            now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
+            names = ["checkpoint_best.pth"] * (save_best and is_best) + ["checkpoint_latest.pth"]
+            if written:
+                written.result()  # raises what kept the last epoch's files from being written
+            paths = [output_dir / name for name in names]
+            written = writer.submit(write_checkpoints, paths, state.checkpoint(now))
+            left = (time.monotonic() - started) / (state.epoch - first) * (epochs - state.epoch)
+            print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)
+        if written:
+            written.result()
     if state.stopped_early:
         print(
             f"stopped early: {state.early_stopping.monitor} has not improved by more than "

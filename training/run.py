@@ -19,7 +19,6 @@ from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
 from evaluation.metrics import majority_baseline
-from evaluation.report import write_report
 from evaluation.results import headline, write_results
 from evaluation.trained import read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
@@ -134,6 +133,10 @@ def train_single(
     )
     metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
     print(f"last epoch: {headline(metrics)}")
+    from evaluation.report import (
+        write_report,  # it draws: two seconds of imports that training can do without
+    )
+
     write_report(output_dir)
     print_files(output_dir)
     print_use(output_dir)

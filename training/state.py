@@ -11,7 +11,7 @@
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, first_line
-from common.files import write_whole
+from common.files import write_json, write_whole
 from evaluation.trained import FORMAT
 from models.clip import CLIPModel
 
@@ -72,9 +72,12 @@ class TrainState:
     stopped_early: bool = False
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
 
-    def save(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write a whole checkpoint. `facts`: what is not state (config, classes, sentences, ...)."""
-        payload = {
+    def checkpoint(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """All of it at this moment, copied to the CPU, so that training may go on while it is written.
+
+        `facts`: what is not state (config, classes, sentences, ...).
+        """
+        now = {
             "format": FORMAT,
             **facts,
             "model": self.model.state_dict(),
@@ -94,7 +97,7 @@ class TrainState:
             },
             "history": self.history,
         }
-        write_whole(path, lambda file: torch.save(payload, file))
+        return _copied(now)
 
     def restore(self, checkpoint: Mapping[str, Any], path: str) -> None:
         """Take over what `checkpoint` holds. Raises UserError when it does not fit the model."""
@@ -123,6 +126,21 @@ class TrainState:
                 f"--resume-from {path} does not fit this model or is incomplete: {first_line(error)}"
             ) from None
         _restore_random_states(checkpoint["rng"])
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(own) for key, own in value.items()}
+    return [_copied(own) for own in value] if isinstance(value, list) else value
+
+
+def write_checkpoints(paths: Sequence[Path], checkpoint: Mapping[str, Any]) -> None:
+    """The same checkpoint under each of the names, one after the other; its history.json beside the last."""
+    for path in paths:
+        write_whole(path, lambda file: torch.save(checkpoint, file))
+    write_json(paths[-1].with_name("history.json"), checkpoint["history"])
 
 
 def _random_states() -> dict[str, Any]:
