@@ -25,6 +25,7 @@ from statistics import median
 from unittest.mock import patch
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -55,8 +56,8 @@ class Floor:
     evaluate: float
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median time of one call, after two that do not count."""
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5, warm_up: int = 2) -> float:
+    """Median time of one call, after `warm_up` that do not count."""
 
     def timed() -> float:
         started = time.perf_counter()
@@ -65,7 +66,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    return median([timed() for _ in range(repeats + 2)][2:])
+    return median([timed() for _ in range(repeats + warm_up)][warm_up:])
 
 
 def floor_of(encoder: str, size: int, batch: int, hardware: Hardware) -> Floor:
@@ -260,6 +261,33 @@ def evaluation_speed(model: CLIPModel, images: ImageDataset, batch: int, hardwar
     )
 
 
+def timm_speed(encoder: str, data_dir: Path, size: int, batch: int, hardware: Hardware) -> float:
+    """Images/s of a plain softmax classifier with timm's own means: its data set, loader (2 workers),
+    augmentation (crop, mirror, colour) and optimizer, over one epoch after a warm one.
+    """
+    from timm.data import create_dataset, create_loader
+
+    model = timm.create_model(encoder, num_classes=len(scan_folder(data_dir).classes))
+    model.to(hardware.device, memory_format=torch.channels_last).train()
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.01)
+    loader = create_loader(
+        create_dataset("", str(data_dir)), (3, size, size), batch, is_training=True, num_workers=2,
+        use_prefetcher=False, persistent_workers=True, color_jitter=0.1,
+    )  # fmt: skip
+
+    def epoch() -> None:
+        for images, labels in loader:
+            images = images.to(hardware.device).contiguous(memory_format=torch.channels_last)
+            with hardware.autocast():
+                loss = torch.nn.functional.cross_entropy(model(images), labels.to(hardware.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    epoch()
+    return len(loader) * batch / seconds_of(epoch, hardware.device, 1, warm_up=0)
+
+
 def upscaled(data_dir: Path, side: int, target: Path) -> Path:
     """The same images with a shorter side of `side` pixels, as JPEG: stand-ins for large originals."""
     folder = scan_folder(data_dir)
@@ -327,6 +355,8 @@ def measure(options, hardware: Hardware, work: Path) -> None:
     for encoder in encoders if hardware.device.type == "cpu" else ():
         parts = parts_of_a_step(encoder, size, batch, hardware)
         print(f"a step of {encoder}: " + ", ".join(f"{name} {share:.1%}" for name, share in parts) + "\n")
+    peer = timm_speed("resnet18", data_dir, size, batch, hardware)
+    print(f"a plain resnet18 classifier with timm's loader and optimizer, 2 workers: {peer:.1f} img/s\n")
     few, many = (1e3 * step_seconds(encoders[0], size, batch, n, hardware) for n in (3, 1000))
     print(f"classes 3 -> 1000, {encoders[0]}: {few:.0f} -> {many:.0f} ms a step ({many / few - 1:+.1%})\n")
     s1, rcf = (floor_of(e, size, batch, hardware) for e in ("timm:starnet_s1", "starnet_dual_pyramid_rcf"))

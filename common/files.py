@@ -1,49 +1,50 @@
 """Files are written whole or not at all; JSON is read strictly."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a temporary neighbour, flush it to disk, then rename it to `path`.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The name of a temporary neighbour to write; after the block it is flushed to disk and renamed `path`.
 
-    Raises OSError where the system refuses, also when `write` makes an error of its own of that.
+    Raises OSError where the system refuses, also when the writer makes a RuntimeError of that, as torch.save
+    does.
     """
     # jobs on several machines may share a folder, and even a process number
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    raw = _RememberingFile(temporary, "wb")
     try:
-        with io.BufferedWriter(raw) as file:
-            write(file)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:
-        raise raw.refusal or error from None
+    except RuntimeError:
+        with open(temporary, "ab") as file:  # what refused the writer refuses this as well, and says why
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-class _RememberingFile(io.FileIO):
-    """Remembers why the system refused a write; torch.save only says that something failed."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write(file)` on a temporary neighbour, flush it to disk, then rename it to `path`.
 
-    refusal: OSError | None = None
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.refusal = error
-            raise
+    Raises OSError where the system refuses.
+    """
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        write(file)
 
 
 def unwritable(folder: Path) -> Path | None:

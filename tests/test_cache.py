@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from quick import train
 
 from data import cache
 from data.cache import cache_file, inspect_cached
@@ -176,3 +178,38 @@ def test_only_its_owner_may_look_into_it(files, tmp_path):
         pytest.skip("POSIX permissions")
     inspect_cached(files, SIZE, tmp_path / "c", "a")
     assert (tmp_path / "c").stat().st_mode & 0o077 == 0
+
+
+def test_a_run_ends_the_same_with_the_cache_new_or_old_or_none(quick_report, class_folder, tmp_path, capsys):
+    flags = ["--epochs", 1, "--augmentation", "standard"]
+    runs = {
+        "new": ["--cache-dir", tmp_path / "c"],
+        "old": ["--cache-dir", tmp_path / "c"],
+        "none": ["--no-cache"],
+    }
+    weights = {}
+    for name, own in runs.items():
+        assert train(class_folder, tmp_path / name, *flags, *own) == 0
+        said = capsys.readouterr().out
+        assert ("decoding 72 images into the cache" in said) == (name == "new")
+        assert ("in the cache" in said) == (name != "none") and ("kept in memory" in said) == (name == "none")
+        weights[name] = torch.load(tmp_path / name / "checkpoint_latest.pth", weights_only=True)
+    for other in ("old", "none"):
+        for key, value in weights["new"]["model"].items():
+            assert torch.equal(value, weights[other]["model"][key])
+        assert weights[other]["dataset_fingerprint"] == weights["new"]["dataset_fingerprint"]
+    assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--no-cache", "--cache-dir", "c"], "exclude each other"),
+        (["--cache-dir", "DATA/cache"], "give the cache a folder elsewhere"),
+    ],
+)
+def test_contradictions_are_refused(class_folder, tmp_path, capsys, flags, said):
+    flags = [flag.replace("DATA", str(class_folder)) for flag in flags]
+    assert train(class_folder, tmp_path / "out", *flags) == 2
+    assert said in capsys.readouterr().err
+    assert not (class_folder / "cache").exists()

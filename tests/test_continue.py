@@ -9,7 +9,7 @@ import torch
 from quick import QUICK, train
 
 from common.errors import UserError
-from common.files import write_whole
+from common.files import whole_file
 from train_clip import main
 from training.config import make_config, options_from_flags, refuse_without_effect
 
@@ -170,8 +170,8 @@ def test_a_full_disk_is_an_os_error_that_leaves_the_old_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
-            write_whole(target, lambda file: torch.save(torch.zeros(2**20), file))
+        with pytest.raises(OSError, match="File too large"), whole_file(target) as temporary:
+            torch.save(torch.zeros(2**20), temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]

@@ -25,8 +25,7 @@ RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # what a 12-bit detecto
 
 
 def read(path: Path) -> np.ndarray:
-    image = read_image(path)
-    assert image.mode == "RGB"
+    image = read_image(path).convert("RGB")
     return np.asarray(image)
 
 

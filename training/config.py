@@ -332,12 +332,12 @@ def contradictions(config: Config) -> list[str]:
             problems.append(f"{flag_of(name)} is required")
     for name in ("data_dir", "val_dir"):
         folder = getattr(config, name)
-        for written in ("output_dir", "cache_dir"):
+        for written, what in (("output_dir", "results"), ("cache_dir", "the cache")):
             target = getattr(config, written)
             if folder and target and Path(target).resolve().is_relative_to(Path(folder).resolve()):
                 problems.append(
                     f"{flag_of(written)} {target} lies in {flag_of(name)}, where it would be taken for a "
-                    "class; give a folder elsewhere"
+                    f"class; give {what} a folder elsewhere"
                 )
     if config.cache_dir and not config.use_cache:
         problems.append(

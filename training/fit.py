@@ -22,7 +22,7 @@ from evaluation.predict import predict_probs
 from models.clip import ClassSentences
 from training.losses import contrastive_loss
 from training.optim import lr_factor
-from training.state import TrainState, write_checkpoints
+from training.state import TrainState, write_checkpoint
 
 CHECK_EVERY_STEPS = 20  # a look at the loss makes a GPU wait, so it is not taken at every step
 
@@ -176,11 +176,11 @@ def fit(
             state.stopped_early = state.early_stopping.update(value)
 
             now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
-            names = ["checkpoint_best.pth"] * (save_best and is_best) + ["checkpoint_latest.pth"]
             if written:
                 written.result()  # raises what kept the last epoch's files from being written
-            paths = [output_dir / name for name in names]
-            written = writer.submit(write_checkpoints, paths, state.checkpoint(now))
+            written = writer.submit(
+                write_checkpoint, output_dir, state.checkpoint(now), save_best and is_best
+            )
             left = (time.monotonic() - started) / (state.epoch - first) * (epochs - state.epoch)
             print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)
         if written:

@@ -10,8 +10,10 @@
 | options | the checkpoint's, where the command line does not say otherwise; the model's shape must match |
 """
 
+import os
 import random
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, first_line
-from common.files import write_json, write_whole
+from common.files import whole_file, write_json
 from evaluation.trained import FORMAT
 from models.clip import CLIPModel
 
@@ -136,11 +138,17 @@ def _copied(value: Any) -> Any:
     return [_copied(own) for own in value] if isinstance(value, list) else value
 
 
-def write_checkpoints(paths: Sequence[Path], checkpoint: Mapping[str, Any]) -> None:
-    """The same checkpoint under each of the names, one after the other; its history.json beside the last."""
-    for path in paths:
-        write_whole(path, lambda file: torch.save(checkpoint, file))
-    write_json(paths[-1].with_name("history.json"), checkpoint["history"])
+def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], is_best: bool) -> None:
+    """checkpoint_latest.pth, history.json, and where it is the best so far, checkpoint_best.pth."""
+    with whole_file(folder / "checkpoint_latest.pth") as new:
+        torch.save(checkpoint, new)
+        if is_best:  # first: a run that is killed between the two does this epoch again
+            with whole_file(folder / "checkpoint_best.pth") as best:
+                try:
+                    os.link(new, best)  # one file under two names, until the next epoch's takes one of them
+                except OSError:  # a file system without links
+                    shutil.copyfile(new, best)
+    write_json(folder / "history.json", checkpoint["history"])
 
 
 def _random_states() -> dict[str, Any]:
