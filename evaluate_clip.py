@@ -155,8 +155,8 @@ def evaluate(typed: Sequence[str]) -> int:
     from evaluation.report import write_report
     from evaluation.results import headline, write_results
     from evaluation.trained import load_models
-    from training.config import Config
-    from training.dataset import findings_of, patients_of, read_images
+    from training.config import Config, contradictions
+    from training.dataset import findings_of, inspect, patients_of, read_images
     from training.device import failures_explained
     from training.outputs import prepare_output_folder, print_files, refuse_results
 
@@ -170,17 +170,18 @@ def evaluate(typed: Sequence[str]) -> int:
         use_cache=not arguments.no_cache,
         overwrite=arguments.overwrite,
     )
-    refuse_run_folder(arguments.output_dir, arguments.data_dir)
+    if problems := contradictions(options):
+        raise UserError(*problems)
+    refuse_run_folder(arguments.output_dir)
     refuse_results(arguments.output_dir, options)
     models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
     ensemble = Ensemble(models, autocasts)
     folder = match_classes(folder, ensemble.classes, arguments.rename, arguments.skip_extra)
     options = dataclasses.replace(options, img_size=ensemble.sizes[0])
     data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
-    of_size = {options.img_size: data}
+    squares = {options.img_size: data.squares}
     for size in ensemble.sizes[1:]:
-        options = dataclasses.replace(options, img_size=size)
-        of_size[size] = read_images(options, data.folder, None, data.patients, at_least=0)
+        squares[size] = inspect(dataclasses.replace(options, img_size=size), [data.folder]).squares
     if known := images_known_to(models, data):
         print(
             "warning: these are images the model was made with, so what follows is too good; the honest "
@@ -189,9 +190,8 @@ def evaluate(typed: Sequence[str]) -> int:
     each = []
     with failures_explained(arguments.batch_size):
         for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
-            squares = of_size[model.img_size].squares
             loader = build_loader(
-                ImageDataset(data.files, data.labels, model.img_size, squares),
+                ImageDataset(data.files, data.labels, model.img_size, squares[model.img_size]),
                 EpochBatches(np.arange(len(data.files)), arguments.batch_size, None),
                 arguments.num_workers,
                 pin_memory=model.device.type == "cuda",
@@ -212,8 +212,8 @@ def evaluate(typed: Sequence[str]) -> int:
     return 0
 
 
-def refuse_run_folder(output_dir: Path, data_dir: Path) -> None:
-    """An evaluation never writes into the data, nor into a run's folder, whose model it could remove."""
+def refuse_run_folder(output_dir: Path) -> None:
+    """An evaluation never writes into a run's folder, whose model it could remove."""
     from training.outputs import results_in
 
     mine = {"config.json", "predictions.csv", "metrics.json", "metrics_table.csv", "metrics_table.tex",
@@ -224,8 +224,6 @@ def refuse_run_folder(output_dir: Path, data_dir: Path) -> None:
             f"--output-dir {output_dir} is a run's folder (it holds {', '.join(of_a_run)}); give the "
             "evaluation a folder of its own"
         )
-    if output_dir.resolve().is_relative_to(data_dir.resolve()):
-        raise UserError(f"--output-dir {output_dir} lies in --data-dir; give results a folder elsewhere")
 
 
 def images_known_to(models: "Sequence[TrainedModel]", data: "DataSet") -> bool:

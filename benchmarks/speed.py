@@ -25,16 +25,16 @@ from statistics import median
 from unittest.mock import patch
 
 import numpy as np
-import timm
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import common.torchvision_compat  # noqa: F401
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
+from common.errors import RunFailed
+from common.files import write_json
 from data.augment import Augmentation
-from data.images import Squares
+from data.images import Squares, read_image
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.scan import scan_folder
 from evaluation.predict import predict_probs
@@ -89,7 +89,10 @@ def floor_of(encoder: str, size: int, batch: int, hardware: Hardware) -> Floor:
 
     train_seconds = seconds_of(train, device)
     backbone.eval()
-    return Floor(batch / train_seconds, batch / seconds_of(evaluate, device))
+    floor = Floor(batch / train_seconds, batch / seconds_of(evaluate, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the run, which is another process
+    return floor
 
 
 def text_seconds(text_encoder: str, n_classes: int, hardware: Hardware) -> float:
@@ -114,7 +117,7 @@ def text_seconds(text_encoder: str, n_classes: int, hardware: Hardware) -> float
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run. seconds: to read the images; of each epoch; from the start to where training begins.
+    """A whole run, in seconds: to read the images; each epoch; from the start to where the first step begins.
 
     memory: MB held at each epoch's end.
     """
@@ -131,10 +134,7 @@ def whole_run(data_dir: Path, encoder: str, text: str, options: Sequence[str], w
     """Train as a user would, in a process of its own, and note when it prints what."""
     work.mkdir(exist_ok=True)
     texts = work / "texts.json"
-    classes = scan_folder(data_dir).classes
-    texts.write_text(
-        "{" + ",".join(f'"{c}": "{SENTENCE.format(c)}"' for c in classes) + "}", encoding="utf-8"
-    )
+    write_json(texts, {name: SENTENCE.format(name) for name in scan_folder(data_dir).classes})
     command = [
         sys.executable, str(ROOT / "train_clip.py"), "--data-dir", str(data_dir),
         "--output-dir", str(work / "run"), "--overwrite", "--image-encoder", encoder, "--text-encoder", text,
@@ -144,11 +144,11 @@ def whole_run(data_dir: Path, encoder: str, text: str, options: Sequence[str], w
     started = last = time.perf_counter()
     n_train = n_val = 0
     read = start = 0.0
-    epochs, memory = [], []
+    epochs, memory, done = [], [], False
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as run:
+    with open(work / "errors.txt", "w") as errors, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+    ) as run:  # fmt: skip
         for line in run.stdout:
             now = time.perf_counter()
             if line.startswith("read "):
@@ -162,10 +162,11 @@ def whole_run(data_dir: Path, encoder: str, text: str, options: Sequence[str], w
                 memory += [int(row.split()[1]) / 1024 for row in status.splitlines() if "VmRSS" in row]
                 last = now
             elif line.startswith("done:"):
+                done = True
                 run.kill()  # what follows, the report, is measured elsewhere
                 break
-    if not epochs:
-        raise RuntimeError(f"the run failed: {' '.join(command)}")
+        if not done:
+            raise RunFailed(f"{' '.join(command)} failed: {(work / 'errors.txt').read_text()[-500:]}")
     return Run(n_train, n_val, read, epochs, start, memory)
 
 
@@ -195,7 +196,9 @@ def in_memory(
 def step_seconds(
     encoder: str, size: int, batch: int, n_classes: int, hardware: Hardware, steps: int = 6
 ) -> float:
-    """Mean time of the program's own training step, `standard` augmentation, the first epoch left out."""
+    """Time of the program's own training step, `standard` augmentation: a mean over `steps`, of several the
+    median.
+    """
     state, sentences, batches, images = in_memory(encoder, size, batch, n_classes, steps * batch, hardware)
     loader = build_loader(images, batches, 0, hardware.device.type == "cuda")
     augment = Augmentation("standard", True, 0)
@@ -261,15 +264,17 @@ def evaluation_speed(model: CLIPModel, images: ImageDataset, batch: int, hardwar
     )
 
 
-def timm_speed(encoder: str, data_dir: Path, size: int, batch: int, hardware: Hardware) -> float:
-    """Images/s of a plain softmax classifier with timm's own means: its data set, loader (2 workers),
+def timm_speed(data_dir: Path, size: int, batch: int, hardware: Hardware) -> float:
+    """Images/s of training a plain resnet18 classifier by timm's own means: data set, loader (2 workers),
     augmentation (crop, mirror, colour) and optimizer, over one epoch after a warm one.
     """
+    import timm
     from timm.data import create_dataset, create_loader
+    from timm.optim import create_optimizer_v2
 
-    model = timm.create_model(encoder, num_classes=len(scan_folder(data_dir).classes))
+    model = timm.create_model("resnet18", num_classes=len(scan_folder(data_dir).classes))
     model.to(hardware.device, memory_format=torch.channels_last).train()
-    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.01)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.01)
     loader = create_loader(
         create_dataset("", str(data_dir)), (3, size, size), batch, is_training=True, num_workers=2,
         use_prefetcher=False, persistent_workers=True, color_jitter=0.1,
@@ -292,11 +297,11 @@ def upscaled(data_dir: Path, side: int, target: Path) -> Path:
     """The same images with a shorter side of `side` pixels, as JPEG: stand-ins for large originals."""
     folder = scan_folder(data_dir)
     for path in tqdm(folder.paths, desc="making large originals", leave=False):
-        new = target / Path(path).with_suffix(".jpg")
+        new = target / f"{path}.jpg"
         new.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(data_dir / path) as image:
-            factor = side / min(image.size)
-            image.resize((round(image.width * factor), round(image.height * factor))).save(new, quality=90)
+        image = read_image(data_dir / path)
+        factor = side / min(image.size)
+        image.resize((round(image.width * factor), round(image.height * factor))).save(new, quality=90)
     return target
 
 
@@ -308,7 +313,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 HEAD = (
     "image encoder", "floor, train / forward, img/s", "an epoch at the floor", "epoch 2 on",
     "share of the floor", "first epoch, no cache", "share of the floor",
-    "predicting, share of the forward floor", "start to training, warm cache", "MB after each epoch",
+    "predict path over squares in memory, share of the forward floor", "start to first step, warm cache",
+    "MB after each epoch",
 )  # fmt: skip
 
 
@@ -326,7 +332,8 @@ def row_of(encoder: str, data_dir: Path, options, hardware: Hardware, work: Path
     floor = Floor(max(before.train, after.train), max(before.evaluate, after.evaluate))
     at_floor = cold.n_train / floor.train + cold.n_val / floor.evaluate
     if not frozen:
-        at_floor += -(-cold.n_train // batch) * text_seconds(options.text_encoder, 3, hardware)
+        n_classes = len(scan_folder(data_dir).classes)
+        at_floor += -(-cold.n_train // batch) * text_seconds(options.text_encoder, n_classes, hardware)
     later, first = median(cold.epochs[1:]), cold.epochs[0] + cold.read
     state, _, _, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
     predicted = evaluation_speed(state.model, images, batch, hardware)
@@ -347,6 +354,10 @@ def measure(options, hardware: Hardware, work: Path) -> None:
     frozen = options.text_encoder == TINY
     rows = [row_of(e, data_dir, options, hardware, work / str(i)) for i, e in enumerate(encoders)]
     print(
+        "The floor is eager; torch.compile was not tried. The first epoch's files are in the system's page "
+        "cache.\n"
+    )
+    print(
         f"{hardware.description}; torch {torch.__version__}; {size} px, batch {batch}; text encoder "
         f"{options.text_encoder}, {'frozen' if frozen else 'trained'}\n\n{table(HEAD, rows)}"
     )
@@ -355,8 +366,14 @@ def measure(options, hardware: Hardware, work: Path) -> None:
     for encoder in encoders if hardware.device.type == "cpu" else ():
         parts = parts_of_a_step(encoder, size, batch, hardware)
         print(f"a step of {encoder}: " + ", ".join(f"{name} {share:.1%}" for name, share in parts) + "\n")
-    peer = timm_speed("resnet18", data_dir, size, batch, hardware)
-    print(f"a plain resnet18 classifier with timm's loader and optimizer, 2 workers: {peer:.1f} img/s\n")
+    peer, ours = (
+        timm_speed(data_dir, size, batch, hardware),
+        batch / step_seconds("resnet18", size, batch, 3, hardware),
+    )
+    print(
+        f"training resnet18: {ours:.1f} img/s; a plain classifier with timm's data set, loader (2 workers) "
+        f"and optimizer: {peer:.1f} img/s\n"
+    )
     few, many = (1e3 * step_seconds(encoders[0], size, batch, n, hardware) for n in (3, 1000))
     print(f"classes 3 -> 1000, {encoders[0]}: {few:.0f} -> {many:.0f} ms a step ({many / few - 1:+.1%})\n")
     s1, rcf = (floor_of(e, size, batch, hardware) for e in ("timm:starnet_s1", "starnet_dual_pyramid_rcf"))

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 PRESETS = ("none", "minimal", "standard")
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: grey value of a colour
 
 
 class Augmentation:
@@ -49,7 +48,8 @@ class Augmentation:
         """(B, 3, S, S) uint8 on any device -> the same shape, 0..255 float32; "none" gives back `images`."""
         if self.preset == "none":
             return images
-        drawn = torch.from_numpy(self.draw(epoch, indices, images.shape[-1])).float().to(images.device)
+        drawn = torch.from_numpy(self.draw(epoch, indices, images.shape[-1])).float()
+        drawn = drawn.to(images.device, non_blocking=True)  # a GPU is not waited for
         images = resample(images, drawn)
         return change_colour(images, drawn[:, 4], drawn[:, 5]) if self.preset == "standard" else images
 
@@ -79,7 +79,7 @@ def change_colour(images: torch.Tensor, brightness: torch.Tensor, contrast: torc
 
     The other order gives the same but for what is clipped between the two. images (B, 3, S, S) 0..255 float.
     """
-    means = images.mean(dim=(2, 3))  # (B, 3)
-    grey = means @ means.new_tensor(LUMA)  # (B,)
+    red, green, blue = images.mean(dim=(2, 3)).T  # (B,) each
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
     factor, offset = brightness * contrast, brightness * (1 - contrast) * grey
     return images.mul_(factor.view(-1, 1, 1, 1)).add_(offset.view(-1, 1, 1, 1)).clamp_(0, 255)

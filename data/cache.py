@@ -1,111 +1,145 @@
 """Images decoded once: a file of resized squares that later runs map into memory instead of reading images.
 
-One file for each data folder and image size: an array in NumPy's .npy format, (N, S, S, 3) uint8, then a
-JSON record of which file each row was made from (by path, size, time of change), then the record's length in
-8 bytes. It is written beside its name and renamed when it is whole, so runs may build it at the same time,
-and a run that uses the one before keeps what it has mapped. It may be removed at any time.
+One file for each data folder (or pair of them) and image size: an array in NumPy's .npy format, (N, S, S, 3)
+uint8, then a JSON record of which file each row was made from (by path, size and times of change), then the
+record's length in 8 bytes. It is written beside its name and renamed when it is whole, so runs may build it
+at the same time, and a run keeps what it has mapped when another replaces it (not on a network file system,
+where jobs on several machines are better given a --cache-dir each). It may be removed at any time.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import PIL
 
 from common.files import write_whole
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
+from data.scan import ImageFolder
 
 # What makes a square besides the file itself: another way of making it must not find the old ones.
-MADE_BY = f"whole image to a square, bicubic; 1; Pillow {PIL.__version__}"
-FREE_DISK = 2**30  # stays free: the run has checkpoints to write
+MADE_BY = "whole image to a square, bicubic; 1; " + ", ".join(
+    f"{name} {metadata.version(name)}" for name in ("pillow", "pydicom")
+)
+FREE_DISK = 2**30  # bytes that stay free: the run has checkpoints to write
 DEAD_AFTER = 3600  # seconds without a write: whoever built it was killed
+
+Stamp = list[int]  # bytes, time of the last change of the content, of anything; both in ns
 
 
 def default_cache_dir() -> Path:
     """`train_clip` in the user's folder for caches ($XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "train_clip"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train_clip"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "train_clip"
 
 
 @dataclass(frozen=True)
+class _Row:
+    """What is known of one file: its row of the array, and what it was when that was made."""
+
+    number: int
+    stamp: Stamp
+    reading: Reading
+
+
 class _Stored:
-    """An open cache. rows: path -> row of the array and what is known of the file's content."""
+    """An open cache. rows: key of a file -> its row."""
 
-    array: np.ndarray
-    rows: dict[str, tuple[int, list[int], Reading]]
+    def __init__(self, array: np.ndarray, rows: dict[str, _Row]):
+        self.array, self.rows = array, rows
+
+    def row(self, key: str, stamp: Stamp | None) -> _Row | None:
+        """The row of a file that has not changed since."""
+        found = self.rows.get(key)
+        return found if found and found.stamp == stamp else None
 
 
-def inspect_cached(files: Sequence[Path], size: int, folder: Path, name: str) -> Inspection:
-    """As `inspect_images`, with the squares in a file of `folder`: only new and changed files are decoded.
+def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -> Inspection:
+    """As `inspect_images` for the files of `folders`, one after the other, with the squares in a file of
+    `cache_dir`: only new and changed files are decoded, and those that could not be read.
 
-    name: tells data folders apart. Says what it does. Without room or right to write in `folder`, the squares
-    are kept in memory, or the files read every epoch.
+    Says what it does. Without room or right to write there, the squares are kept in memory, or the files read
+    every epoch.
     """
-    path = cache_file(folder, size, name)
-    stored = _open(path, size)
+    files = [file for folder in folders for file in folder.files()]
+    keys = [f"{i}/{path}" for i, folder in enumerate(folders) for path in folder.paths]
+    path = cache_file(cache_dir, size, [folder.root for folder in folders])
     stamps = [_stamp(file) for file in files]
-    known = [_known(stored, file, stamp) for file, stamp in zip(files, stamps, strict=True)]
-    n_new = known.count(None)
-    if n_new:
-        problem = _no_room(path, len(files) * size * size * 3)
+
+    stored = _open(path, size)
+    rows = [stored.row(*of) if stored else None for of in zip(keys, stamps, strict=True)]
+    unread = [i for i, row in enumerate(rows) if row and row.reading.error]
+    again = list(read_all([files[i] for i in unread], None))  # whatever kept them from being read may be over
+    rows = [None if i in unread and not again[unread.index(i)].error else row for i, row in enumerate(rows)]
+    if None in rows:
+        others = _still_there(stored, folders, set(keys))
+        n_bytes = (len(files) + len(others)) * size * size * 3
+        problem = _no_room(path, n_bytes)
         if not problem:
             print(
-                f"decoding {n_new} images into the cache {path} "
-                f"({len(files) * size * size * 3 / 1e6:.0f} MB; --cache-dir puts it elsewhere, --no-cache "
-                "does without)",
+                f"decoding {rows.count(None)} images into the cache {path} ({n_bytes / 1e6:.0f} MB; "
+                "--cache-dir puts it elsewhere, --no-cache does without)",
                 flush=True,
             )
             try:
-                readings = _build(path, files, stamps, known, stored, size)
+                _build(path, files, keys, stamps, rows, others, stored, size)
+                stored = _open(path, size)  # another run may have put its own there meanwhile
+                rows = [stored.row(*of) if stored else None for of in zip(keys, stamps, strict=True)]
+                problem = "another run changes it; try again" if None in rows else ""
             except OSError as error:
                 problem = error.strerror or str(error)
         if problem:
-            print(f"note: no cache in {folder}: {problem}")
+            print(f"note: no cache in {cache_dir}: {problem}")
             return inspect_images(files, size)
-        stored = _open(path, size)
-        if stored is None:
-            print(f"note: the cache {path} went away while it was used")
-            return inspect_images(files, size)
-        rows = np.arange(len(files))
-    else:
-        readings = [reading for _, _, reading in known]
-        rows = np.array([row for row, _, _ in known])
-    return Inspection.of(readings, Squares(stored.array, rows))
+    squares = Squares(stored.array, np.array([row.number for row in rows]))
+    return Inspection.of([row.reading for row in rows], squares)
 
 
-def cache_file(folder: Path, size: int, name: str) -> Path:
-    key = hashlib.sha256(f"{name}\n{size}\n{MADE_BY}".encode(errors="surrogatepass")).hexdigest()[:16]
-    return folder / f"{key}_{size}px.npy"
+def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
+    key = "\n".join([*(str(root.resolve()) for root in roots), str(size), MADE_BY])
+    return cache_dir / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}_{size}px.npy"
 
 
-def _stamp(file: Path) -> list[int] | None:
+def _stamp(file: Path) -> Stamp | None:
     try:
         status = file.stat()
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _known(
-    stored: _Stored | None, file: Path, stamp: list[int] | None
-) -> tuple[int, list[int], Reading] | None:
-    entry = stored.rows.get(str(file.absolute())) if stored and stamp else None
-    return entry if entry and entry[1] == stamp else None
+def _still_there(
+    stored: _Stored | None, folders: Sequence[ImageFolder], wanted: set[str]
+) -> dict[str, tuple[Stamp, _Row]]:
+    """Rows that this run does not need but another may: of files that are there as they were."""
+    kept = {}
+    for key, row in stored.rows.items() if stored else ():
+        number, path = key.split("/", 1)
+        stamp = _stamp(folders[int(number)].root / path)
+        if key not in wanted and stamp == row.stamp:
+            kept[key] = (stamp, row)
+    return kept
 
 
 def _no_room(path: Path, n_bytes: int) -> str:
     """Why the cache cannot be built, or "". Makes its folder."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # patients' images: for this user alone
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-            if time.time() - left_over.stat().st_mtime > DEAD_AFTER:
-                left_over.unlink(missing_ok=True)
+            with suppress(OSError):  # another run has just renamed it, or it is another user's
+                if time.time() - left_over.stat().st_mtime > DEAD_AFTER:
+                    left_over.unlink()
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
         return error.strerror or str(error)
@@ -120,35 +154,40 @@ def _no_room(path: Path, n_bytes: int) -> str:
 def _build(
     path: Path,
     files: Sequence[Path],
-    stamps: Sequence[list[int] | None],
-    known: Sequence[tuple[int, list[int], Reading] | None],
+    keys: Sequence[str],
+    stamps: Sequence[Stamp | None],
+    rows: Sequence[_Row | None],
+    others: dict[str, tuple[Stamp, _Row]],
     stored: _Stored | None,
     size: int,
-) -> list[Reading]:
-    """Write the file of all `files`, a row each, black where one cannot be read. Readings without squares."""
-    readings: list[Reading] = []
+) -> None:
+    """Write the file: a row for each of `files`, black where one cannot be read, then the `others`."""
+    record: dict[str, list] = {}
 
-    def all_readings() -> Iterator[Reading]:
-        fresh = read_all([file for file, k in zip(files, known, strict=True) if k is None], size)
-        for entry in known:
-            yield next(fresh) if entry is None else replace(entry[2], square=stored.array[entry[0]])
+    def readings() -> Iterator[tuple[str, Stamp | None, Reading]]:
+        new = read_all([file for file, row in zip(files, rows, strict=True) if row is None], size)
+        for key, stamp, row in zip(keys, stamps, rows, strict=True):
+            yield key, stamp, next(new) if row is None else _with_square(stored, row)
+        for key, (stamp, row) in others.items():
+            yield key, stamp, _with_square(stored, row)
 
     def write(file: BinaryIO) -> None:
-        shape = (len(files), size, size, 3)
+        if os.chmod in os.supports_fd:
+            os.chmod(file.fileno(), 0o600)  # patients' images: for this user alone
+        shape = (len(files) + len(others), size, size, 3)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for reading in all_readings():
+        for number, (key, stamp, reading) in enumerate(readings()):
             file.write(bytes(size * size * 3) if reading.square is None else reading.square.tobytes())
-            readings.append(replace(reading, square=None))
-        rows = {
-            str(images.absolute()): [row, stamp, reading.digest, astuple(reading.facts)]
-            for row, (images, stamp, reading) in enumerate(zip(files, stamps, readings, strict=True))
-            if stamp and not reading.error
-        }
-        record = json.dumps(rows).encode()
-        file.write(record + len(record).to_bytes(8, "little"))
+            facts = astuple(reading.facts) if reading.facts else None
+            record[key] = [number, stamp, reading.digest, reading.error, facts]
+        text = json.dumps(record).encode()
+        file.write(text + len(text).to_bytes(8, "little"))
 
     write_whole(path, write)
-    return readings
+
+
+def _with_square(stored: _Stored, row: _Row) -> Reading:
+    return row.reading if row.reading.error else replace(row.reading, square=stored.array[row.number])
 
 
 def _open(path: Path, size: int) -> _Stored | None:
@@ -166,12 +205,12 @@ def _open(path: Path, size: int) -> _Stored | None:
             file.seek(-8 - length, os.SEEK_END)
             record = json.loads(file.read(length))
         rows = {
-            name: (row, stamp, Reading(digest, facts=Facts(*facts)))
-            for name, (row, stamp, digest, facts) in record.items()
+            key: _Row(number, stamp, Reading(digest, error, Facts(*facts) if facts else None))
+            for key, (number, stamp, digest, error, facts) in record.items()
         }
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         print(f"note: the cache {path} is damaged ({type(error).__name__}) and is made anew")
         return None
     return _Stored(array, rows)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
-READ_AHEAD = 1024  # decoded images that may wait for their turn
+READ_AHEAD = 2**27  # bytes of decoded squares that may wait for their turn, and 1,024 squares at the most
 # A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
 MOST_PIXELS = 2**30 // 4 // 3
 
@@ -222,7 +222,7 @@ class Inspection:
         return Inspection(
             {new: self.errors[i] for new, i in enumerate(keep) if i in self.errors},
             [self.digests[i] for i in keep],
-            Squares(self.squares.array, self.squares.rows[keep]) if self.squares else None,
+            None if self.squares is None else Squares(self.squares.array, self.squares.rows[keep]),
             [self.facts[i] for i in keep] if self.facts else [],
             [self.measured[i] for i in keep] if self.measured else [],
         )
@@ -259,8 +259,9 @@ def read_all(
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
         total=len(files), desc="reading images", unit="img", leave=False, disable=None
     ) as progress:  # fmt: skip
-        for start in range(0, len(files), READ_AHEAD):
-            for reading in pool.map(read, files[start : start + READ_AHEAD]):
+        block = max(16, min(1024, READ_AHEAD // (3 * (size or 1) ** 2)))
+        for start in range(0, len(files), block):
+            for reading in pool.map(read, files[start : start + block]):
                 progress.update()
                 yield reading
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.images import Squares, UnreadableImage, read_image, to_square
+from data.images import MEMORY_FOR_IMAGES, Squares, UnreadableImage, read_image, to_square
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -73,10 +73,11 @@ def _as_it_is(batch: Batch) -> Batch:
 def build_loader(
     dataset: ImageDataset, batches: EpochBatches, num_workers: int, pin_memory: bool
 ) -> DataLoader:
-    """A loader of `dataset`'s batches; `num_workers` processes where files must be read, none where squares
-    only have to be gathered.
+    """A loader of `dataset`'s batches; `num_workers` processes where files must be read or squares fetched
+    from disk, none where they only have to be gathered in memory.
     """
-    workers = 0 if dataset.squares is not None else num_workers
+    in_memory = dataset.squares is not None and dataset.squares.array.nbytes <= MEMORY_FOR_IMAGES
+    workers = 0 if in_memory else num_workers
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -132,7 +132,7 @@ class ClassSentences:
     def features_for_step(self, generator: torch.Generator) -> torch.Tensor:
         """(C, D) with gradient: one sentence per class, drawn by `generator` where a class has several."""
         drawn = (torch.rand(len(self.counts), generator=generator) * self.counts).long()
-        chosen = (self.starts + drawn).to(self.class_of.device)
+        chosen = (self.starts + drawn).to(self.class_of.device, non_blocking=True)
         if self.pooled is not None:
             return self.model.project_text(self.pooled[chosen])
         return self.model.encode_text({key: value[chosen] for key, value in self.tokens.items()})

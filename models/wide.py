@@ -27,7 +27,10 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def widen_depthwise(network: nn.Module) -> None:
-    """Make every depthwise nn.Conv2d of `network` a DepthwiseConv2d; names and tensors stay as they are."""
+    """Make every depthwise nn.Conv2d of `network` a DepthwiseConv2d; names and tensors stay as they are.
+
+    Subclasses, such as the padded convolutions of timm's tf_ models, are left alone.
+    """
     for module in network.modules():
         if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
             module.__class__ = DepthwiseConv2d

@@ -14,8 +14,22 @@ from quick import train
 from data import cache
 from data.cache import cache_file, inspect_cached
 from data.images import inspect_images
+from data.scan import ImageFolder
 
 SIZE = 16
+
+
+def folder_of(files) -> ImageFolder:
+    root = files[0].parent
+    return ImageFolder(root, ("一",), tuple(file.name for file in files), np.zeros(len(files), int), ())
+
+
+def inspect(files, cache_dir, size=SIZE):
+    return inspect_cached([folder_of(files)], size, cache_dir)
+
+
+def the_file(tmp_path, size=SIZE) -> Path:
+    return cache_file(tmp_path / "c", size, [tmp_path / "图像"])
 
 
 @pytest.fixture
@@ -58,42 +72,79 @@ def same(found, files) -> None:
 
 
 def test_the_second_run_decodes_nothing_but_what_cannot_be_read(files, tmp_path, decoded):
-    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    same(inspect(files, tmp_path / "c"), files)
     assert decoded == files
     decoded.clear()
-    same(inspect_cached(files[:3], SIZE, tmp_path / "c", "a"), files[:3])
-    same(inspect_cached(files[::-2], SIZE, tmp_path / "c", "a"), files[::-2])  # fewer, in another order
+    written = the_file(tmp_path).stat().st_ino
+    same(inspect(files[:3], tmp_path / "c"), files[:3])
+    same(inspect(files[::-2], tmp_path / "c"), files[::-2])  # fewer, in another order
     assert decoded == []
-    found = inspect_cached(files, SIZE, tmp_path / "c", "a")
+    found = inspect(files, tmp_path / "c")
     same(found, files)
     assert decoded == [files[3]] and isinstance(found.squares.array, np.memmap)
+    assert the_file(tmp_path).stat().st_ino == written  # and it is not written again
+
+
+def test_an_image_that_has_been_mended_is_found(files, tmp_path):
+    inspect(files, tmp_path / "c")
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(files[3])
+    found = inspect(files, tmp_path / "c")
+    same(found, files)
+    assert not found.errors and (found.squares[3] == (1, 2, 3)).all()
+
+
+def test_a_run_on_some_of_the_images_keeps_the_others(files, tmp_path, decoded):
+    good = files[:3] + files[4:]
+    inspect(good, tmp_path / "c")
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(good[0])
+    good[1].unlink()
+    some = [good[0], good[4]]
+    same(inspect(some, tmp_path / "c"), some)
+    decoded.clear()
+    left = [good[0], *good[2:]]
+    same(inspect(left, tmp_path / "c"), left)
+    assert decoded == []
+
+
+@pytest.mark.parametrize("other", ["fewer", "another order"])
+def test_images_are_not_mixed_up_when_another_run_writes_meanwhile(files, tmp_path, monkeypatch, other):
+    write_whole, theirs = cache.write_whole, files[::-1] if other == "another order" else files[5:]
+
+    def and_then_another(path, write):
+        write_whole(path, write)
+        monkeypatch.setattr(cache, "write_whole", write_whole)
+        path.unlink()
+        inspect(theirs, tmp_path / "c")
+
+    monkeypatch.setattr(cache, "write_whole", and_then_another)
+    same(inspect(files, tmp_path / "c"), files)
 
 
 def test_only_new_and_changed_files_are_decoded(files, tmp_path, decoded):
     good = files[:3] + files[4:]
-    inspect_cached(good[:-1], SIZE, tmp_path / "c", "a")
+    inspect(good[:-1], tmp_path / "c")
     decoded.clear()
     Image.new("RGB", (9, 9), (1, 2, 3)).save(good[1])
     os.utime(good[2], ns=(1, 1))  # touched: another file may have been put in its place
-    same(inspect_cached(good, SIZE, tmp_path / "c", "a"), good)
+    same(inspect(good, tmp_path / "c"), good)
     assert decoded == [good[1], good[2], good[-1]]
 
 
 def test_data_folders_and_sizes_do_not_mix(files, tmp_path):
-    names = {cache_file(tmp_path, size, name) for size in (16, 32) for name in ("a", "b")}
+    names = {cache_file(tmp_path, size, [Path(name)]) for size in (16, 32) for name in ("a", "b")}
     assert len(names) == 4
     for size in (16, 32):
-        assert inspect_cached(files, size, tmp_path / "c", "a").squares[0].shape == (size, size, 3)
+        assert inspect(files, tmp_path / "c", size).squares[0].shape == (size, size, 3)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "other squares", "flipped"])
 def test_a_damaged_cache_is_made_anew(files, tmp_path, damage, capsys):
-    inspect_cached(files, SIZE, tmp_path / "c", "a")
-    path = cache_file(tmp_path / "c", SIZE, "a")
+    inspect(files, tmp_path / "c")
+    path = the_file(tmp_path)
     whole = path.read_bytes()
     if damage == "other squares":
-        inspect_cached(files, 8, tmp_path / "c", "a")
-        shutil.copy(cache_file(tmp_path / "c", 8, "a"), path)
+        inspect(files, tmp_path / "c", 8)
+        shutil.copy(the_file(tmp_path, 8), path)
     else:
         path.write_bytes(
             {
@@ -104,7 +155,7 @@ def test_a_damaged_cache_is_made_anew(files, tmp_path, damage, capsys):
             }[damage]
         )
     capsys.readouterr()
-    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    same(inspect(files, tmp_path / "c"), files)
     assert "damaged" in capsys.readouterr().out
     assert len(path.read_bytes()) == len(whole)
 
@@ -112,35 +163,41 @@ def test_a_damaged_cache_is_made_anew(files, tmp_path, damage, capsys):
 def test_without_room_images_are_kept_in_memory_and_it_is_said(files, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=cache.FREE_DISK + 9 * SIZE * SIZE * 3 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    found = inspect_cached(files, SIZE, tmp_path / "c", "a")
+    found = inspect(files, tmp_path / "c")
     same(found, files)
     assert not isinstance(found.squares.array, np.memmap)
     assert "no cache" in capsys.readouterr().out and not list((tmp_path / "c").iterdir())
     usage = usage._replace(free=usage.free + 1)
-    assert isinstance(inspect_cached(files, SIZE, tmp_path / "c", "a").squares.array, np.memmap)
+    assert isinstance(inspect(files, tmp_path / "c").squares.array, np.memmap)
 
 
-def test_a_disk_that_fills_while_it_is_written_leaves_nothing_behind(files, tmp_path, monkeypatch, capsys):
-    def full(path, write):
-        raise OSError(28, "No space left on device")
+def test_a_disk_that_fills_while_it_is_written_leaves_the_old_cache(files, tmp_path, monkeypatch, capsys):
+    inspect(files[:5], tmp_path / "c")
+    before = the_file(tmp_path).read_bytes()
+    read_all = cache.read_all
 
-    monkeypatch.setattr(cache, "write_whole", full)
-    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    def full_after_one(files, size):
+        for reading in read_all(files, size):
+            yield reading
+            if size is not None:
+                raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "read_all", full_after_one)
+    same(inspect(files, tmp_path / "c"), files)
     assert "No space left" in capsys.readouterr().out
+    assert the_file(tmp_path).read_bytes() == before and len(list((tmp_path / "c").iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_made_is_no_reason_to_stop(files, tmp_path, capsys):
     (tmp_path / "c").write_text("a file")
-    same(inspect_cached(files, SIZE, tmp_path / "c", "a"), files)
+    same(inspect(files, tmp_path / "c"), files)
     assert "no cache" in capsys.readouterr().out
 
 
 def test_several_runs_may_build_it_at_once(files, tmp_path):
     found = {}
     threads = [
-        threading.Thread(
-            target=lambda i=i: found.update({i: inspect_cached(files, SIZE, tmp_path / "c", "a")})
-        )
+        threading.Thread(target=lambda i=i: found.update({i: inspect(files, tmp_path / "c")}))
         for i in range(4)
     ]
     for thread in threads:
@@ -150,34 +207,37 @@ def test_several_runs_may_build_it_at_once(files, tmp_path):
     assert len(found) == 4
     for one in found.values():
         same(one, files)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == [cache_file(tmp_path, SIZE, "a").name]
+    assert [p.name for p in (tmp_path / "c").iterdir()] == [the_file(tmp_path).name]
 
 
 def test_a_run_keeps_what_it_has_mapped_when_another_replaces_it(files, tmp_path):
-    first = inspect_cached(files, SIZE, tmp_path / "c", "a")
+    first = inspect(files, tmp_path / "c")
     before = first.squares[list(range(9))]
     for file in files[:3]:
         Image.new("RGB", (9, 9)).save(file)
-    inspect_cached(files[:2], SIZE, tmp_path / "c", "a")
+    inspect(files[:2], tmp_path / "c")
     assert np.array_equal(first.squares[list(range(9))], before)
 
 
 def test_what_a_killed_run_left_is_removed_when_it_is_old(files, tmp_path):
-    path = cache_file(tmp_path / "c", SIZE, "a")
+    path = the_file(tmp_path)
     path.parent.mkdir()
     old, young = (path.with_name(f".{path.name}.{i}.x.tmp") for i in (1, 2))
     for file in (old, young):
         file.write_bytes(b"half")
     os.utime(old, (1, 1))
-    inspect_cached(files, SIZE, tmp_path / "c", "a")
+    inspect(files, tmp_path / "c")
     assert not old.exists() and young.exists()
 
 
 def test_only_its_owner_may_look_into_it(files, tmp_path):
     if os.name != "posix":
         pytest.skip("POSIX permissions")
-    inspect_cached(files, SIZE, tmp_path / "c", "a")
+    inspect(files, tmp_path / "c")
     assert (tmp_path / "c").stat().st_mode & 0o077 == 0
+    (tmp_path / "open").mkdir(mode=0o777)
+    inspect(files, tmp_path / "open")
+    assert next((tmp_path / "open").iterdir()).stat().st_mode & 0o077 == 0
 
 
 def test_a_run_ends_the_same_with_the_cache_new_or_old_or_none(quick_report, class_folder, tmp_path, capsys):
@@ -204,7 +264,7 @@ def test_a_run_ends_the_same_with_the_cache_new_or_old_or_none(quick_report, cla
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--no-cache", "--cache-dir", "c"], "exclude each other"),
+        (["--no-cache", "--cache-dir", "c"], "--cache-dir has no effect with --no-cache"),
         (["--cache-dir", "DATA/cache"], "give the cache a folder elsewhere"),
     ],
 )

@@ -1,13 +1,16 @@
 """How an epoch's files are written: beside the next epoch, whole, the best one never behind the latest."""
 
+import copy
 import json
 import os
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 from quick import train
 
+from common.errors import RunFailed
 from training import fit as fit_module
 from training import state as state_module
 from training.state import write_checkpoint
@@ -15,6 +18,17 @@ from training.state import write_checkpoint
 
 def checkpoint(epoch: int) -> dict:
     return {"epoch": epoch, "history": {"val_acc": [1.0] * epoch}, "model": torch.full((3,), float(epoch))}
+
+
+def leaves(value, name="") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, own in value.items():
+            yield from leaves(own, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, own in enumerate(value):
+            yield from leaves(own, f"{name}.{i}")
+    else:
+        yield name, value
 
 
 def epochs_in(folder) -> dict[str, int]:
@@ -60,23 +74,28 @@ def test_what_is_written_is_the_moment_it_was_taken(quick_report, class_folder, 
         return row
 
     def slow(folder, now, is_best):
-        before = {name: value.clone() for name, value in now["model"].items()}
+        before = copy.deepcopy(now)
         taken.append(before)
         assert epoch_two.wait(60)  # the first is not written before the second epoch is over
-        assert all(torch.equal(now["model"][name], value) for name, value in before.items())
+        for (name, value), (_, old) in zip(leaves(now), leaves(before), strict=True):
+            assert torch.equal(value, old) if isinstance(value, torch.Tensor) else value == old, name
         write_checkpoint(folder, now, is_best)
 
-    monkeypatch.setattr(fit_module, "write_checkpoint", slow)
+    monkeypatch.setattr(state_module, "write_checkpoint", slow)
     monkeypatch.setattr(fit_module, "train_one_epoch", noting)
     assert train(class_folder, tmp_path / "out", "--epochs", 2) == 0
     stored = torch.load(tmp_path / "out" / "checkpoint_latest.pth", weights_only=True)
     assert stored["epoch"] == 2 and len(taken) == 2
-    assert all(torch.equal(stored["model"][name], value) for name, value in taken[1].items())
-    assert any(not torch.equal(taken[0][name], value) for name, value in taken[1].items())
+    for part in ("model", "optimizer"):
+        first, second, in_file = (dict(leaves(one[part])) for one in (*taken, stored))
+        tensors = [name for name, value in second.items() if isinstance(value, torch.Tensor)]
+        assert all(torch.equal(in_file[name], second[name]) for name in tensors)
+        assert any(not torch.equal(first[name], second[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("epochs", [2, 4])
 def test_a_disk_that_fills_ends_the_run_and_leaves_the_last_good_files(
-    quick_report, class_folder, tmp_path, monkeypatch, capsys
+    quick_report, class_folder, tmp_path, monkeypatch, capsys, epochs
 ):
     save, calls = torch.save, []
 
@@ -87,7 +106,26 @@ def test_a_disk_that_fills_ends_the_run_and_leaves_the_last_good_files(
         return save(*args, **options)
 
     monkeypatch.setattr(state_module.torch, "save", full_after_one)
-    assert train(class_folder, tmp_path / "out", "--epochs", 4) == 1
+    assert train(class_folder, tmp_path / "out", "--epochs", epochs) == 1  # also where it is the last epoch's
     assert "No space left on device" in capsys.readouterr().err
     assert epochs_in(tmp_path / "out") == {"checkpoint_latest.pth": 1, "checkpoint_best.pth": 1}
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_failed_write_is_said_also_when_training_fails_meanwhile(
+    quick_report, class_folder, tmp_path, monkeypatch, capsys
+):
+    one_epoch = fit_module.train_one_epoch
+
+    def failing(state, *args, **options):
+        if state.epoch == 1:
+            raise RunFailed("the loss is not finite")
+        return one_epoch(state, *args, **options)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fit_module, "train_one_epoch", failing)
+    monkeypatch.setattr(state_module.torch, "save", full)
+    assert train(class_folder, tmp_path / "out", "--epochs", 3) == 1
+    assert "No space left on device" in capsys.readouterr().err

@@ -339,10 +339,6 @@ def contradictions(config: Config) -> list[str]:
                     f"{flag_of(written)} {target} lies in {flag_of(name)}, where it would be taken for a "
                     f"class; give {what} a folder elsewhere"
                 )
-    if config.cache_dir and not config.use_cache:
-        problems.append(
-            "--cache-dir and --no-cache exclude each other: one says where to put what the other does without"
-        )
     exclusive = [
         ("resume_from", "overwrite", "one continues the old results, the other throws them away"),
         ("group_pattern", "groups_file", "both say which patient an image is of"),
@@ -396,6 +392,7 @@ def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
         ("n_splits", config.use_cv, "without --use-cv"),
         ("val_ratio", not config.use_cv, "with --use-cv, whose folds are of equal size"),
         ("val_ratio", not config.val_dir, "with --val-dir"),
+        ("cache_dir", config.use_cache, "with --no-cache"),
         ("early_stopping_min_delta", config.early_stopping_patience, "without --early-stopping-patience"),
     ]
     problems = [

@@ -107,7 +107,8 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         summary, metrics = summarise(output_dir, len(splits), data)
         print_cv_summary(summary)
         print(f"  out of fold, last epoch, {metrics['n_images']} images: {headline(metrics)}")
-        from evaluation.report import write_report  # it draws: imports that training can do without
+        # it draws: imports that training can do without
+        from evaluation.report import write_report
 
         write_report(output_dir)
         print_files(output_dir)

@@ -132,6 +132,14 @@ def patients_of(config: Config, folder: ImageFolder, val_folder: ImageFolder | N
     return own + other
 
 
+def inspect(config: Config, folders: Sequence[ImageFolder]) -> Inspection:
+    """The images of `folders`, one folder after the other, from the cache or the files."""
+    if config.use_cache:
+        cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+        return inspect_cached(folders, config.img_size, cache_dir)
+    return inspect_images([file for folder in folders for file in folder.files()], config.img_size)
+
+
 def read_images(
     config: Config,
     folder: ImageFolder,
@@ -144,12 +152,7 @@ def read_images(
     """
     files = folder.files() + (val_folder.files() if val_folder else [])
     started = time.monotonic()
-    if config.use_cache:
-        roots = [str(images.root.resolve()) for images in (folder, val_folder) if images]
-        cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-        inspection = inspect_cached(files, config.img_size, cache_dir, "\n".join(roots))
-    else:
-        inspection = inspect_images(files, config.img_size)
+    inspection = inspect(config, [folder] + ([val_folder] if val_folder else []))
     bad = inspection.errors
     if bad:
         listing = shorten([f"{files[i]}: {why}" for i, why in bad.items()], 50)
@@ -177,7 +180,7 @@ def read_images(
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])
     held = "read again every epoch"
-    if inspection.squares:
+    if inspection.squares is not None:
         held = "in the cache" if isinstance(inspection.squares.array, np.memmap) else "kept in memory"
     print(f"read {len(files)} images in {time.monotonic() - started:.1f} s, {held}")
     return DataSet(

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from evaluation.predict import predict_probs
 from models.clip import ClassSentences
 from training.losses import contrastive_loss
 from training.optim import lr_factor
-from training.state import TrainState, write_checkpoint
+from training.state import CheckpointWriter, TrainState
 
 CHECK_EVERY_STEPS = 20  # a look at the loss makes a GPU wait, so it is not taken at every step
 
@@ -149,8 +148,7 @@ def fit(
         write_json(output_dir / "history.json", state.history)
     if hardware.device.type == "cpu":
         keep_freed_memory()
-    with ThreadPoolExecutor(1) as writer:  # an epoch's files are written while the next one is computed
-        written: Future | None = None
+    with CheckpointWriter(output_dir) as writer:
         while state.epoch < epochs and not state.stopped_early:
             epoch_started = time.monotonic()
             batches.epoch = state.epoch
@@ -176,15 +174,9 @@ def fit(
             state.stopped_early = state.early_stopping.update(value)
 
             now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
-            if written:
-                written.result()  # raises what kept the last epoch's files from being written
-            written = writer.submit(
-                write_checkpoint, output_dir, state.checkpoint(now), save_best and is_best
-            )
+            writer.write(state.checkpoint(now), save_best and is_best)
             left = (time.monotonic() - started) / (state.epoch - first) * (epochs - state.epoch)
             print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)
-        if written:
-            written.result()
     if state.stopped_early:
         print(
             f"stopped early: {state.early_stopping.monitor} has not improved by more than "

@@ -133,9 +133,8 @@ def train_single(
     )
     metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
     print(f"last epoch: {headline(metrics)}")
-    from evaluation.report import (
-        write_report,  # it draws: two seconds of imports that training can do without
-    )
+    # it draws: two seconds of imports that training can do without
+    from evaluation.report import write_report
 
     write_report(output_dir)
     print_files(output_dir)
@@ -175,6 +174,8 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         print("resuming with changed options: " + ", ".join(changed))
     kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}
     merged = {**options, **typed, **kept}
+    if "cache_dir" in typed:
+        merged["use_cache"] = True
     problems = contradictions(dataclasses.replace(Config(**merged), resume_from=None))
     if problems:
         raise UserError(*problems)

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,32 @@ def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], is_best: bool)
                 except OSError:  # a file system without links
                     shutil.copyfile(new, best)
     write_json(folder / "history.json", checkpoint["history"])
+
+
+class CheckpointWriter:
+    """Writes the files of an epoch while the next one is computed. Leaving its block waits for the last.
+
+    What kept files from being written is raised at the next `write`, or at the end of the block.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._pool, self._last = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def write(self, checkpoint: Mapping[str, Any], is_best: bool) -> None:
+        self._wait()
+        self._last = self._pool.submit(write_checkpoint, self.folder, checkpoint, is_best)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+        self._wait()
 
 
 def _random_states() -> dict[str, Any]:
