@@ -13,6 +13,9 @@ from typing import Any, BinaryIO
 
 from common.errors import UserError
 
+# A spreadsheet takes a cell that starts with one of these for a formula; the last four are full-width.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -58,6 +61,28 @@ def unwritable(folder: Path) -> Path | None:
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def writable(text: str) -> str:
+    """`text` without what UTF-8 (bytes of a name in another encoding) or a CSV (NUL) cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+
+
+def text_cell(text: str) -> str:
+    """A name for a cell of a CSV, with an apostrophe before what a spreadsheet would take for a formula.
+
+    `text_of_cell` gives it back.
+    """
+    return "'" + writable(text) if text.lstrip("'").startswith(FORMULA_STARTS) else writable(text)
+
+
+def text_of_cell(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA_STARTS) else cell
+
+
+def path_cell(name: str) -> str:
+    """A path likewise: "./" before it, with which it is still the path."""
+    return "./" + writable(name) if name.startswith(FORMULA_STARTS) else writable(name)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -23,15 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from common.files import write_whole
+from common.files import path_cell, text_cell, writable, write_whole
 from data.images import UnreadableImage, read_image, to_square
 from data.inputs import ImageList
 from data.loader import fork_context
 from evaluation.trained import TrainedModel
 from models.clip import CLIPModel
-
-# A spreadsheet takes a cell that starts with one of these for a formula; the last four are full-width.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def class_logits(
@@ -261,7 +258,7 @@ def _rows(
         if own is None:
             tally.n_failed += 1
             if len(tally.failures) < 10:
-                tally.failures.append(_writable(f"{name}: {error}"))
+                tally.failures.append(writable(f"{name}: {error}"))
             yield [path_cell(name), "", "", "", *[""] * len(classes), text_cell(error)]
             continue
         mean = own.mean(0)
@@ -272,24 +269,9 @@ def _rows(
         yield [path_cell(name), text_cell(classes[c]), float(mean[c]), spread, *mean.tolist(), ""]
 
 
-def _writable(text: str) -> str:
-    """`text` without what UTF-8 (bytes of a name in another encoding) or a CSV (NUL) cannot hold."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
-
-
-def text_cell(text: str) -> str:
-    """`text`, with an apostrophe before what a spreadsheet would take for a formula."""
-    return "'" + _writable(text) if text.startswith(FORMULA_STARTS) else _writable(text)
-
-
-def path_cell(name: str) -> str:
-    """The path; before what a spreadsheet would take for a formula, "./", with which it is still the path."""
-    return "./" + _writable(name) if name.startswith(FORMULA_STARTS) else _writable(name)
-
-
 def heat_map_name(number: int, name: str) -> str:
     """Unique by the image's number, readable by its path, and safe on every file system."""
-    stem = re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", _writable(os.path.splitext(name)[0])).strip(" ._")
+    stem = re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", writable(os.path.splitext(name)[0])).strip(" ._")
     short = stem.encode()[-120:].decode(errors="ignore")  # file systems allow 255 bytes
     return f"{number:06d}_{short}.png"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import write_csv, write_json
+from common.files import text_cell, text_of_cell, write_csv, write_json
 from evaluation.metrics import full_metrics
 from evaluation.tables import percent, write_metrics_tables
 
@@ -42,9 +42,10 @@ class Predictions:
             return [""] * len(self.paths) if values is None else values.tolist()
 
         labels, predicted = (
-            [self.classes[i] for i in which] for which in (self.labels, self.probs.argmax(1))
+            [text_cell(self.classes[i]) for i in which] for which in (self.labels, self.probs.argmax(1))
         )
-        columns = (self.paths, labels, cells(self.folds), predicted, cells(self.groups), self.probs.tolist())
+        paths = map(text_cell, self.paths)
+        columns = (paths, labels, cells(self.folds), predicted, cells(self.groups), self.probs.tolist())
         rows = [[*row, *map(repr, probs)] for *row, probs in zip(*columns, strict=True)]
         write_csv(path, [*COLUMNS, *(f"prob_{name}" for name in self.classes)], rows)
 
@@ -61,8 +62,8 @@ def read_predictions(path: Path) -> Predictions:
         index = {name: i for i, name in enumerate(classes)}
         return Predictions(
             classes,
-            paths,
-            np.array([index[name] for name in labels]),
+            tuple(map(text_of_cell, paths)),
+            np.array([index[text_of_cell(name)] for name in labels]),
             np.array(probs, np.float64).T,
             np.array(folds, np.int64) if folds[0] else None,
             np.array(groups, np.int64) if groups[0] else None,

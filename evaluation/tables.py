@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import write_csv, write_whole
+from common.files import text_cell, write_csv, write_whole
 
 OVERALL = {
     "accuracy": "Accuracy (%)",
@@ -94,7 +94,7 @@ def write_metrics_tables(output_dir: Path, metrics: Mapping[str, Any]) -> None:
         output_dir / "metrics_table.csv",
         ["class", "measure", "value", "low", "high", "method"],
         [
-            [name, key, *(entry[part] for part in ("value", "low", "high", "method"))]
+            [text_cell(name), key, *(entry[part] for part in ("value", "low", "high", "method"))]
             for name, key, entry in long
         ],
     )

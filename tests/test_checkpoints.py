@@ -109,7 +109,7 @@ def test_a_disk_that_fills_ends_the_run_and_leaves_the_last_good_files(
     assert train(class_folder, tmp_path / "out", "--epochs", epochs) == 1  # also where it is the last epoch's
     assert "No space left on device" in capsys.readouterr().err
     assert epochs_in(tmp_path / "out") == {"checkpoint_latest.pth": 1, "checkpoint_best.pth": 1}
-    assert not list((tmp_path / "out").glob(".*"))
+    assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
 def test_a_failed_write_is_said_also_when_training_fails_meanwhile(

@@ -1,8 +1,12 @@
 """What may go on in a folder that holds something already, and what is refused; each through main()."""
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from common.files import whole_file
 from train_clip import main
 from training.config import make_config, options_from_flags, refuse_without_effect
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("quick_report")
 
 
@@ -175,3 +180,56 @@ def test_a_full_disk_is_an_os_error_that_leaves_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def held_by_another_process(folder, tmp_path) -> subprocess.Popen:
+    """A process that holds the folder until its input is closed."""
+    code = (
+        "import sys, pathlib; from training.outputs import locked\n"
+        f"with locked(pathlib.Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
+def test_two_runs_do_not_share_a_folder_and_a_dead_one_lets_go(quick_report, class_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(class_folder, out, "--epochs", 1) == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    first = held_by_another_process(out, tmp_path)
+    try:
+        assert train(class_folder, out, "--epochs", 2, "--overwrite") == 2
+        assert f"in use by another run (process {first.pid} on" in capsys.readouterr().err
+        after = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+        assert {**after, ".lock": b""} == {**before, ".lock": b""}
+    finally:
+        first.kill()
+        first.communicate()
+    assert train(class_folder, out, "--epochs", 2, "--overwrite") == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
+def test_a_fold_in_training_is_left_alone(quick_report, class_folder, tmp_path, capsys):
+    out, flags = tmp_path / "out", ["--epochs", 1, "--use-cv", "--n-splits", 2]
+    (out / "fold_2").mkdir(parents=True)
+    other_job = held_by_another_process(out / "fold_2", tmp_path)
+    try:
+        assert train(class_folder, out, *flags, "--fold", 1) == 0  # other folds may be trained meanwhile
+        assert train(class_folder, out, *flags, "--fold", 2) == 2
+        assert "fold_2 is in use by another run" in capsys.readouterr().err
+    finally:
+        other_job.kill()
+        other_job.communicate()
+    assert train(class_folder, out, *flags, "--fold", 2) == 0
+
+
+def test_what_a_killed_writer_left_is_removed(quick_report, class_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    left_over = tmp_path / "out" / ".checkpoint_latest.pth.123.abc.tmp"
+    left_over.write_bytes(b"half")
+    assert train(class_folder, tmp_path / "out", "--epochs", 1) == 0
+    assert not left_over.exists()

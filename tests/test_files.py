@@ -1,11 +1,14 @@
 """Files are written whole or not at all, JSON is read strictly, near names are offered."""
 
 import json
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import UserError, did_you_mean, shorten
-from common.files import read_json, write_json, write_whole
+from common.files import path_cell, read_json, text_cell, text_of_cell, write_json, write_whole
 
 
 def refusal(path) -> str:
@@ -125,3 +128,22 @@ def test_long_lists_are_shortened_and_counted():
 def test_an_error_carries_all_its_problems():
     error = UserError("one", "two")
     assert error.problems == ("one", "two") and str(error) == "one\ntwo"
+
+
+# ---- names in a CSV
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "＋"])
+def test_no_cell_starts_a_formula_and_paths_stay_paths(start):
+    assert text_cell(f"{start}x") == f"'{start}x"
+    assert Path(path_cell(f"{start}x.png")) == Path(f"{start}x.png")
+    assert path_cell(f"{start}x.png").startswith("./")
+    assert text_cell(f"x{start}") == path_cell(f"x{start}") == f"x{start}"
+    assert text_cell("") == ""
+
+
+@given(st.text(st.sampled_from("='+-@\t＝ax一"), max_size=5))
+def test_a_name_comes_back_from_its_cell(name):
+    cell = text_cell(name)
+    assert text_of_cell(cell) == name
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "＝"))

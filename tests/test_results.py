@@ -39,6 +39,24 @@ def test_predictions_come_back_to_the_last_bit(tmp_path, groups):
     assert (after.groups == before.groups).all() if groups else after.groups is None
 
 
+def test_class_names_and_paths_are_no_formulas_and_come_back(tmp_path):
+    before = made_up()
+    classes = ("=cmd()", "'=x", "一")
+    before = Predictions(
+        classes,
+        tuple(f"{classes[i]}/{n}.png" for n, i in enumerate(before.labels)),
+        before.labels,
+        before.probs,
+    )
+    write_results(tmp_path, before, "predictions.csv")
+    after = read_predictions(tmp_path / "predictions.csv")
+    assert (after.classes, after.paths) == (before.classes, before.paths)
+    assert (after.labels == before.labels).all()
+    for name in ("predictions.csv", "metrics_table.csv"):
+        with open(tmp_path / name, encoding="utf-8-sig", newline="") as file:
+            assert not any(cell.startswith(("=", "@", "+")) for row in csv.reader(file) for cell in row)
+
+
 def test_predictions_open_in_excel(tmp_path):
     made_up().write(tmp_path / "p.csv")
     assert (tmp_path / "p.csv").read_bytes().startswith(b"\xef\xbb\xbf")

@@ -25,7 +25,7 @@ from training.dataset import (
     scan,
     sentences_of,
 )
-from training.outputs import continues, prepare_output_folder, print_files, run_record
+from training.outputs import continues, locked, prepare_output_folder, print_files, run_record
 from training.run import (
     RunResult,
     build_model,
@@ -65,11 +65,13 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     else:
         splits = k_folds(data.labels, data.groups, config.n_splits, config.random_state, data.folder.classes)
 
-    prepare_output_folder(output_dir, config.overwrite)
-    if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
-        write_json(output_dir / "config.json", run_record(config, data, texts, hardware, n_parameters(model)))
-    if not splits_file.exists():
-        write_json(splits_file, record_of(config, data, splits))
+    with locked(output_dir, wait=True):  # jobs of other folds may be starting too
+        prepare_output_folder(output_dir, config.overwrite)
+        if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
+            record = run_record(config, data, texts, hardware, n_parameters(model))
+            write_json(output_dir / "config.json", record)
+        if not splits_file.exists():
+            write_json(splits_file, record_of(config, data, splits))
     for note in missing_in_validation(splits, data.labels, data.folder.classes):
         print(f"note: {note}")
     findings = findings_of(data, splits)
@@ -80,25 +82,25 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         if config.fold not in (None, number):
             continue
         fold_dir = output_dir / f"fold_{number}"
-        if (fold_dir / PREDICTIONS).exists():
-            print(f"fold {number} of {len(splits)} is finished already")
-            continue
-        print(f"\nfold {number} of {len(splits)}")
-        latest = fold_dir / "checkpoint_latest.pth"
-        checkpoint = None
-        if latest.exists():
-            checkpoint = read_checkpoint(latest, "the fold's", "remove it to train the fold anew")
-            check_same_classes(checkpoint, f"the fold's {latest}", data.folder.classes, texts)
-            check_same_data(checkpoint, data, split)
-        fold_dir.mkdir(exist_ok=True)
-        model.load_state_dict(initial)
-        result = train_on_split(
-            config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
-            seed=config.random_state + number,
-        )  # fmt: skip
-        write_json(fold_dir / "result.json", fold_result(number, split, result))
-        folds = np.full(len(split.val), number)
-        data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
+        with locked(fold_dir):
+            if (fold_dir / PREDICTIONS).exists():
+                print(f"fold {number} of {len(splits)} is finished already")
+                continue
+            print(f"\nfold {number} of {len(splits)}")
+            latest = fold_dir / "checkpoint_latest.pth"
+            checkpoint = None
+            if latest.exists():
+                checkpoint = read_checkpoint(latest, "the fold's", "remove it to train the fold anew")
+                check_same_classes(checkpoint, f"the fold's {latest}", data.folder.classes, texts)
+                check_same_data(checkpoint, data, split)
+            model.load_state_dict(initial)
+            result = train_on_split(
+                config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
+                seed=config.random_state + number,
+            )  # fmt: skip
+            write_json(fold_dir / "result.json", fold_result(number, split, result))
+            folds = np.full(len(split.val), number)
+            data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
 
     missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:

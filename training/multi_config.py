@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, first_line
-from common.files import read_json, write_csv, write_json
+from common.files import read_json, text_cell, write_csv, write_json
 from data.scan import ImageFolder, scan_folder
 from data.texts import class_sentences
 from evaluation.compare import compare
@@ -252,9 +252,9 @@ def write_leaderboard(output_dir: Path, entries: Sequence[Entry]) -> list[dict[s
         statuses = [status_of(entry) for entry in entries]
         ranked, comparison = _rank([leaderboard_row(entry) for entry in entries])
         write_json(output_dir / "leaderboard.json", ranked)
-        write_csv(
-            output_dir / "leaderboard.csv", COLUMNS, [[row[column] for column in COLUMNS] for row in ranked]
-        )
+        cells = [[row[column] for column in COLUMNS] for row in ranked]
+        cells = [[text_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in cells]
+        write_csv(output_dir / "leaderboard.csv", COLUMNS, cells)
         write_json(output_dir / "comparison.json", comparison)
         write_latex(output_dir / "leaderboard.tex", leaderboard_table(ranked))
         if statuses == [status_of(entry) for entry in entries]:

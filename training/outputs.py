@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from data.scan import ImageFolder, nfc
 from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
 RESULT_FILES = (
     "config.json",
     "history.json",
@@ -148,16 +155,46 @@ def remove_results(output_dir: Path) -> None:
         (output_dir / name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Make `folder` and keep it for this process; what killed writers left there is removed.
+
+    The lock is the system's, which lets go of it however the process ends (Linux, macOS; elsewhere there is
+    none). Raises UserError when another process keeps the folder, unless this one is to `wait` for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{folder} is in use by another run ({file.read().strip() or 'unknown'}); wait for it, "
+                    "or give another --output-dir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            for left_over in folder.glob(".*.tmp"):
+                left_over.unlink(missing_ok=True)
+        yield
+
+
 def prepare_output_folder(output_dir: Path, overwrite: bool) -> None:
-    """Make the folder; with `overwrite` remove the files (and nothing else) that a run wrote there."""
+    """Make the folder; with `overwrite` remove the files (and nothing else) that a run wrote there.
+
+    Raises UserError when a fold is being trained there.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in results_in(output_dir) if overwrite else ():
         path = output_dir / name
         if path.is_file():
             path.unlink()
             continue
-        for file in FOLD_FILES:
-            (path / file).unlink(missing_ok=True)
+        with locked(path):
+            for file in (*FOLD_FILES, LOCK):
+                (path / file).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else too
             path.rmdir()
 

@@ -37,6 +37,7 @@ from training.dataset import (
 from training.fit import duration, fit
 from training.optim import parameter_groups
 from training.outputs import (
+    locked,
     prepare_output_folder,
     print_files,
     refuse_results,
@@ -112,33 +113,35 @@ def train_single(
     findings = findings_of(data, [split])
     print_findings(findings)
 
-    prepare_output_folder(output_dir, config.overwrite)
-    remove_results(output_dir)
-    records = {
-        "config.json": run_record(config, data, texts, hardware, n_parameters(model)),
-        "splits.json": record_of(config, data, [split]),
-        "data_check.json": {"findings": findings},
-    }
-    result = train_on_split(
-        config,
-        hardware,
-        model,
-        data,
-        split,
-        sentences,
-        output_dir,
-        checkpoint,
-        records,
-        seed=config.random_state,
-    )
-    metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
-    print(f"last epoch: {headline(metrics)}")
-    # it draws: two seconds of imports that training can do without
-    from evaluation.report import write_report
+    with locked(output_dir):
+        refuse_results(output_dir, config)  # another run may have used the folder while images were read
+        prepare_output_folder(output_dir, config.overwrite)
+        remove_results(output_dir)
+        records = {
+            "config.json": run_record(config, data, texts, hardware, n_parameters(model)),
+            "splits.json": record_of(config, data, [split]),
+            "data_check.json": {"findings": findings},
+        }
+        result = train_on_split(
+            config,
+            hardware,
+            model,
+            data,
+            split,
+            sentences,
+            output_dir,
+            checkpoint,
+            records,
+            seed=config.random_state,
+        )
+        metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
+        print(f"last epoch: {headline(metrics)}")
+        # it draws: two seconds of imports that training can do without
+        from evaluation.report import write_report
 
-    write_report(output_dir)
-    print_files(output_dir)
-    print_use(output_dir)
+        write_report(output_dir)
+        print_files(output_dir)
+        print_use(output_dir)
     return result
 
 
