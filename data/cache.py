@@ -107,7 +107,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
 
 
 def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
-    key = "\n".join([*(str(root.resolve()) for root in roots), str(size), MADE_BY])
+    key = "\n".join([*(str(root.resolve()) for root in roots), MADE_BY])
     return cache_dir / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}_{size}px.npy"
 
 
