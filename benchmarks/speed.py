@@ -236,7 +236,8 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
             (tower.backbone, "forward", "image tower, forward"),
             (sentences, "features_for_step", "class sentences"),
             (torch.Tensor, "backward", "backward"),
-            (torch.nn.utils, "clip_grad_norm_", "clip gradients"),
+            (torch.nn.utils, "get_total_norm", "clip gradients"),
+            (torch.nn.utils, "clip_grads_with_norm_", "clip gradients"),
             (state.optimizer, "step", "AdamW"),
         ):
             stack.enter_context(timed(owner, method, name))

@@ -273,3 +273,18 @@ def test_contradictions_are_refused(class_folder, tmp_path, capsys, flags, said)
     assert train(class_folder, tmp_path / "out", *flags) == 2
     assert said in capsys.readouterr().err
     assert not (class_folder / "cache").exists()
+
+
+def test_the_cache_may_be_given_up_or_taken_up_on_resume(quick_report, class_folder, tmp_path, capsys):
+    data, out, cache = class_folder, tmp_path / "out", tmp_path / "cache"
+    assert train(data, out, "--epochs", 1, "--cache-dir", cache) == 0
+    for epochs, flags, said in (
+        (2, ["--no-cache"], "kept in memory"),
+        (3, [], "kept in memory"),
+        (4, ["--cache-dir", cache], "in the cache"),
+        (5, [], "in the cache"),
+    ):
+        capsys.readouterr()
+        latest = out / "checkpoint_latest.pth"
+        assert train(data, out, "--epochs", epochs, "--resume-from", latest, *flags) == 0
+        assert said in capsys.readouterr().out

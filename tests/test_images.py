@@ -393,6 +393,13 @@ def test_a_plain_image_gets_no_border():
     assert (to_square(Image.new("RGB", (50, 9), (3, 200, 77)), 32) == (3, 200, 77)).all()
 
 
+@pytest.mark.parametrize("place", [(0, 0), (2, 3), (4, 6)])
+def test_one_coloured_pixel_makes_a_colour_image(tmp_path, place):
+    pixels = np.repeat(GREY[..., None], 3, axis=2)
+    pixels[place] = (10, 20, 30)
+    assert np.array_equal(saved(tmp_path, pixels, "x.png"), pixels)
+
+
 def test_reading_leaves_no_file_open(tmp_path):
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("needs /proc")

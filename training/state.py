@@ -141,6 +141,8 @@ def _copied(value: Any) -> Any:
 
 def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], is_best: bool) -> None:
     """checkpoint_latest.pth, history.json, and where it is the best so far, checkpoint_best.pth."""
+    # Nothing checks them when a checkpoint is read, and to compute them costs more than to write it.
+    torch.serialization.set_crc32_options(False)
     with whole_file(folder / "checkpoint_latest.pth") as new:
         torch.save(checkpoint, new)
         if is_best:  # first: a run that is killed between the two does this epoch again
