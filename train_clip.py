@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.cli import print_anything
 from common.errors import RunFailed, UserError
-from training.config import Config, make_config, options_from_flags, refuse_without_effect
+from training.config import Config, make_config, options_from_flags, refuse_without_effect, resolve_auto
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_anything()
     started, config = time.time(), None
     try:
-        typed = options_from_flags(sys.argv[1:] if arguments is None else arguments)
+        typed = resolve_auto(options_from_flags(sys.argv[1:] if arguments is None else arguments))
         config = make_config(typed)
         refuse_without_effect(typed, config)
         from training.run import run  # the heavy libraries, only now that the options are known to be good

@@ -11,6 +11,7 @@ they took, everything included: from one epoch's line on the screen to the next,
 checkpoints. The first epoch counts from where images begin to be read, with no cache.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import common.torchvision_compat  # noqa: F401
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
 from common.files import write_json
 from data.augment import Augmentation
 from data.images import Squares, read_image
@@ -319,7 +320,9 @@ HEAD = (
 )  # fmt: skip
 
 
-def row_of(encoder: str, data_dir: Path, options, hardware: Hardware, work: Path) -> tuple[str, ...]:
+def row_of(
+    encoder: str, data_dir: Path, options: argparse.Namespace, hardware: Hardware, work: Path
+) -> tuple[str, ...]:
     """One encoder's line of the table: a cold run, then a warm one, between two measurements of the floor."""
     size, batch, frozen = options.img_size, options.batch_size, options.text_encoder == TINY
     flags = ["--img-size", str(size), "--batch-size", str(batch), "--gpu-id", str(options.gpu_id)]
@@ -346,7 +349,7 @@ def row_of(encoder: str, data_dir: Path, options, hardware: Hardware, work: Path
     )  # fmt: skip
 
 
-def measure(options, hardware: Hardware, work: Path) -> None:
+def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None:
     """Print the table, and with a frozen text tower what else costs time."""
     size, batch, encoders = options.img_size, options.batch_size, options.image_encoder
     data_dir = options.data_dir
@@ -390,21 +393,29 @@ def measure(options, hardware: Hardware, work: Path) -> None:
     print(f"train_clip.py --help: {seconds:.2f} s")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    """The typed options. Raises UserError naming every mistake."""
+    parser = Parser(prog="python -m benchmarks.speed", description=__doc__)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
+    add("--image-encoder", nargs="+", default=["resnet18", "starnet_dual_pyramid_rcf"])
+    add("--text-encoder", default=TINY, help=f"{TINY} is frozen, any other is trained")
+    add("--img-size", type=int, default=224)
+    add("--batch-size", type=int, default=32)
+    add("--epochs", type=int, default=3, help="at least 2: the first is shown by itself")
+    add("--upscale", type=int, help="shorter side of the originals to simulate")
+    add("--gpu-id", type=int, default=0)
+    found = parser.read(typed, ["--data-dir"])
+    if found.epochs < 2:
+        raise UserError(f"--epochs must be at least 2, not {found.epochs}")
+    return found
+
+
+def main(typed: Sequence[str] | None = None) -> int:
     """Measure and print. Returns the exit code: 0 done, 2 bad input."""
 
     def program() -> int:
-        parser = Parser(prog="python -m benchmarks.speed", description=__doc__)
-        add = parser.add_argument
-        add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
-        add("--image-encoder", nargs="+", default=["resnet18", "starnet_dual_pyramid_rcf"])
-        add("--text-encoder", default=TINY, help=f"{TINY} is frozen, any other is trained")
-        add("--img-size", type=int, default=224)
-        add("--batch-size", type=int, default=32)
-        add("--epochs", type=int, default=3)
-        add("--upscale", type=int, help="shorter side of the originals to simulate")
-        add("--gpu-id", type=int, default=0)
-        options = parser.read(sys.argv[1:] if arguments is None else arguments, ["--data-dir"])
+        options = read_arguments(sys.argv[1:] if typed is None else typed)
         hardware = choose_hardware(options.gpu_id, True)
         keep_freed_memory()  # as training does: the floor shall be as fast as it can be
         with tempfile.TemporaryDirectory() as work:

@@ -233,3 +233,25 @@ def test_what_a_killed_writer_left_is_removed(quick_report, class_folder, tmp_pa
     left_over.write_bytes(b"half")
     assert train(class_folder, tmp_path / "out", "--epochs", 1) == 0
     assert not left_over.exists()
+
+
+def test_auto_starts_where_there_is_nothing_and_continues_where_there_is_something(
+    class_folder, tmp_path, capsys
+):
+    out, flags = tmp_path / "out", ["--resume-from", "auto"]
+    assert train(class_folder, out, "--epochs", 1, *flags) == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert train(class_folder, out, "--epochs", 2, *flags) == 0
+    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
+    assert train(class_folder, tmp_path / "whole", "--epochs", 2) == 0
+    histories = [json.loads((folder / "history.json").read_text()) for folder in (out, tmp_path / "whole")]
+    assert len(histories[0]["val_acc"]) == len(histories[1]["val_acc"]) == 2
+    assert main(["--data-dir", str(class_folder), "--output-dir", str(out), "--overwrite", *flags]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_auto_changes_nothing_where_the_same_command_continues(class_folder, tmp_path, capsys):
+    flags = ["--epochs", 1, "--use-cv", "--n-splits", 2, "--resume-from", "auto"]
+    assert train(class_folder, tmp_path / "out", *flags) == 0
+    assert train(class_folder, tmp_path / "out", *flags) == 0
+    assert "fold 1 of 2 is finished already" in capsys.readouterr().out

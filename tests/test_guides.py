@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import benchmarks.speed
 import data.check
 import data.demo
 import evaluate_clip
@@ -179,6 +180,7 @@ READERS: dict[str, Callable[[Sequence[str]], object]] = {
     "evaluate_clip.py": evaluate_clip.read_arguments,
     "export_clip.py": export_clip.read_arguments,
     "test_clip_model.py": read_encoder_check,
+    "benchmarks.speed": benchmarks.speed.read_arguments,
     "data.demo": read_demo,
     "data.check": data.check.read_arguments,
     "evaluation.report": evaluation.report.read_arguments,

@@ -161,7 +161,11 @@ class Config:
     )
     gpu_id: int = option(0, "other", "CUDA device; -1 trains on the CPU", low=-1)
     use_amp: bool = option(True, "other", "train in float32 instead of mixed precision", flag="--no-amp")
-    resume_from: str | None = option(None, "other", "checkpoint to continue from")
+    resume_from: str | None = option(
+        None,
+        "other",
+        "checkpoint to continue from; auto: the one in --output-dir, where there is one",
+    )
     save_best: bool = option(True, "other", "do not write checkpoint_best.pth", flag="--no-save-best")
 
     use_cv: bool = option(False, "cross-validation", "k-fold cross-validation")
@@ -309,6 +313,19 @@ def options_from_flags(arguments: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise UserError(*problems)
     return options
+
+
+def resolve_auto(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The typed options, where `--resume-from auto` is the checkpoint in the output folder, or nothing where
+    there is none. Cross-validations and comparisons continue without it.
+    """
+    resolved = dict(typed)
+    if typed.get("resume_from") == "auto":
+        del resolved["resume_from"]
+        latest = Path(typed.get("output_dir") or "") / "checkpoint_latest.pth"
+        if latest.exists() and not (typed.get("use_cv") or typed.get("multi_config")):
+            resolved["resume_from"] = str(latest)
+    return resolved
 
 
 def check_options(options: Mapping[str, Any], where: str) -> list[str]:
