@@ -63,7 +63,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     add("--no-amp", action="store_true", help="compute in float32")
     add("--overwrite", action="store_true", help="replace another evaluation's results in --output-dir")
     found = parser.read(typed, required=("--checkpoint", "--data-dir", "--output-dir"))
-    problems = [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if pair.count("=") != 1]
+    problems = [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if "=" not in pair]
     problems += [
         f"{flag} must be at least {low}, not {value}"
         for flag, value, low in (
@@ -93,7 +93,13 @@ def match_classes(
 
     from data.scan import ImageFolder, nfc
 
-    pairs = [tuple(nfc(side.strip()) for side in pair.split("=")) for pair in renames]
+    def sides_of(pair: str) -> tuple[str, str]:
+        """Names may hold "=" themselves: the split at which both sides are known, else the first."""
+        splits = [(pair[:i], pair[i + 1 :]) for i, character in enumerate(pair) if character == "="]
+        splits = [(nfc(theirs.strip()), nfc(ours.strip())) for theirs, ours in splits]
+        return next((s for s in splits if s[0] in folder.classes and s[1] in classes), splits[0])
+
+    pairs = [sides_of(pair) for pair in renames]
     problems = [
         f"--rename {theirs}={ours}: {wrong!r} is no {what}{did_you_mean(wrong, known)}"
         for theirs, ours in pairs

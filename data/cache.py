@@ -13,7 +13,9 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from importlib import metadata
@@ -21,13 +23,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from common.files import write_whole
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
 from data.scan import ImageFolder
 
 # What makes a square besides the file itself: another way of making it must not find the old ones.
-MADE_BY = "whole image to a square, bicubic; 1; " + ", ".join(
+MADE_BY = "whole image to a square, bicubic; 2; " + ", ".join(
     f"{name} {metadata.version(name)}" for name in ("pillow", "pydicom")
 )
 FREE_DISK = 2**30  # bytes that stay free: the run has checkpoints to write
@@ -46,11 +49,12 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is known of one file: its row of the array, and what it was when that was made."""
+    """What is known of one file: its row of the array, and what the file was when that was made."""
 
     number: int
     stamp: Stamp
     reading: Reading
+    crc: int  # of the square
 
 
 class _Stored:
@@ -77,8 +81,14 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     path = cache_file(cache_dir, size, [folder.root for folder in folders])
     stamps = [_stamp(file) for file in files]
 
-    stored = _open(path, size)
+    try:
+        stored = _open(path, size)
+    except PermissionError:
+        print(f"note: no cache in {cache_dir}: {path.name} belongs to another user; give another --cache-dir")
+        return inspect_images(files, size)
     rows = [stored.row(*of) if stored else None for of in zip(keys, stamps, strict=True)]
+    if n_damaged := _drop_damaged(stored, rows):
+        print(f"note: {n_damaged} images in the cache {path} are damaged and are decoded anew")
     unread = [i for i, row in enumerate(rows) if row and row.reading.error]
     again = list(read_all([files[i] for i in unread], None))  # whatever kept them from being read may be over
     rows = [None if i in unread and not again[unread.index(i)].error else row for i, row in enumerate(rows)]
@@ -88,7 +98,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
         problem = _no_room(path, n_bytes)
         if not problem:
             print(
-                f"decoding {rows.count(None)} images into the cache {path} ({n_bytes / 1e6:.0f} MB; "
+                f"decoding {rows.count(None)} images into the cache {path} ({n_bytes / 1e6:.0f} MB in all; "
                 "--cache-dir puts it elsewhere, --no-cache does without)",
                 flush=True,
             )
@@ -109,6 +119,20 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
 def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
     key = "\n".join([*(str(root.resolve()) for root in roots), MADE_BY])
     return cache_dir / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}_{size}px.npy"
+
+
+def _drop_damaged(stored: _Stored | None, rows: list[_Row | None]) -> int:
+    """Put None in place of rows whose squares are not what was written; how many there were."""
+
+    def is_damaged(row: _Row | None) -> bool:
+        return row is not None and zlib.crc32(np.ascontiguousarray(stored.array[row.number])) != row.crc
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(is_damaged, rows)
+        damaged = list(tqdm(found, "checking the cache", len(rows), leave=False, disable=None, delay=1))
+    for i in np.flatnonzero(damaged):
+        rows[i] = None
+    return sum(damaged)
 
 
 def _stamp(file: Path) -> Stamp | None:
@@ -140,13 +164,15 @@ def _no_room(path: Path, n_bytes: int) -> str:
             with suppress(OSError):  # another run has just renamed it, or it is another user's
                 if time.time() - left_over.stat().st_mtime > DEAD_AFTER:
                     left_over.unlink()
+        if not os.access(path.parent, os.W_OK):
+            return "it may not be written"
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
         return error.strerror or str(error)
     if free < n_bytes + FREE_DISK:
         return (
-            f"it would take {n_bytes / 1e9:.1f} GB and leave {FREE_DISK / 1e9:.0f} GB, and {free / 1e9:.1f} "
-            "GB are free; --cache-dir puts it on another disk"
+            f"{free / 1e6:,.0f} MB are free, and it needs {n_bytes / 1e6:,.0f} MB beside the "
+            f"{FREE_DISK / 1e6:,.0f} MB that are kept for the run's results; --cache-dir puts it elsewhere"
         )
     return ""
 
@@ -177,9 +203,10 @@ def _build(
         shape = (len(files) + len(others), size, size, 3)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for number, (key, stamp, reading) in enumerate(readings()):
-            file.write(bytes(size * size * 3) if reading.square is None else reading.square.tobytes())
+            square = bytes(size * size * 3) if reading.square is None else reading.square.tobytes()
+            file.write(square)
             facts = astuple(reading.facts) if reading.facts else None
-            record[key] = [number, stamp, reading.digest, reading.error, facts]
+            record[key] = [number, stamp, reading.digest, reading.error, facts, zlib.crc32(square)]
         text = json.dumps(record).encode()
         file.write(text + len(text).to_bytes(8, "little"))
 
@@ -191,7 +218,7 @@ def _with_square(stored: _Stored, row: _Row) -> Reading:
 
 
 def _open(path: Path, size: int) -> _Stored | None:
-    """The cache in the file, or None where there is none that can be used."""
+    """The cache in the file, or None where there is none that can be used. Raises PermissionError."""
     try:
         with open(path, "rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
@@ -205,11 +232,15 @@ def _open(path: Path, size: int) -> _Stored | None:
             file.seek(-8 - length, os.SEEK_END)
             record = json.loads(file.read(length))
         rows = {
-            key: _Row(number, stamp, Reading(digest, error, Facts(*facts) if facts else None))
-            for key, (number, stamp, digest, error, facts) in record.items()
+            key: _Row(number, stamp, Reading(digest, error, Facts(*facts) if facts else None), crc)
+            for key, (number, stamp, digest, error, facts, crc) in record.items()
         }
-    except FileNotFoundError:
+        if sorted(row.number for row in rows.values()) != list(range(shape[0])):
+            raise ValueError("not every row has its file")
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
         print(f"note: the cache {path} is damaged ({type(error).__name__}) and is made anew")
         return None

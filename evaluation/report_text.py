@@ -165,6 +165,14 @@ def mistakes_caption(run: RunFolder, views: Views) -> str:
         if any(m.for_label is not None for m in views.mistakes)
         else ""
     )
+    encoders = {run.config.get("image_encoder_name")}
+    encoders |= {model["image_encoder_name"] for model in run.config.get("models", ())}
+    if heat and "starnet_dual_pyramid_rcf" in encoders:
+        heat += (
+            " Read no place from those of starnet_dual_pyramid_rcf: its last map mixes the whole image, and on "
+            "synthetic films with known lesions its peaks lay in the lesion as seldom as by chance "
+            "(benchmarks/RESULTS.md). starnet_dual_pyramid_rcf 的热图不能用来定位病灶。"
+        )
     first = (
         " Heat maps are those of the first model."
         if heat and len(run.config.get("checkpoints", ())) > 1

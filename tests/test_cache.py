@@ -1,5 +1,6 @@
 """Decoded images on disk: the same pixels as the files, only what is new is decoded, no run ends over it."""
 
+import json
 import os
 import shutil
 import threading
@@ -288,3 +289,30 @@ def test_the_cache_may_be_given_up_or_taken_up_on_resume(quick_report, class_fol
         latest = out / "checkpoint_latest.pth"
         assert train(data, out, "--epochs", epochs, "--resume-from", latest, *flags) == 0
         assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [b"\x00", b"\xff"])
+def test_damaged_squares_are_decoded_anew_and_never_used(files, tmp_path, damage, capsys):
+    inspect(files, tmp_path / "c")
+    content = bytearray(the_file(tmp_path).read_bytes())
+    middle = 128 + 4 * SIZE * SIZE * 3 + 100  # in the fifth square, behind NumPy's header
+    content[middle : middle + 50] = damage * 50
+    the_file(tmp_path).write_bytes(content)
+    capsys.readouterr()
+    same(inspect(files, tmp_path / "c"), files)
+    assert "1 images in the cache" in capsys.readouterr().out
+    same(inspect(files, tmp_path / "c"), files)
+    assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["9999", "1", "-1"])
+def test_a_record_with_wrong_rows_is_not_believed(files, tmp_path, number, capsys):
+    inspect(files, tmp_path / "c")
+    content = the_file(tmp_path).read_bytes()
+    length = int.from_bytes(content[-8:], "little")
+    record = json.loads(content[-8 - length : -8])
+    record["0/7.png"][0] = int(number)
+    text = json.dumps(record).encode()
+    the_file(tmp_path).write_bytes(content[: -8 - length] + text + len(text).to_bytes(8, "little"))
+    same(inspect(files, tmp_path / "c"), files)
+    assert "damaged" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 
 import evaluate_clip
 from common.errors import UserError
-from data.scan import scan_folder
+from data.scan import ImageFolder, scan_folder
 from evaluation.results import read_predictions
 from evaluation.trained import find_checkpoints, load_trained
 
@@ -144,3 +145,11 @@ def test_class_features_of_the_checkpoint_are_those_of_its_sentences(finished):
     trained = load_trained(finished / "checkpoint_latest.pth", torch.device("cpu"), with_text=True)
     torch.testing.assert_close(trained.features_of(trained.class_texts), trained.class_features)
     assert load_trained(finished / "checkpoint_latest.pth", torch.device("cpu")).model.text_tower is None
+
+
+def test_names_with_an_equals_sign_can_be_renamed():
+    folder = ImageFolder(Path("x"), ("a=b", "c"), ("a=b/1.png", "c/1.png"), np.array([0, 1]), ())
+    found = evaluate_clip.match_classes(folder, ("=cmd()", "c"), ["a=b==cmd()"], False)
+    assert found.paths == ("a=b/1.png", "c/1.png") and found.labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match="'a' is no folder of --data-dir"):
+        evaluate_clip.match_classes(folder, ("=cmd()", "c"), ["a==cmd()"], False)

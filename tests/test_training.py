@@ -328,6 +328,7 @@ def test_folds_as_separate_jobs_give_the_same_summary(cv_run, class_folder, tmp_
         assert not (tmp_path / "cv" / "cv_summary.json").exists()
         assert cross_validate(class_folder, tmp_path / "cv", "--group-pattern", r"^(P\d+)_", "--fold", k) == 0
     assert (tmp_path / "cv" / "cv_summary.json").read_bytes() == (cv_run / "cv_summary.json").read_bytes()
+    assert json.loads((tmp_path / "cv" / "config.json").read_text())["fold"] is None  # it is of all folds
 
 
 def test_other_options_or_other_images_do_not_continue_a_cross_validation(

@@ -1,6 +1,7 @@
 """k-fold cross-validation: every image predicted once, by the model that did not train on it."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     with locked(output_dir, wait=True):  # jobs of other folds may be starting too
         prepare_output_folder(output_dir, config.overwrite)
         if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
-            record = run_record(config, data, texts, hardware, n_parameters(model))
+            of_all_folds = dataclasses.replace(config, fold=None)
+            record = run_record(of_all_folds, data, texts, hardware, n_parameters(model))
             write_json(output_dir / "config.json", record)
         if not splits_file.exists():
             write_json(splits_file, record_of(config, data, splits))

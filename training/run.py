@@ -95,6 +95,9 @@ def train_single(
         config = config_of_resumed_run(config, checkpoint, typed)
     output_dir = Path(config.output_dir)
     refuse_results(output_dir, config)
+    if output_dir.exists():
+        with locked(output_dir):
+            pass  # better refused now than after the images are read
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     folder, val_folder = scan(config)
     texts = sentences_of(config, folder, class_texts)
@@ -170,7 +173,8 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
                 f"which was trained with {options.get(name)}; leave the option out, or start a new run"
             )
-        changed.append(f"{flag_of(name)} {options.get(name)} -> {value}")
+        shown = name if isinstance(value, bool) else flag_of(name)  # --no-amp False would say the opposite
+        changed.append(f"{shown} {options.get(name)} -> {value}")
     if problems:
         raise UserError(*problems)
     if changed:
