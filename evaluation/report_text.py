@@ -169,8 +169,8 @@ def mistakes_caption(run: RunFolder, views: Views) -> str:
     encoders |= {model["image_encoder_name"] for model in run.config.get("models", ())}
     if heat and "starnet_dual_pyramid_rcf" in encoders:
         heat += (
-            " Read no place from those of starnet_dual_pyramid_rcf: its last map mixes the whole image, and on "
-            "synthetic films with known lesions its peaks lay in the lesion as seldom as by chance "
+            " Read no place from those of starnet_dual_pyramid_rcf: its last map mixes the whole image, and "
+            "on synthetic films with known lesions its peaks lay in the lesion as seldom as by chance "
             "(benchmarks/RESULTS.md). starnet_dual_pyramid_rcf 的热图不能用来定位病灶。"
         )
     first = (
