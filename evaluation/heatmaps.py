@@ -85,7 +85,7 @@ def log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """The heat (S, S) 0..1 in colour over the image (S, S, 3) uint8: (S, S, 3) uint8.
+    """The heat (H, W) 0..1 in colour over the image (H, W, 3) uint8: (H, W, 3) uint8.
 
     The more heat, the less transparent; without heat the pixel is the image's own.
     """

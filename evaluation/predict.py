@@ -79,7 +79,7 @@ class _Decoder(Dataset):
         errors: list[str] = []
         squares: dict[int, list[np.ndarray]] = {size: [] for size in self.sizes}
         for name in names:
-            path = self.root / name.replace("\\", "/") if os.sep == "/" else self.root / name
+            path = _path_of(self.root, name)
             try:
                 name.encode()
                 image = read_image(path)
@@ -97,6 +97,10 @@ class _Decoder(Dataset):
             size: torch.from_numpy(np.stack(own)).permute(0, 3, 1, 2) for size, own in squares.items() if own
         }
         return Decoded(names, errors, images)
+
+
+def _path_of(root: Path, name: str) -> Path:
+    return root / name.replace("\\", "/") if os.sep == "/" else root / name
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
@@ -236,7 +240,8 @@ def predict_files(
                 probs = ensemble.probs(batch.images) if batch.images else np.empty((1, 0, 1))
                 rows.writerows(_rows(batch, probs, ensemble.classes, tally))
                 if heat_map_dir is not None and batch.images:
-                    _write_heat_maps(heat_map_dir, number, batch, ensemble, probs.mean(0).argmax(1))
+                    predicted = probs.mean(0).argmax(1)
+                    _write_heat_maps(heat_map_dir, number, batch, images.root, ensemble, predicted)
                 number += len(batch.names)
                 progress.update(len(batch.names))
         text.detach()  # the file stays open: write_whole flushes and renames it
@@ -276,8 +281,22 @@ def heat_map_name(number: int, name: str) -> str:
     return f"{number:06d}_{short}.png"
 
 
+def _picture(path: Path, square: np.ndarray) -> Image.Image:
+    """The image itself, whole, its longer side of 512 to 1024 pixels; the model's square of it where the file
+    has gone meanwhile.
+    """
+    try:
+        image = read_image(path)
+    except UnreadableImage:
+        image = Image.fromarray(square)
+    longest = max(image.size)
+    scale = min(max(longest, 512), 1024) / longest
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+
 def _write_heat_maps(
-    folder: Path, first: int, batch: Decoded, ensemble: Ensemble, predictions: np.ndarray
+    folder: Path, first: int, batch: Decoded, root: Path, ensemble: Ensemble, predictions: np.ndarray
 ) -> None:
     """One overlay per readable image: its predicted class. first: the number of the batch's first file."""
     from evaluation.heatmaps import overlay
@@ -286,6 +305,8 @@ def _write_heat_maps(
     squares = batch.images[ensemble.models[0].img_size].permute(0, 2, 3, 1).numpy()  # (b, S, S, 3)
     read = [i for i, error in enumerate(batch.errors) if not error]
     for i, square, heat in zip(read, squares, maps.numpy(), strict=True):
-        picture = Image.fromarray(overlay(square, heat))
+        picture = _picture(_path_of(root, batch.names[i]), square)
+        heat = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))
+        picture = Image.fromarray(overlay(np.asarray(picture), heat))
         path = folder / heat_map_name(first + i + 1, batch.names[i])
         write_whole(path, lambda file, picture=picture: picture.save(file, "PNG"))
