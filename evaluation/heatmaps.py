@@ -12,6 +12,7 @@ from torch import nn
 
 from common.errors import UserError
 from models.clip import CLIPModel
+from models.starnet_dual_pyramid_rcf import StarNetDualPyramidRCF
 
 COLORMAP = "inferno"  # perceptually even: equal steps of heat look equal
 MOST_COVER = 0.6  # how far the colour hides the image where the heat is 1: the anatomy stays readable
@@ -43,7 +44,9 @@ def coarse_maps(
 
     images (B, 3, S, S) uint8 or 0..255 float; class_features (C, D) of unit length; targets (B,) indices of
     classes. What is looked at is the backbone's last map, the one its head pools, of h x w cells or patches:
-    F_3 of starnet_dual_pyramid_rcf, the final patch tokens of a ViT that averages them. A ViT that reads only
+    the final patch tokens of a ViT that averages them. In starnet_dual_pyramid_rcf each cell of that sees
+    the whole image, and its peaks fell on lesions as seldom as by chance; there it is the map that enters the
+    last local stage, weighted by the gradient position by position (HiResCAM). A ViT that reads only
     its class token has no use for the final patch tokens; there it is the tokens that enter the last
     attention. Class and register tokens are left out. A ViT may have mixed what it saw into tokens of the
     background by then, small ones trained from scratch often do, and the map says where it is, not where it
@@ -52,7 +55,7 @@ def coarse_maps(
     It costs one forward pass and a backward pass from the score to the map, in float32. The model stays as it
     was: mode, weights, gradients. Raises UserError for backbones that have no such map.
 
-    Selvaraju et al. 2017, "Grad-CAM", arXiv 1610.02391.
+    Selvaraju et al. 2017, "Grad-CAM", arXiv 1610.02391. Draelos & Carin 2020, "HiResCAM", arXiv 2011.08891.
     """
     device = model.logit_scale.device
     targets = torch.as_tensor(targets, device=device)
@@ -67,8 +70,9 @@ def coarse_maps(
             score = log_odds(logits, targets).sum()  # over images: in evaluation mode none touches another
         (gradient,) = torch.autograd.grad(score, last)
     maps, gradient = (_as_grid(backbone, values) for values in (last.detach(), gradient))
-    weights = gradient.mean(dim=(2, 3), keepdim=True)  # (B, channels, 1, 1)
-    return F.relu((weights * maps).sum(dim=1))
+    if not isinstance(backbone, StarNetDualPyramidRCF):
+        gradient = gradient.mean(dim=(2, 3), keepdim=True)  # (B, channels, 1, 1)
+    return F.relu((gradient * maps).sum(dim=1))
 
 
 def log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -112,6 +116,12 @@ def _last_map(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, 
 
     What comes before the map is not recorded for the backward pass, whether or not the tower is frozen.
     """
+    if isinstance(backbone, StarNetDualPyramidRCF):
+        with torch.no_grad():
+            last, global_map = backbone.before_last_stage(images)
+        last = last.detach().requires_grad_()
+        with torch.enable_grad():
+            return last, backbone.from_last_stage(last, global_map)
     if getattr(backbone, "global_pool", None) == "token":
         return _last_attended_tokens(backbone, images)
     with torch.no_grad():

@@ -160,19 +160,13 @@ def mistakes_caption(run: RunFolder, views: Views) -> str:
     heat = (
         " Heat maps (Grad-CAM): bright parts speak for the class rather than for the others. They show "
         "what the model used, not why, and coarsely: most encoders have one cell per 32 x 32 pixels of their "
-        "input. A peak beside the lesion may be the grid, or a model that goes by something else. "
-        "热图中明亮区域支持该类别；分辨率很粗，多数编码器每 32 x 32 像素一格。"
+        "input. A peak beside the lesion may be the grid, or a model that goes by something else: on "
+        "synthetic films with known lesions it lay in the lesion for little more than half of the images at "
+        "best. 热图中明亮区域支持该类别；分辨率很粗，多数编码器每 32 x 32 像素一格；"
+        "在病灶已知的合成图像上，最热点落在病灶内的至多一半稍多。"
         if any(m.for_label is not None for m in views.mistakes)
         else ""
     )
-    encoders = {run.config.get("image_encoder_name")}
-    encoders |= {model["image_encoder_name"] for model in run.config.get("models", ())}
-    if heat and "starnet_dual_pyramid_rcf" in encoders:
-        heat += (
-            " Read no place from those of starnet_dual_pyramid_rcf: its last map mixes the whole image, and "
-            "on synthetic films with known lesions its peaks lay in the lesion as seldom as by chance "
-            "(benchmarks/RESULTS.md). starnet_dual_pyramid_rcf 的热图不能用来定位病灶。"
-        )
     first = (
         " Heat maps are those of the first model."
         if heat and len(run.config.get("checkpoints", ())) > 1

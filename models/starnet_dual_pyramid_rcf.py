@@ -138,21 +138,42 @@ class StarNetDualPyramidRCF(nn.Module):
         self.fusion_gains = nn.ParameterList(torch.full((c,), INITIAL_FUSION_GAIN) for c in CHANNELS)  # a_i
         self.cascade_gains = nn.Parameter(torch.ones(len(CHANNELS) - 1))  # g_i
 
+    def _stage(
+        self, i: int, local: torch.Tensor, global_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """F_i, and what enters stage i + 1 of the local and of the global pyramid."""
+        local, global_map = self.local.stages[i](local), self.global_stages[i](global_map)
+        injected = self.fusion_gains[i].view(1, -1, 1, 1) * self.adapters[i](global_map)
+        fused = local + injected
+        if i < len(self.cascade_gains):
+            local = local + self.cascade_gains[i] * injected
+        return fused, local, global_map
+
     def fused_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The fused maps F_0 .. F_3, (B, c_i, H / s_i, W / s_i) with s_i = 4, 8, 16, 32."""
         local, global_map = self.local.stem(images), self.global_stem(images)
         fused = []
-        for i, stage in enumerate(self.local.stages):
-            local = stage(local)
-            global_map = self.global_stages[i](global_map)
-            injected = self.fusion_gains[i].view(1, -1, 1, 1) * self.adapters[i](global_map)
-            fused.append(local + injected)
-            if i < len(self.cascade_gains):
-                local = local + self.cascade_gains[i] * injected
+        for i in range(len(CHANNELS)):
+            of_stage, local, global_map = self._stage(i, local, global_map)
+            fused.append(of_stage)
         return fused
 
+    def before_last_stage(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters the last stage of the local pyramid, L_2 + g_2 * (F_2 - L_2), and of the global one,
+        G_2: (B, 96, H / 16, W / 16) each. Heat maps look at the first: after the last stage each cell has
+        seen all others.
+        """
+        local, global_map = self.local.stem(images), self.global_stem(images)
+        for i in range(len(CHANNELS) - 1):
+            _, local, global_map = self._stage(i, local, global_map)
+        return local, global_map
+
+    def from_last_stage(self, local: torch.Tensor, global_map: torch.Tensor) -> torch.Tensor:
+        """The features (B, 192) of what `before_last_stage` gives."""
+        return self.forward_head(self._stage(len(CHANNELS) - 1, local, global_map)[0])
+
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """F_3 (B, 192, H / 32, W / 32), what heat maps look at; named as timm's backbones name theirs."""
+        """F_3 (B, 192, H / 32, W / 32); named as timm's backbones name theirs."""
         return self.fused_maps(images)[-1]
 
     def forward_head(self, fused: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ import shutil
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from common.errors import UserError
 from common.files import write_json
 from evaluation.claim import claim_items
 from evaluation.report import FIGURES, main, write_report
-from evaluation.report_text import mistakes_caption
 from evaluation.results import Predictions, write_results
 from evaluation.run_folder import read_run_folder
 from evaluation.trained import FORMAT, load_trained
@@ -433,13 +431,3 @@ def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     assert main([str(tmp_path)]) == 2
     assert "metrics.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("evaluated", [False, True])
-@pytest.mark.parametrize(("encoder", "warns"), [("starnet_dual_pyramid_rcf", True), ("resnet18", False)])
-def test_heat_maps_that_show_no_place_are_said_to(encoder, warns, evaluated):
-    own = {"image_encoder_name": encoder}
-    run = SimpleNamespace(config={"models": [own]} if evaluated else own, metrics={"n_images": 9})
-    mistake = SimpleNamespace(for_label=object())
-    caption = mistakes_caption(run, SimpleNamespace(n_mistakes=1, mistakes=[mistake]))
-    assert ("Read no place" in caption) == ("不能用来定位" in caption) == warns
