@@ -278,3 +278,23 @@ def test_what_cannot_be_scored_is_refused():
         full_metrics(np.zeros((0, 2)), np.zeros(0, int), ["a", "b"])
     with pytest.raises(UserError, match="1 of 2 images are not finite"):
         full_metrics(np.array([[0.5, 0.5], [np.nan, 1]]), np.array([0, 1]), ["a", "b"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_metrics_of_an_epoch_equal_scikit_learns_also_where_classes_are_absent(seed):
+    random = np.random.default_rng(seed)
+    labels = random.choice([0, 2, 3], 20)  # class 1 has no image, class 4 is neither there nor predicted
+    probs = random.dirichlet(np.ones(5), 20)
+    probs[:, 4] = 0
+    probs /= probs.sum(1, keepdims=True)
+    predictions = probs.argmax(1)
+    found = classification_metrics(probs, labels)
+    present = np.unique(labels)
+    assert found["acc"] == pytest.approx(sk.accuracy_score(labels, predictions))
+    assert found["balanced_acc"] == pytest.approx(
+        sk.recall_score(labels, predictions, labels=present, average="macro")
+    )
+    assert found["macro_f1"] == pytest.approx(
+        sk.f1_score(labels, predictions, average="macro", zero_division=0)
+    )
+    assert found["loss"] == pytest.approx(sk.log_loss(labels, probs, labels=range(5)))
