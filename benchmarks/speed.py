@@ -40,6 +40,7 @@ from data.loader import EpochBatches, ImageDataset, build_loader
 from data.scan import scan_folder
 from evaluation.predict import predict_probs
 from models.clip import ClassSentences, CLIPModel, build_clip, build_image_tower
+from models.text_encoders import build_text_tower
 from training.fit import train_one_epoch
 from training.optim import parameter_groups
 from training.state import EarlyStopping, TrainState
@@ -99,9 +100,7 @@ def floor_of(encoder: str, size: int, batch: int, hardware: Hardware) -> Floor:
 def text_seconds(text_encoder: str, n_classes: int, hardware: Hardware) -> float:
     """One step of the text tower alone: a sentence per class, forward + backward + AdamW on its weights."""
     device = hardware.device
-    model = build_clip("resnet18", text_encoder, img_size=32, embed_dim=512, temperature=0.07,
-                       image_weights="none", text_weights="none")  # fmt: skip
-    tower = model.text_tower.to(device).train()
+    tower = build_text_tower(text_encoder, "none").to(device).train()
     tokens, _ = tower.tokenize([SENTENCE.format(i) for i in range(n_classes)])
     tokens = {key: value.to(device) for key, value in tokens.items()}
     optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=True)

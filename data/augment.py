@@ -19,7 +19,7 @@ class Augmentation:
     Never a vertical flip, never a hue. Where the image ends, black comes in.
 
     The same in distribution as torchvision's RandomHorizontalFlip, RandomAffine and ColorJitter one after the
-    other, but an image is resampled once, and rounded and clipped once.
+    other, but an image is resampled once, clipped once and never rounded.
     """
 
     def __init__(self, preset: str, horizontal_flip: bool, seed: int):
@@ -60,7 +60,8 @@ def resample(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     images (B, 3, S, S), drawn (B, 7) as `Augmentation.draw` gives it.
     """
     degrees, right, down, zoom, _, _, mirror = drawn.T
-    cos, sin = (degrees * (math.pi / 180)).cos() / zoom, (degrees * (math.pi / 180)).sin() / zoom
+    radians = degrees * (math.pi / 180)
+    cos, sin = radians.cos() / zoom, radians.sin() / zoom
     # Of an output pixel, in units of half the side from the centre: where it lies in the input.
     right, down = 2 * right / images.shape[-1], 2 * down / images.shape[-1]
     inverse = torch.stack(

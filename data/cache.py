@@ -57,16 +57,12 @@ class _Row:
     crc: int  # of the square
 
 
+@dataclass(frozen=True)
 class _Stored:
     """An open cache. rows: key of a file -> its row."""
 
-    def __init__(self, array: np.ndarray, rows: dict[str, _Row]):
-        self.array, self.rows = array, rows
-
-    def row(self, key: str, stamp: Stamp | None) -> _Row | None:
-        """The row of a file that has not changed since."""
-        found = self.rows.get(key)
-        return found if found and found.stamp == stamp else None
+    array: np.ndarray
+    rows: dict[str, _Row]
 
 
 def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -> Inspection:
@@ -86,12 +82,14 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     except PermissionError:
         print(f"note: no cache in {cache_dir}: {path.name} belongs to another user; give another --cache-dir")
         return inspect_images(files, size)
-    rows = [stored.row(*of) if stored else None for of in zip(keys, stamps, strict=True)]
+    rows = _rows_of(stored, keys, stamps)
     if n_damaged := _drop_damaged(stored, rows):
         print(f"note: {n_damaged} images in the cache {path} are damaged and are decoded anew")
     unread = [i for i, row in enumerate(rows) if row and row.reading.error]
-    again = list(read_all([files[i] for i in unread], None))  # whatever kept them from being read may be over
-    rows = [None if i in unread and not again[unread.index(i)].error else row for i, row in enumerate(rows)]
+    # whatever kept them from being read may be over
+    for i, reading in zip(unread, read_all([files[i] for i in unread], None), strict=True):
+        if not reading.error:
+            rows[i] = None
     if None in rows:
         others = _still_there(stored, folders, set(keys))
         n_bytes = (len(files) + len(others)) * size * size * 3
@@ -105,7 +103,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
             try:
                 _build(path, files, keys, stamps, rows, others, stored, size)
                 stored = _open(path, size)  # another run may have put its own there meanwhile
-                rows = [stored.row(*of) if stored else None for of in zip(keys, stamps, strict=True)]
+                rows = _rows_of(stored, keys, stamps)
                 problem = "another run changes it; try again" if None in rows else ""
             except OSError as error:
                 problem = error.strerror or str(error)
@@ -119,6 +117,14 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
 def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
     key = "\n".join([*(str(root.resolve()) for root in roots), MADE_BY])
     return cache_dir / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}_{size}px.npy"
+
+
+def _rows_of(
+    stored: _Stored | None, keys: Sequence[str], stamps: Sequence[Stamp | None]
+) -> list[_Row | None]:
+    """The row of each file that has not changed since, None for the others."""
+    found = [stored.rows.get(key) if stored else None for key in keys]
+    return [row if row and row.stamp == stamp else None for row, stamp in zip(found, stamps, strict=True)]
 
 
 def _drop_damaged(stored: _Stored | None, rows: list[_Row | None]) -> int:
