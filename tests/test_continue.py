@@ -255,3 +255,12 @@ def test_auto_changes_nothing_where_the_same_command_continues(class_folder, tmp
     assert train(class_folder, tmp_path / "out", *flags) == 0
     assert train(class_folder, tmp_path / "out", *flags) == 0
     assert "fold 1 of 2 is finished already" in capsys.readouterr().out
+
+
+def test_a_job_that_starts_leaves_what_another_fold_is_writing(class_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    of_another_job = tmp_path / "out" / ".cv_summary.json.123.abc.tmp"
+    of_another_job.write_bytes(b"half")
+    flags = ["--epochs", 1, "--use-cv", "--n-splits", 2, "--fold", 1]
+    assert train(class_folder, tmp_path / "out", *flags) == 0
+    assert of_another_job.read_bytes() == b"half"
