@@ -8,15 +8,23 @@ from pathlib import Path
 
 from common.cli import print_anything
 from common.errors import RunFailed, UserError
+from common.stopping import exit_code, sigterm_stops
 from training.config import Config, make_config, options_from_flags, refuse_without_effect, resolve_auto
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, validate, run. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Parse, validate, run. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 stopped by
+    Ctrl-C or SIGTERM.
+    """
+    with sigterm_stops():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     print_anything()
     started, config = time.time(), None
     try:
-        typed = resolve_auto(options_from_flags(sys.argv[1:] if arguments is None else arguments))
+        typed = resolve_auto(options_from_flags(arguments))
         config = make_config(typed)
         refuse_without_effect(typed, config)
         from training.run import run  # the heavy libraries, only now that the options are known to be good
@@ -26,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 1 if isinstance(error, RunFailed) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\ninterrupted; {_how_to_continue(config, started)}", file=sys.stderr)
-        return 130
+        return exit_code(stop)
     except (RuntimeError, MemoryError, OSError) as error:
         from training.device import explain_failure
 
@@ -47,8 +55,8 @@ def _how_to_continue(config: Config | None, started: float) -> str:
         return f"what is finished is saved, and the same command{once_more} continues"
     latest = Path(config.output_dir) / "checkpoint_latest.pth"
     if latest.exists() and (config.resume_from or latest.stat().st_mtime >= started):
-        return f"finished epochs are saved; to go on, the same command{once_more}, and --resume-from {latest}"
-    return "no epoch was finished, so there is nothing to resume from"
+        return f"what was trained is saved; to go on, the same command{once_more}, and --resume-from {latest}"
+    return "nothing was trained, so there is nothing to resume from"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from common.errors import RunFailed, UserError, did_you_mean
+from common.stopping import exit_code, sigterm_stops
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,17 +48,20 @@ def print_anything() -> None:
 
 
 def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
-    """Run `program`; say what went wrong on stderr. 1: it could not be done, 2: bad input, 130: Ctrl-C."""
+    """Run `program`; say what went wrong on stderr. 1: it could not be done, 2: bad input, 130 or 143:
+    stopped by Ctrl-C or SIGTERM.
+    """
     print_anything()
     try:
-        return program()
+        with sigterm_stops():
+            return program()
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 1 if isinstance(error, RunFailed) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\ninterrupted; {interrupted}", file=sys.stderr)
-        return 130
+        return exit_code(stop)
     except (MemoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

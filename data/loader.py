@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.stopping import stop_after_the_parent
 from data.images import MEMORY_FOR_IMAGES, Squares, UnreadableImage, read_image, to_square
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -48,11 +49,12 @@ class EpochBatches(Sampler[list[int]]):
 
     Even batches, because a batch of one image has no batch statistics and no negatives: where batches of 2
     meet an odd number of images, one holds 3.
-    The order depends on `seed` and `epoch` alone.
+    The order depends on `seed` and `epoch` alone; `start` batches of it are passed over.
     """
 
     def __init__(self, indices: np.ndarray, batch_size: int, seed: int | None):
-        self.indices, self.batch_size, self.seed, self.epoch = indices, batch_size, seed, 0
+        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
         n = len(self.indices)
@@ -62,7 +64,7 @@ class EpochBatches(Sampler[list[int]]):
         order = self.indices
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        for batch in np.array_split(order, len(self)):
+        for batch in np.array_split(order, len(self))[self.start :]:
             yield batch.tolist()
 
 
@@ -85,6 +87,7 @@ def build_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=stop_after_the_parent,
         multiprocessing_context=fork_context(workers),
         # its own: a new iterator would draw from the global stream, and dropout would differ after a resume
         generator=torch.Generator(),

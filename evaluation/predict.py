@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, first_line
 from common.files import path_cell, text_cell, writable, write_whole
+from common.stopping import stop_after_the_parent
 from data.images import UnreadableImage, read_image, to_square
 from data.inputs import ImageList
 from data.loader import fork_context
@@ -133,6 +134,7 @@ def decode(
             num_workers=workers,
             pin_memory=pin_memory,
             multiprocessing_context=fork_context(workers),
+            worker_init_fn=stop_after_the_parent,
         )
     )
 

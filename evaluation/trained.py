@@ -11,9 +11,8 @@ import torch
 
 from common.device import choose_hardware
 from common.errors import UserError, first_line
+from evaluation.checkpoints import BEST, LATEST, NOT_FOR_USE, read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip
-
-FORMAT = 2  # of the checkpoints; 2 added class_features
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,24 @@ def find_checkpoints(path: Path) -> list[Path]:
                 f"({', '.join(unfinished) or 'folds are missing'}); finish it with the same command, or give "
                 "the folders of single folds"
             )
-        return [p / "checkpoint_latest.pth" for _, p in sorted(folds)]
-    if (path / "checkpoint_latest.pth").exists():
-        return [path / "checkpoint_latest.pth"]
+        return [p / LATEST for _, p in sorted(folds)]
+    if (path / LATEST).exists():
+        return [path / LATEST]
     runs = sorted(p.name for p in path.iterdir() if (p / "config.json").exists())
     hint = f"one of its runs: {', '.join(runs[:10])}" if runs else "the folder of a finished run"
-    raise UserError(f"--checkpoint {path} holds no checkpoint_latest.pth; give {hint}")
+    raise UserError(f"--checkpoint {path} holds no {LATEST}; give {hint}")
 
 
 def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -> TrainedModel:
     """The model of one checkpoint file. Its text tower is built only `with_text`, for new sentences."""
-    checkpoint = read_checkpoint(path, "--checkpoint")
+    checkpoint = read_checkpoint(path, "--checkpoint", with_text=with_text)
+    begun = checkpoint.get("in_epoch", {}).get("steps", 0)
+    if begun or not checkpoint["epoch"]:
+        raise UserError(
+            f"--checkpoint {path} was saved in the middle of epoch {checkpoint['epoch'] + 1} (after {begun} "
+            "steps), so nothing is known of how good it is; continue the run to the epoch's end, or give its "
+            f"{BEST}"
+        )
     config = checkpoint["config"]
     model = build_clip(
         config["image_encoder_name"],
@@ -96,7 +102,7 @@ def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -
         class_texts=checkpoint["class_texts"],
         class_features=checkpoint["class_features"].to(device),
         img_size=config["img_size"],
-        facts={key: checkpoint[key] for key in checkpoint.keys() - {"model", "optimizer", "rng"}},
+        facts={key: checkpoint[key] for key in checkpoint.keys() - {"model", *NOT_FOR_USE}},
     )
 
 
@@ -131,33 +137,3 @@ def load_models(
         models.append(trained)
         autocasts.append(hardware.autocast())
     return models, autocasts
-
-
-def read_checkpoint(
-    path: Path,
-    option: str = "--resume-from",
-    advice: str = "give another one, such as checkpoint_best.pth beside it",
-) -> dict[str, Any]:
-    """Load a checkpoint of this program on the CPU; nothing is unpickled but tensors and plain values.
-
-    Raises UserError when it is missing, truncated, or not one of ours.
-    """
-    if not path.is_file():
-        raise UserError(f"{option} {path} does not exist; give a run's checkpoint_latest.pth")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file raises many kinds
-        raise UserError(
-            f"{option} {path} is damaged or no checkpoint of this program ({first_line(error)}); {advice}"
-        ) from None
-    needed = (
-        "format", "config", "classes", "class_texts", "class_features", "model", "optimizer", "history",
-        "rng", "epoch",
-    )  # fmt: skip
-    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing or checkpoint["format"] != FORMAT:
-        raise UserError(
-            f"{option} {path} is no checkpoint of this program (it lacks "
-            f"{', '.join(missing) or 'its format'})"
-        )
-    return checkpoint

@@ -1,23 +1,35 @@
-"""How an epoch's files are written: beside the next epoch, whole, the best one never behind the latest."""
+"""How checkpoints are written and read: whole, checked, beside training, the best never behind the latest."""
 
 import copy
 import json
 import os
+import pickle
+import shutil
 import threading
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from quick import train
 
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
+from evaluation.checkpoints import FORMAT, checksum, read_checkpoint, write_file
+from evaluation.trained import load_trained
 from training import fit as fit_module
 from training import state as state_module
-from training.state import write_checkpoint
+from training.state import read_to_resume, write_checkpoint
+
+NAMES = ("checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth")
 
 
 def checkpoint(epoch: int) -> dict:
-    return {"epoch": epoch, "history": {"val_acc": [1.0] * epoch}, "model": torch.full((3,), float(epoch))}
+    return {
+        "format": FORMAT, "epoch": epoch, "history": {"val_acc": [1.0] * epoch}, "optimizer": {},
+        "model": {"w": torch.full((3,), float(epoch))}, "frozen": {}, "config": {}, "classes": [],
+        "class_texts": {}, "class_features": torch.zeros(1),
+    }  # fmt: skip
 
 
 def leaves(value, name="") -> Iterator[tuple[str, object]]:
@@ -31,36 +43,219 @@ def leaves(value, name="") -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def epochs_in(folder) -> dict[str, int]:
-    names = ("checkpoint_latest.pth", "checkpoint_best.pth")
-    return {name: torch.load(folder / name, weights_only=True)["epoch"] for name in names}
+def epochs_in(folder) -> list[int | None]:
+    """Of the latest, the one before and the best."""
+    files = [folder / name for name in NAMES]
+    return [read_checkpoint(file)["epoch"] if file.exists() else None for file in files]
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_best_stays_when_the_latest_is_replaced(tmp_path, monkeypatch, links):
+def test_the_best_and_the_one_before_stay_when_the_latest_is_replaced(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError(95, "no links here")))
+    before = None
     for epoch, is_best in ((1, True), (2, False), (3, True), (4, False)):
         write_checkpoint(tmp_path, checkpoint(epoch), is_best)
         best = epoch if is_best else epoch - 1
-        assert epochs_in(tmp_path) == {"checkpoint_latest.pth": epoch, "checkpoint_best.pth": best}
+        assert epochs_in(tmp_path) == [epoch, before, best]
         assert len(json.loads((tmp_path / "history.json").read_text())["val_acc"]) == epoch
-    assert len(list(tmp_path.iterdir())) == 3  # nothing temporary is left
+        before = epoch
+    assert len(list(tmp_path.iterdir())) == 4  # nothing temporary is left
 
 
-def test_killed_between_the_two_the_best_is_the_newer(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("killed_at", "left"), [(0, [1, None, 1]), (1, [1, None, 2]), (2, [1, 1, 2])])
+def test_killed_between_two_files_each_is_whole_and_the_best_the_newer(
+    tmp_path, monkeypatch, killed_at, left
+):
     write_checkpoint(tmp_path, checkpoint(1), True)
-    replace = os.replace
+    replace, calls = os.replace, []
 
     def killed(source, target):
-        if target.name == "checkpoint_latest.pth":
+        calls.append(target.name)
+        if len(calls) > killed_at:
             raise KeyboardInterrupt
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, checkpoint(2), True)
-    assert epochs_in(tmp_path) == {"checkpoint_latest.pth": 1, "checkpoint_best.pth": 2}
+    assert epochs_in(tmp_path) == left
+
+
+def test_the_checksum_tells_any_two_contents_apart():
+    base = {"a": torch.zeros(4), "b": [1, 2.0, "x", None, True], "c": {"d": torch.tensor(3)}}
+    others = [
+        base | {"a": torch.tensor([0, 0, 0, 1e-45])},
+        base | {"a": torch.zeros(2, 2)},
+        base | {"a": torch.zeros(4, dtype=torch.int32)},
+        base | {"b": [1, 2.0, "x", None, 1]},
+        base | {"b": [1, 2, "x", None, True]},
+        base | {"b": (1, 2.0, "x", None, True)},
+        base | {"c": {"e": torch.tensor(3)}},
+        {**base, "z": None},
+    ]
+    sums = [checksum(one) for one in (base, *others)]
+    assert len(set(sums)) == len(sums)
+    channels_last = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    assert checksum(copy.deepcopy(base)) == sums[0]
+    assert checksum({"w": channels_last}) == checksum({"w": channels_last.contiguous()})
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+def test_one_flipped_bit_of_the_weights_is_found(tmp_path):
+    write_file(tmp_path / "c.pth", checkpoint(3) | {"model": {"w": torch.full((1000,), 1.2345)}})
+    data = (tmp_path / "c.pth").read_bytes()
+    middle = data.index(torch.full((1000,), 1.2345).numpy().tobytes()) + 2000
+    (tmp_path / "c.pth").write_bytes(flipped(data, middle))
+    assert torch.load(tmp_path / "c.pth", weights_only=True)["epoch"] == 3  # PyTorch does not see it
+    with pytest.raises(UserError, match="its checksum is wrong"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['HOSTILE_MARK']}",)
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    mark = tmp_path / "ran"
+    monkeypatch.setenv("HOSTILE_MARK", str(mark))
+    torch.save({"format": FORMAT, "model": Hostile()}, tmp_path / "zip.pth")
+    torch.save(
+        {"format": FORMAT, "model": Hostile()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False
+    )
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Hostile()))
+    for name in ("zip", "old", "raw"):
+        with pytest.raises(UserError, match="damaged or no checkpoint"):
+            read_checkpoint(tmp_path / f"{name}.pth")
+    assert not mark.exists()
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
+    """A few kilobytes of zip can hold gigabytes of zeros."""
+    torch.serialization.set_crc32_options(True)  # zipfile checks them
+    torch.save(checkpoint(1), tmp_path / "c.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "c.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, bytes(10**7) if name.endswith("data/0") else plain.read(name))
+    with pytest.raises(UserError, match="compressed"):
+        read_checkpoint(tmp_path / "bomb.pth")
+
+
+def test_an_older_format_is_named(tmp_path):
+    torch.save(checkpoint(1) | {"format": 2}, tmp_path / "old.pth")
+    with pytest.raises(UserError, match="of format 2; this version reads 3"):
+        read_checkpoint(tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize("harm", ["truncated", "gone", "flipped"])
+def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, harm):
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path, checkpoint(epoch), False)
+    latest = tmp_path / "checkpoint_latest.pth"
+    data = latest.read_bytes()
+    latest.unlink()
+    if harm != "gone":
+        latest.write_bytes(data[: len(data) // 2] if harm == "truncated" else flipped(data, len(data) - 400))
+    content, file = read_to_resume(latest)
+    assert content["epoch"] == 1 and file.name == "checkpoint_previous.pth"
+    assert "going on from the one before it" in capsys.readouterr().out
+    with pytest.raises(UserError):  # not so for use: it would be another model than the one asked for
+        read_checkpoint(latest)
+    (tmp_path / "checkpoint_previous.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint_latest\.pth"):
+        read_to_resume(latest)
+
+
+def test_a_run_whose_latest_is_damaged_ends_as_if_it_were_not(
+    quick_report, class_folder, finished, tmp_path, monkeypatch
+):
+    flags = ["--epochs", 4, "--group-pattern", r"^(P\d+)_"]
+    out = tmp_path / "out"
+    one_epoch = fit_module.train_one_epoch
+
+    def killed(state, *args, **options):
+        if state.epoch == 3:
+            raise KeyboardInterrupt
+        return one_epoch(state, *args, **options)
+
+    monkeypatch.setattr(fit_module, "train_one_epoch", killed)
+    assert train(class_folder, out, *flags) == 130
+    monkeypatch.undo()
+    latest = out / "checkpoint_latest.pth"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    assert train(class_folder, out, *flags, "--resume-from", "auto") == 0
+    ends = [read_checkpoint(run / "checkpoint_latest.pth") for run in (out, finished)]
+    assert all(torch.equal(ends[0]["model"][name], value) for name, value in ends[1]["model"].items())
+    assert not (out / "checkpoint_previous.pth").exists()  # a finished run leaves two
+
+
+# --- frozen towers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frozen_run(quick_report, class_folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("frozen") / "run"
+    assert train(class_folder, out, "--epochs", 2, "--freeze-text-encoder", "--embed-dim", 8) == 0
+    return out
+
+
+def test_a_frozen_tower_is_stored_once_and_comes_back_whole(frozen_run):
+    raw = torch.load(frozen_run / "checkpoint_latest.pth", weights_only=True)
+    assert not any(name.startswith("text_tower") for name in raw["model"])
+    for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
+        trained = load_trained(frozen_run / name, torch.device("cpu"), with_text=True)
+        stored = torch.load(frozen_run / "frozen_text_tower.pth", weights_only=True)["tower"]
+        weights = trained.model.state_dict()
+        assert len(stored) == sum(name.startswith("text_tower") for name in weights)
+        assert all(torch.equal(weights[name], value) for name, value in stored.items())
+        # the sentences encoded anew are those that training used
+        features = trained.features_of(trained.class_texts)
+        assert torch.allclose(features, trained.class_features, atol=1e-6)
+
+
+def test_images_can_be_classified_without_the_frozen_text_tower_sentences_cannot(frozen_run, tmp_path):
+    shutil.copy(frozen_run / "checkpoint_latest.pth", tmp_path / "model.pth")
+    assert load_trained(tmp_path / "model.pth", torch.device("cpu")).classes
+    with pytest.raises(UserError, match=r"frozen_text_tower\.pth; put that file"):
+        load_trained(tmp_path / "model.pth", torch.device("cpu"), with_text=True)
+
+
+def test_the_frozen_tower_of_another_run_is_refused(frozen_run, class_folder, tmp_path, capsys):
+    copied = tmp_path / "copied"
+    shutil.copytree(frozen_run, copied)
+    other = torch.load(copied / "frozen_text_tower.pth", weights_only=True)
+    other.pop("checksum")
+    next(iter(other["tower"].values())).add_(1)
+    write_file(copied / "frozen_text_tower.pth", other)
+    with pytest.raises(UserError, match="of another run"):
+        read_checkpoint(copied / "checkpoint_latest.pth")
+    (copied / "checkpoint_latest.pth").unlink()
+    flags = ["--freeze-text-encoder", "--embed-dim", 8, "--epochs", 1]
+    assert train(class_folder, copied, *flags, "--overwrite") == 0  # all that the old run wrote goes
+    assert read_checkpoint(copied / "checkpoint_latest.pth")["epoch"] == 1
+
+
+def test_the_folds_of_a_cross_validation_share_one_frozen_tower(class_folder, tmp_path, quick_report):
+    out = tmp_path / "cv"
+    flags = ["--use-cv", "--n-splits", 2, "--epochs", 1, "--freeze-image-encoder"]
+    assert train(class_folder, out, *flags, "--fold", 2) == 0
+    assert train(class_folder, out, *flags) == 0
+    assert (out / "frozen_image_tower.pth").exists() and not list(out.glob("fold_*/frozen_*"))
+    one, two = (
+        load_trained(out / f"fold_{k}" / "checkpoint_latest.pth", torch.device("cpu")) for k in (1, 2)
+    )
+    first, second = one.model.image_tower.state_dict(), two.model.image_tower.state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# --- beside training ----------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_the_moment_it_was_taken(quick_report, class_folder, tmp_path, monkeypatch):
@@ -99,16 +294,17 @@ def test_a_disk_that_fills_ends_the_run_and_leaves_the_last_good_files(
 ):
     save, calls = torch.save, []
 
-    def full_after_one(*args, **options):
+    def full_after_the_first_epoch(*args, **options):
         calls.append(1)
-        if len(calls) > 1:
+        if len(calls) > 2:  # its best and its latest
             raise OSError(28, "No space left on device")
         return save(*args, **options)
 
-    monkeypatch.setattr(state_module.torch, "save", full_after_one)
+    monkeypatch.setattr(torch, "save", full_after_the_first_epoch)
     assert train(class_folder, tmp_path / "out", "--epochs", epochs) == 1  # also where it is the last epoch's
     assert "No space left on device" in capsys.readouterr().err
-    assert epochs_in(tmp_path / "out") == {"checkpoint_latest.pth": 1, "checkpoint_best.pth": 1}
+    latest, _, best = epochs_in(tmp_path / "out")
+    assert latest == best == 1
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
@@ -126,6 +322,16 @@ def test_a_failed_write_is_said_also_when_training_fails_meanwhile(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fit_module, "train_one_epoch", failing)
-    monkeypatch.setattr(state_module.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     assert train(class_folder, tmp_path / "out", "--epochs", 3) == 1
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_too_full_a_disk_is_said_before_images_are_read(class_folder, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**8))
+    assert train(class_folder, tmp_path / "out", "--epochs", 1) == 2
+    streams = capsys.readouterr()
+    # resnet18 and a tiny text tower, 45 MB: three latest with moments, two best
+    assert "checkpoints will need about 0." in streams.err and "0.1 GB are free" in streams.err
+    assert "read 72 images" not in streams.out and not (tmp_path / "out").exists()

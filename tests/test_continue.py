@@ -14,6 +14,7 @@ from quick import QUICK, train
 
 from common.errors import UserError
 from common.files import whole_file
+from evaluation.checkpoints import read_checkpoint, write_file
 from train_clip import main
 from training.config import make_config, options_from_flags, refuse_without_effect
 
@@ -114,9 +115,10 @@ def test_what_a_checkpoint_does_not_fit_is_said_before_images_are_read(
         (["--epochs", 3], latest, "has 4 epochs behind it"),
         (["--text-template", "另{class_name}"], latest, "other sentences for"),
     ]
-    fold = torch.load(latest, weights_only=True)
+    fold = read_checkpoint(latest)
     fold["config"]["use_cv"] = True
-    torch.save(fold, tmp_path / "fold.pth")
+    write_file(tmp_path / "fold.pth", fold)
+    cases.append(([], finished / "checkpoint_best.pth", "without the optimizer"))
     cases.append(([], tmp_path / "fold.pth", "is of a fold"))
     for flags, checkpoint, message in cases:
         assert train(class_folder, tmp_path / "out", "--resume-from", checkpoint, *flags) == 2

@@ -85,17 +85,20 @@ def expected_cells(name: str) -> list[str]:
     default = json.dumps(FIELDS[name].default, ensure_ascii=False)
     kind = str(FIELDS[name].type if isinstance(FIELDS[name].type, str) else Config.__annotations__[name])
     kind = next(word for word in TYPE_WORDS if word in kind)
-    return [f"`{flag_of(name)}`", f"`{name}`", TYPE_WORDS[kind], f"`{default}`", range_text(name)]
+    resume = {"fixed": "固定", "said": "提示", "free": "自由"}[FIELDS[name].metadata["on_resume"]]
+    return [f"`{flag_of(name)}`", f"`{name}`", TYPE_WORDS[kind], f"`{default}`", range_text(name), resume]
 
 
 def test_option_table():
     text = GUIDE.read_text(encoding="utf-8")
     table = text.split("<!-- options:begin -->")[1].split("<!-- options:end -->")[0].strip().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
-    assert rows[0] == ["参数", "JSON 键", "类型", "默认值", "范围", "说明"]
-    assert all(len(row) == 6 and row[5] for row in rows[2:]), "each row has six cells and explains its option"
+    assert rows[0] == ["参数", "JSON 键", "类型", "默认值", "范围", "续训", "说明"]
+    assert all(len(row) == 7 and row[6] for row in rows[2:]), (
+        "each row has seven cells and explains its option"
+    )
     wanted = {name: expected_cells(name) for name in FIELDS}
-    have = {row[1].strip("`"): row[:5] for row in rows[2:]}
+    have = {row[1].strip("`"): row[:6] for row in rows[2:]}
     mend = [f"| {' | '.join(cells)} | … |" for name, cells in wanted.items() if have.get(name) != cells]
     assert not mend, "rows that the table lacks or has otherwise:\n" + "\n".join(mend)
     assert list(have) == list(FIELDS) and len(rows) - 2 == len(FIELDS), (

@@ -12,7 +12,7 @@ from common.errors import UserError
 from data.demo import make_demo
 from data.images import inspect_images
 from data.scan import fingerprint, scan_folder
-from evaluation.trained import FORMAT
+from evaluation.checkpoints import FORMAT, write_file
 from models.clip import build_clip
 
 LESION = Lesion("肺炎/P001_1.png", "肺炎", "P001", (0.1, 0.2, 0.4, 0.45))
@@ -119,7 +119,7 @@ def run(demo, tmp_path):
         "class_texts": {name: [name] for name in folder.classes},
         "class_features": torch.eye(16)[: len(folder.classes)],
         "model": model.state_dict(),
-        "optimizer": {}, "history": {}, "rng": {}, "epoch": 1, "dataset_fingerprint": found,
+        "frozen": {}, "history": {}, "epoch": 1, "dataset_fingerprint": found,
     }  # fmt: skip
     val = [path for path in folder.paths if path.split("/")[1] >= "P016"]
     train = [path for path in folder.paths if path not in val]
@@ -129,7 +129,7 @@ def run(demo, tmp_path):
 
 def write_run(folder, checkpoint, found, folds):
     folder.mkdir()
-    torch.save(checkpoint, folder / "checkpoint_latest.pth")
+    write_file(folder / "checkpoint_latest.pth", checkpoint)
     (folder / "splits.json").write_text(json.dumps({"dataset_fingerprint": found, "folds": folds}), "utf-8")
 
 
@@ -154,7 +154,7 @@ def test_each_fold_is_played_on_its_own_images(demo, run, tmp_path):
     for number in (1, 2):
         folder = tmp_path / "cv" / f"fold_{number}"
         folder.mkdir()
-        torch.save(checkpoint, folder / "checkpoint_latest.pth")
+        write_file(folder / "checkpoint_latest.pth", checkpoint)
         (folder / "predictions.csv").write_text("")
     lesions = read_lesions(demo)
     _, _, games = pointing_game.play_run(tmp_path / "cv", demo, lesions)

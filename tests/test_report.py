@@ -18,11 +18,12 @@ from sklearn.decomposition import PCA
 import evaluation.model_views as model_views
 from common.errors import UserError
 from common.files import write_json
+from evaluation.checkpoints import FORMAT, write_file
 from evaluation.claim import claim_items
 from evaluation.report import FIGURES, main, write_report
 from evaluation.results import Predictions, write_results
 from evaluation.run_folder import read_run_folder
-from evaluation.trained import FORMAT, load_trained
+from evaluation.trained import load_trained
 from models.clip import build_clip
 from training.config import Config
 
@@ -56,15 +57,15 @@ def write_checkpoint(path, config, classes, random):
     features = torch.nn.functional.normalize(
         torch.from_numpy(random.normal(size=(len(classes), size))).float()
     )
-    torch.save(
+    write_file(
+        path,
         {
             "format": FORMAT, "config": config, "classes": list(classes),
             "class_texts": {name: [name] for name in classes}, "class_features": features,
             "dataset_fingerprint": "f" * 64,
-            "pretrained": {"image": [], "text": ["a"]}, "model": model.state_dict(), "optimizer": {},
-            "history": {}, "rng": {}, "epoch": EPOCHS,
+            "pretrained": {"image": [], "text": ["a"]}, "model": model.state_dict(),
+            "frozen": {}, "history": {}, "epoch": EPOCHS,
         },
-        path,
     )  # fmt: skip
 
 

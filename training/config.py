@@ -32,11 +32,12 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    fixed_on_resume: bool = False,
+    on_resume: str = "said",
 ) -> Any:
     """A field of Config. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    `fixed_on_resume` marks what must stay as it was when a checkpoint is resumed.
+    `on_resume` says whether it may change when a run is continued. "fixed": no. "said": with --resume-from,
+    which then says so; a cross-validation and the entries of a --config-file are refused. "free": always.
     """
     return field(
         default=default, metadata={key: value for key, value in locals().items() if key != "default"}
@@ -47,8 +48,12 @@ def option(
 class Config:
     """All options of a run. Field names are the JSON keys of the guide."""
 
-    data_dir: str | None = option(None, "data", "folder with one sub-folder of images per class (required)")
-    output_dir: str | None = option(None, "data", "folder for everything the run writes (required)")
+    data_dir: str | None = option(
+        None, "data", "folder with one sub-folder of images per class (required)", on_resume="free"
+    )
+    output_dir: str | None = option(
+        None, "data", "folder for everything the run writes (required)", on_resume="free"
+    )
     val_dir: str | None = option(None, "data", "a ready validation folder, instead of holding images out")
     val_ratio: float = option(0.2, "data", "share of images held out for validation", above=0, high=0.5)
     group_pattern: str | None = option(
@@ -57,10 +62,14 @@ class Config:
     groups_file: str | None = option(
         None, "data", "CSV with columns path,group that names each image's patient"
     )
-    cache_dir: str | None = option(None, "data", "folder for decoded images (default: ~/.cache/train_clip)")
-    use_cache: bool = option(True, "data", "keep no decoded images on disk", flag="--no-cache")
+    cache_dir: str | None = option(
+        None, "data", "folder for decoded images (default: ~/.cache/train_clip)", on_resume="free"
+    )
+    use_cache: bool = option(
+        True, "data", "keep no decoded images on disk", flag="--no-cache", on_resume="free"
+    )
     skip_unreadable: bool = option(False, "data", "leave unreadable images out instead of stopping")
-    overwrite: bool = option(False, "data", "replace another run's results in --output-dir")
+    overwrite: bool = option(False, "data", "replace another run's results in --output-dir", on_resume="free")
 
     text_template: str | None = option(
         None,
@@ -76,30 +85,30 @@ class Config:
         "model",
         "image encoder, or timm:NAME for any timm model",
         flag="--image-encoder",
-        fixed_on_resume=True,
+        on_resume="fixed",
     )
     text_encoder_name: str = option(
         "bert-base-chinese",
         "model",
         "text encoder: bert-base-chinese, bert-tiny-bytes (no download), a Hugging Face id or a local folder",
         flag="--text-encoder",
-        fixed_on_resume=True,
+        on_resume="fixed",
     )
     image_weights: str = option(
         "auto",
         "model",
         "pretrained, none (random), or a file or folder; auto: none for starnet_dual_pyramid_rcf, else "
         "pretrained",
-        fixed_on_resume=True,
+        on_resume="fixed",
     )
     text_weights: str = option(
         "auto",
         "model",
         "pretrained, none (random), or a file or folder; auto: none for bert-tiny-bytes, else pretrained",
-        fixed_on_resume=True,
+        on_resume="fixed",
     )
     embed_dim: int = option(
-        512, "model", "size of the shared embedding space", low=2, high=8192, fixed_on_resume=True
+        512, "model", "size of the shared embedding space", low=2, high=8192, on_resume="fixed"
     )
     temperature: float = option(
         0.07,
@@ -107,16 +116,16 @@ class Config:
         "temperature at the start; learned afterwards",
         low=0.01,
         high=1.0,
-        fixed_on_resume=True,
+        on_resume="fixed",
     )
     freeze_image_encoder: bool = option(
-        False, "model", "keep the image tower as it is; train its projection", fixed_on_resume=True
+        False, "model", "keep the image tower as it is; train its projection", on_resume="fixed"
     )
     freeze_text_encoder: bool = option(
         False,
         "model",
         "keep the text tower as it is; its sentences are then encoded once per run",
-        fixed_on_resume=True,
+        on_resume="fixed",
     )
 
     batch_size: int = option(32, "training", "images per step", low=2)
@@ -138,13 +147,19 @@ class Config:
     grad_clip: float = option(
         1.0, "training", "largest norm of a step's gradient; 0 switches clipping off", low=0
     )
+    max_nonfinite_steps: int = option(
+        3,
+        "training",
+        "stop after this many steps in a row whose loss or gradient is not finite; fewer are skipped",
+        low=1,
+    )
     loss: str = option(
         "unicl",
         "training",
         "unicl: class-aware, both directions; clip: in-batch pairs; ce: image to text only",
         choices=("unicl", "clip", "ce"),
     )
-    img_size: int = option(224, "training", "image side in pixels", low=32, high=4096, fixed_on_resume=True)
+    img_size: int = option(224, "training", "image side in pixels", low=32, high=4096, on_resume="fixed")
     augmentation: str = option(
         "standard", "training", "training augmentation", choices=("none", "minimal", "standard")
     )
@@ -158,20 +173,33 @@ class Config:
         "processes that read images which neither the cache nor memory holds, at most one per CPU core",
         low=0,
         high=256,
+        on_resume="free",
     )
-    gpu_id: int = option(0, "other", "CUDA device; -1 trains on the CPU", low=-1)
+    gpu_id: int = option(0, "other", "CUDA device; -1 trains on the CPU", low=-1, on_resume="free")
     use_amp: bool = option(True, "other", "train in float32 instead of mixed precision", flag="--no-amp")
     resume_from: str | None = option(
         None,
         "other",
         "checkpoint to continue from; auto: the one in --output-dir, where there is one",
+        on_resume="free",
+    )
+    save_every_minutes: float = option(
+        10.0,
+        "other",
+        "save within an epoch too, this often; 0 saves at the ends of epochs only",
+        low=0,
+        on_resume="free",
     )
     save_best: bool = option(True, "other", "do not write checkpoint_best.pth", flag="--no-save-best")
 
     use_cv: bool = option(False, "cross-validation", "k-fold cross-validation")
     n_splits: int = option(5, "cross-validation", "number of folds", low=2)
     fold: int | None = option(
-        None, "cross-validation", "train this fold alone (1 to --n-splits), as one of several jobs", low=1
+        None,
+        "cross-validation",
+        "train this fold alone (1 to --n-splits), as one of several jobs",
+        low=1,
+        on_resume="free",
     )
     random_state: int = option(
         42, "cross-validation", "seed of splits, weights and order", low=0, high=2**31 - 1
@@ -191,16 +219,21 @@ class Config:
         "early stopping",
         "what early stopping and checkpoint_best.pth go by",
         choices=MONITORS,
-        fixed_on_resume=True,
+        on_resume="fixed",
     )
 
-    multi_config: bool = option(False, "several configurations", "train every entry of --config-file")
-    config_file: str | None = option(None, "several configurations", "JSON array of configurations")
+    multi_config: bool = option(
+        False, "several configurations", "train every entry of --config-file", on_resume="free"
+    )
+    config_file: str | None = option(
+        None, "several configurations", "JSON array of configurations", on_resume="free"
+    )
     config_index: int | None = option(
         None,
         "several configurations",
         "train this entry alone (1 is the first), as one of several jobs",
         low=1,
+        on_resume="free",
     )
 
 

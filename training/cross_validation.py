@@ -13,9 +13,9 @@ from common.files import read_json, write_json
 from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
+from evaluation.checkpoints import LATEST, PREVIOUS
 from evaluation.metrics import classification_metrics
 from evaluation.results import headline, read_predictions, write_results
-from evaluation.trained import read_checkpoint
 from training.config import Config
 from training.dataset import (
     DataSet,
@@ -26,7 +26,14 @@ from training.dataset import (
     scan,
     sentences_of,
 )
-from training.outputs import continues, locked, prepare_output_folder, print_files, run_record
+from training.outputs import (
+    continues,
+    locked,
+    prepare_output_folder,
+    print_files,
+    refuse_full_disk,
+    run_record,
+)
 from training.run import (
     RunResult,
     build_model,
@@ -37,6 +44,7 @@ from training.run import (
     tokenise,
     train_on_split,
 )
+from training.state import read_to_resume
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
 PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished
@@ -57,6 +65,7 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
 
     print(f"device: {hardware.description}")
     model = build_model(config)
+    refuse_full_disk(output_dir, model, config)
     sentences = tokenise(model, texts)
     initial = copy.deepcopy(model.state_dict())
     data = read_images(config, folder, None, patients, at_least=2)
@@ -89,20 +98,21 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
                 print(f"fold {number} of {len(splits)} is finished already")
                 continue
             print(f"\nfold {number} of {len(splits)}")
-            latest = fold_dir / "checkpoint_latest.pth"
-            checkpoint = None
-            if latest.exists():
-                checkpoint = read_checkpoint(latest, "the fold's", "remove it to train the fold anew")
-                check_same_classes(checkpoint, f"the fold's {latest}", data.folder.classes, texts)
+            checkpoint, file = None, fold_dir / LATEST
+            if file.exists():
+                checkpoint, file = read_to_resume(file, "the fold's")
+                check_same_classes(checkpoint, f"the fold's {file}", data.folder.classes, texts)
                 check_same_data(checkpoint, data, split)
             model.load_state_dict(initial)
             result = train_on_split(
                 config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
+                resumed_from=file if checkpoint else None, run_dir=output_dir,
                 seed=config.random_state + number,
             )  # fmt: skip
             write_json(fold_dir / "result.json", fold_result(number, split, result))
             folds = np.full(len(split.val), number)
             data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
+            (fold_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
 
     missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:

@@ -1,7 +1,7 @@
 """The training loop: what happens to a batch, an epoch, a run, in the order it happens."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.device import Hardware, keep_freed_memory
-from common.errors import RunFailed, shorten
+from common.errors import RunFailed
 from common.files import write_json
+from common.stopping import Requests, Stoppable, Stopped
 from data.augment import Augmentation
 from data.loader import EpochBatches
 from evaluation.metrics import classification_metrics
 from evaluation.predict import predict_probs
 from models.clip import ClassSentences
+from training.finite import FiniteSteps
 from training.losses import contrastive_loss
 from training.optim import lr_factor
-from training.state import CheckpointWriter, TrainState
+from training.state import CheckpointWriter, InEpoch, TrainState
 
-CHECK_EVERY_STEPS = 20  # a look at the loss makes a GPU wait, so it is not taken at every step
+HINT_AFTER_EPOCHS = 5
 
 
 def train_one_epoch(
@@ -31,21 +33,28 @@ def train_one_epoch(
     loader: DataLoader,
     augment: Augmentation,
     hardware: Hardware,
+    requests: Requests,
+    save: Callable[[], None],
     *,
     loss_kind: str,
     grad_clip: float,
+    max_nonfinite_steps: int,
     seed: int,
 ) -> dict[str, float]:
-    """One pass over the training images, each through the image tower once. Means over images, accuracy
-    over classes.
+    """One pass over the training images, each through the image tower once, or what is left of a pass that
+    was begun before. Means over images, accuracy over classes.
 
-    Raises RunFailed naming the batch's files when the loss is not finite; what was saved before stays.
+    Raises RunFailed naming the batch's files when `max_nonfinite_steps` in a row had a loss or gradient that
+    is not finite; what was saved before stays. Raises Stopped, after saving, when `requests` ask for it.
     """
-    model, optimizer, device = state.model.train(), state.optimizer, hardware.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, image-to-text loss, correct images
-    n_images = 0
-    unchecked: list[tuple[torch.Tensor, torch.Tensor]] = []
-    progress = tqdm(loader, desc=f"epoch {state.epoch + 1}", unit="batch", leave=False, disable=None)
+    model, optimizer, device, done = state.model.train(), state.optimizer, hardware.device, state.in_epoch
+    steps = FiniteSteps(state, loader.dataset.files, max_nonfinite_steps)
+    done.sums = done.sums.to(device)
+    started = time.monotonic() - done.seconds
+    progress = tqdm(
+        loader, desc=f"epoch {state.epoch + 1}", initial=done.steps, total=state.steps_per_epoch,
+        unit="batch", leave=False, disable=None,
+    )  # fmt: skip
     for images, labels, indices in progress:
         factor = lr_factor(state.step, state.total_steps, state.warmup_steps)
         for group in optimizer.param_groups:
@@ -67,54 +76,55 @@ def train_one_epoch(
         norm = torch.nn.utils.get_total_norm(gradients)
         if grad_clip and (device.type != "cpu" or norm > grad_clip):  # to look at it would make a GPU wait
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
+        finite = torch.isfinite(loss.detach() if state.scaler.is_enabled() else loss.detach() + norm)
+        steps.allow(finite, indices)
         state.scaler.step(optimizer)
         state.scaler.update()
         model.clamp_logit_scale()
-        state.step += 1
 
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == labels).sum()
-            sums += torch.stack(
-                [loss.double() * len(labels), loss_image_to_text.double() * len(labels), correct.double()]
-            )
-        n_images += len(labels)
-        # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
-        unchecked.append((loss.detach() if state.scaler.is_enabled() else loss.detach() + norm, indices))
-        if len(unchecked) == CHECK_EVERY_STEPS:
-            _check_finite(unchecked, loader)
-    _check_finite(unchecked, loader)
-    loss_mean, image_to_text_mean, accuracy = (sums / n_images).tolist()
+            n = torch.full_like(loss, len(labels), dtype=torch.float64)
+            sums = torch.stack([loss * n, loss_image_to_text * n, correct.double(), n])
+            done.sums += torch.where(finite, sums, 0)
+        steps.check()
+        state.step += 1
+        done.steps += 1
+        done.seconds = time.monotonic() - started
+        if requests.to_save():
+            steps.check(now=True)
+            save()
+            requests.end_if_asked()
+            model.train()
+    steps.check(now=True)
+    *sums, n_images = done.sums.tolist()
+    if not n_images:
+        raise RunFailed("no step of this epoch had a finite loss and gradient; lower --learning-rate")
     return {
-        "train_loss": loss_mean,
-        "train_loss_image_to_text": image_to_text_mean,
-        "train_acc": 100 * accuracy,
+        "train_loss": sums[0] / n_images,
+        "train_loss_image_to_text": sums[1] / n_images,
+        "train_acc": 100 * sums[2] / n_images,
     }
 
 
-def _check_finite(unchecked: list[tuple[torch.Tensor, torch.Tensor]], loader: DataLoader) -> None:
-    finite = torch.isfinite(torch.stack([loss for loss, _ in unchecked])).tolist() if unchecked else []
-    if not all(finite):
-        _, indices = unchecked[finite.index(False)]
-        files = [str(loader.dataset.files[i]) for i in indices.tolist()]
-        raise RunFailed(
-            f"the loss or its gradient is not a finite number; the images of that batch:\n"
-            f"{shorten(files, 64)}\n"
-            "look at these images, lower --learning-rate, or train with --no-amp; earlier checkpoints are "
-            "intact"
-        )
-    unchecked.clear()
+def class_features_now(state: TrainState, sentences: ClassSentences, hardware: Hardware) -> torch.Tensor:
+    """(C, D) as the model stands, in evaluation mode; the model is left in it."""
+    state.model.eval()
+    with hardware.autocast():
+        return sentences.features()
 
 
 def validate(
-    state: TrainState, sentences: ClassSentences, loader: DataLoader, hardware: Hardware
+    state: TrainState, sentences: ClassSentences, loader: DataLoader, hardware: Hardware, requests: Requests
 ) -> tuple[dict[str, float], np.ndarray, torch.Tensor]:
     """Validation metrics (percent, loss in nats), and the probabilities (N, C) and class features (C, D)
     behind them.
     """
-    model = state.model.eval()
-    with hardware.autocast():
-        class_features = sentences.features()
-    probs, labels = predict_probs(model, class_features, loader, hardware.autocast(), hardware.device)
+    class_features = class_features_now(state, sentences, hardware)
+    probs, labels = predict_probs(
+        state.model, class_features, Stoppable(loader, requests), hardware.autocast(), hardware.device
+    )
     if not np.isfinite(probs).all():
         raise RunFailed(
             "the model's probabilities are not finite; lower --learning-rate or train with --no-amp"
@@ -137,11 +147,17 @@ def fit(
     epochs: int,
     loss_kind: str,
     grad_clip: float,
+    max_nonfinite_steps: int,
+    chance_loss: float,
     seed: int,
     save_best: bool,
+    save_every_minutes: float,
 ) -> np.ndarray:
     """Train until `epochs` are done or early stopping says so, writing checkpoints and history after each
-    epoch. Returns the last epoch's validation probabilities (n_val, C), in the order of `val_loader`.
+    epoch and every so many minutes. Returns the last epoch's validation probabilities (n_val, C), in the
+    order of `val_loader`. `chance_loss`: of a model that knows how frequent classes are and sees no images.
+
+    Raises Stopped, after saving, on SIGINT and SIGTERM.
     """
     batches = train_loader.batch_sampler
     assert isinstance(batches, EpochBatches)
@@ -150,22 +166,37 @@ def fit(
         write_json(output_dir / "history.json", state.history)
     if hardware.device.type == "cpu":
         keep_freed_memory()
-    with CheckpointWriter(output_dir) as writer:
+    with CheckpointWriter(output_dir) as writer, Requests(60 * save_every_minutes) as requests:
+
+        def save(class_features: torch.Tensor | None = None, is_best: bool = False) -> None:
+            if class_features is None:  # within an epoch
+                class_features = class_features_now(state, sentences, hardware)
+                if requests.stop:
+                    steps = f"step {state.in_epoch.steps} of {state.steps_per_epoch}"
+                    tqdm.write(f"stopping: saving after {steps} of epoch {state.epoch + 1}")
+            now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
+            writer.write(state.checkpoint(now), is_best)
+            requests.saved()
+
         while state.epoch < epochs and not state.stopped_early:
-            epoch_started = time.monotonic()
-            batches.epoch = state.epoch
+            requests.end_if_asked()
+            batches.epoch, batches.start = state.epoch, state.in_epoch.steps
             row = train_one_epoch(
-                state, sentences, train_loader, augment, hardware,
-                loss_kind=loss_kind, grad_clip=grad_clip, seed=seed,
+                state, sentences, train_loader, augment, hardware, requests, save, loss_kind=loss_kind,
+                grad_clip=grad_clip, max_nonfinite_steps=max_nonfinite_steps, seed=seed,
             )  # fmt: skip
-            train_seconds = time.monotonic() - epoch_started
-            metrics, probs, class_features = validate(state, sentences, val_loader, hardware)
-            state.epoch += 1
+            validation_started = time.monotonic()
+            try:
+                metrics, probs, class_features = validate(state, sentences, val_loader, hardware, requests)
+            except Stopped:
+                save()
+                raise
             row |= metrics
             row["lr"] = max(group["lr"] for group in state.optimizer.param_groups)
             row["temperature"] = float(torch.exp(-state.model.logit_scale.detach()))
-            row["epoch_seconds"] = time.monotonic() - epoch_started
-            row["images_per_second"] = len(batches.indices) / train_seconds
+            row["epoch_seconds"] = state.in_epoch.seconds + time.monotonic() - validation_started
+            row["images_per_second"] = len(batches.indices) / state.in_epoch.seconds
+            state.epoch, state.in_epoch = state.epoch + 1, InEpoch()
             for key, values in state.history.items():
                 values.append(row[key])
 
@@ -174,19 +205,39 @@ def fit(
             if is_best:
                 state.best_value, state.best_epoch = value, state.epoch
             state.stopped_early = state.early_stopping.update(value)
-
-            now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
-            writer.write(state.checkpoint(now), save_best and is_best)
+            save(class_features, save_best and is_best)
             left = (time.monotonic() - started) / (state.epoch - first) * (epochs - state.epoch)
             print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)
+            if stuck_at_chance(state.history["train_loss_image_to_text"], chance_loss):
+                print(CHANCE_HINT, flush=True)
+        if probs is None:  # resumed when all epochs were done
+            _, probs, _ = validate(state, sentences, val_loader, hardware, requests)
     if state.stopped_early:
         print(
             f"stopped early: {state.early_stopping.monitor} has not improved by more than "
             f"{state.early_stopping.min_delta:g} for {state.early_stopping.epochs_without} epochs"
         )
-    if probs is None:  # resumed when all epochs were done
-        _, probs, _ = validate(state, sentences, val_loader, hardware)
     return probs
+
+
+CHANCE_HINT = (
+    f"hint: for {HINT_AFTER_EPOCHS} epochs the loss has stayed at what a model scores that does not look at "
+    "the images. Likely causes: --learning-rate too high (try a tenth) or too low (try ten times it), a "
+    "frozen image encoder without published weights, class sentences that say nearly the same, images in the "
+    "wrong class folders"
+)
+
+
+def stuck_at_chance(losses: Sequence[float], chance: float) -> bool:
+    """True at the epoch where the last HINT_AFTER_EPOCHS of the training losses (nats) are the first in a row
+    that are not 2 % below `chance`.
+    """
+    stuck = [loss > 0.98 * chance for loss in losses[-HINT_AFTER_EPOCHS - 1 :]]
+    return (
+        len(losses) >= HINT_AFTER_EPOCHS
+        and all(stuck[-HINT_AFTER_EPOCHS:])
+        and not (len(stuck) > HINT_AFTER_EPOCHS and stuck[0])
+    )
 
 
 def epoch_line(epoch: int, epochs: int, row: Mapping[str, float], is_best: bool, seconds_left: float) -> str:

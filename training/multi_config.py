@@ -17,6 +17,7 @@ from common.errors import UserError, first_line
 from common.files import read_json, text_cell, write_csv, write_json
 from data.scan import ImageFolder, scan_folder
 from data.texts import class_sentences
+from evaluation.checkpoints import LATEST
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
@@ -162,7 +163,7 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
     config, typed = entry.config, {}
     failure = entry.folder / FAILURE
     failure.unlink(missing_ok=True)
-    latest = entry.folder / "checkpoint_latest.pth"
+    latest = entry.folder / LATEST
     if not config.use_cv and begun:
         # killed before its first checkpoint: nothing is lost by starting anew
         change = {"resume_from": str(latest)} if latest.exists() else {"overwrite": True}

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -15,8 +16,11 @@ from common.device import Hardware
 from common.errors import UserError
 from common.files import read_json, unwritable
 from data.scan import ImageFolder, nfc
+from evaluation.checkpoints import BEST, LATEST, PREVIOUS, TOWERS, frozen_file
+from models.clip import CLIPModel
 from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet
+from training.state import frozen_towers
 
 try:
     import fcntl
@@ -24,12 +28,13 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
+CHECKPOINTS = (LATEST, PREVIOUS, BEST)
 RESULT_FILES = (
     "config.json",
     "history.json",
     "splits.json",
-    "checkpoint_latest.pth",
-    "checkpoint_best.pth",
+    *CHECKPOINTS,
+    *map(frozen_file, TOWERS),
     "cv_summary.json",
     "predictions.csv",
     "oof_predictions.csv",
@@ -41,19 +46,13 @@ RESULT_FILES = (
 )
 FOLD_FILES = (
     "history.json",
-    "checkpoint_latest.pth",
-    "checkpoint_best.pth",
+    *CHECKPOINTS,
     "result.json",
     "predictions.csv",
 )
 # May differ when a cross-validation or an entry is continued: they say where and how, not what. The images
 # themselves are compared by content.
-FREE_ON_CONTINUE = frozenset(
-    {
-        "data_dir", "output_dir", "overwrite", "resume_from", "gpu_id", "num_workers", "fold", "cache_dir",
-        "use_cache", "multi_config", "config_file", "config_index",
-    }
-)  # fmt: skip
+FREE_ON_CONTINUE = frozenset(name for name, f in FIELDS.items() if f.metadata["on_resume"] == "free")
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "scikit-learn", "pillow", "numpy", "pydicom")
 
 
@@ -87,13 +86,35 @@ def refuse_results(output_dir: Path, config: Config) -> None:
     stopped_early = set(found) <= {"config.json", "splits.json", "data_check.json"} and "splits.json" in found
     if stopped_early or found == ["data_check.json"]:
         return  # before its first epoch ended, or only looked at by data.check: nothing is lost
-    latest = output_dir / "checkpoint_latest.pth"
+    latest = output_dir / LATEST
     resumes_here = config.resume_from and Path(config.resume_from).resolve().parent == output_dir.resolve()
     if found and not config.overwrite and not resumes_here:
         hint = f" --resume-from {latest} to continue it," if latest.exists() else ""
         raise UserError(
             f"--output-dir {output_dir} holds another run's results ({', '.join(found)}); use another folder,"
             f"{hint} or --overwrite to replace it"
+        )
+
+
+def refuse_full_disk(output_dir: Path, model: CLIPModel, config: Config) -> None:
+    """Raises UserError when the disk has no room for the checkpoints of the run."""
+    sizes = {name: value.numel() * value.element_size() for name, value in model.state_dict().items()}
+    frozen = frozen_towers(model)
+    once = sum(size for name, size in sizes.items() if name.split(".")[0] in frozen)
+    of_use = sum(sizes.values()) - once
+    # AdamW holds two numbers for each that is trained
+    whole = of_use + 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    left_behind = whole + of_use * config.save_best
+    n_runs = config.n_splits if config.use_cv and config.fold is None else 1
+    # the last of the folds, at its peak: the latest, the one before, the next, and the next best
+    needed = once + n_runs * left_behind + 2 * whole + of_use * config.save_best
+    here = [path for name in (*CHECKPOINTS, "frozen_*.pth") for path in output_dir.glob(f"**/{name}")]
+    needed -= sum(path.stat().st_size for path in here)
+    free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())).free
+    if needed > free:
+        raise UserError(
+            f"--output-dir {output_dir}: checkpoints will need about {needed / 1e9:.1f} GB more there, and "
+            f"{free / 1e9:.1f} GB are free; make room, or give a folder on another disk"
         )
 
 

@@ -18,9 +18,9 @@ from data.augment import Augmentation
 from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
+from evaluation.checkpoints import BEST, LATEST, PREVIOUS
 from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
-from evaluation.trained import read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from training.config import FIELDS, Config, contradictions, flag_of
 from training.dataset import (
@@ -40,11 +40,12 @@ from training.outputs import (
     locked,
     prepare_output_folder,
     print_files,
+    refuse_full_disk,
     refuse_results,
     remove_results,
     run_record,
 )
-from training.state import EarlyStopping, TrainState
+from training.state import EarlyStopping, TrainState, keep_frozen_towers, read_to_resume
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite")
 
@@ -91,7 +92,8 @@ def train_single(
     """Train one model on one split. Everything that can be refused is refused before the images are read."""
     checkpoint = None
     if config.resume_from:
-        checkpoint = read_checkpoint(Path(config.resume_from))
+        checkpoint, file = read_to_resume(Path(config.resume_from))
+        config = dataclasses.replace(config, resume_from=str(file))
         config = config_of_resumed_run(config, checkpoint, typed)
     output_dir = Path(config.output_dir)
     refuse_results(output_dir, config)
@@ -107,6 +109,7 @@ def train_single(
 
     print(f"device: {hardware.description}")
     model = build_model(config, checkpoint)
+    refuse_full_disk(output_dir, model, config)
     sentences = tokenise(model, texts)
     data = read_images(config, folder, val_folder, patients, at_least=2 if val_folder is None else 1)
     split = split_of(config, data)
@@ -135,6 +138,8 @@ def train_single(
             output_dir,
             checkpoint,
             records,
+            resumed_from=Path(config.resume_from) if config.resume_from else None,
+            run_dir=output_dir,
             seed=config.random_state,
         )
         metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
@@ -143,6 +148,7 @@ def train_single(
         from evaluation.report import write_report
 
         write_report(output_dir)
+        (output_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
         print_files(output_dir)
         print_use(output_dir)
     return result
@@ -159,22 +165,25 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
             f"--resume-from {config.resume_from} is of a fold; a cross-validation continues by itself when "
             "its own command is given again"
         )
-    if typed.get("epochs", math.inf) < checkpoint["epoch"]:
+    begun = checkpoint["epoch"] + (checkpoint["in_epoch"]["steps"] > 0)
+    if typed.get("epochs", math.inf) < begun:
         problems.append(
-            f"--epochs {typed['epochs']}: --resume-from {config.resume_from} has {checkpoint['epoch']} "
-            "epochs behind it"
+            f"--epochs {typed['epochs']}: --resume-from {config.resume_from} has {begun} epochs behind it"
         )
     options = {name: value for name, value in checkpoint["config"].items() if name in FIELDS}
     for name, value in typed.items():
         if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
             continue
-        if FIELDS[name].metadata["fixed_on_resume"]:
+        if FIELDS[name].metadata["on_resume"] == "fixed":
             problems.append(
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
                 f"which was trained with {options.get(name)}; leave the option out, or start a new run"
             )
-        shown = name if isinstance(value, bool) else flag_of(name)  # --no-amp False would say the opposite
-        changed.append(f"{shown} {options.get(name)} -> {value}")
+        if FIELDS[name].metadata["on_resume"] == "said":
+            shown = (
+                name if isinstance(value, bool) else flag_of(name)
+            )  # --no-amp False would say the opposite
+            changed.append(f"{shown} {options.get(name)} -> {value}")
     if problems:
         raise UserError(*problems)
     if changed:
@@ -275,9 +284,13 @@ def train_on_split(
     checkpoint: Mapping[str, Any] | None,
     records: Mapping[str, Any],
     *,
+    resumed_from: Path | None,
+    run_dir: Path,
     seed: int,
 ) -> RunResult:
-    """Train `model` on one split, from `checkpoint` where given; its files go to `output_dir`."""
+    """Train `model` on one split, from `checkpoint`, read from `resumed_from`, where given. Its files go to
+    `output_dir`, those that the folds of a run share to `run_dir`.
+    """
     device = hardware.device
     torch.manual_seed(seed)
     model.to(device, memory_format=torch.channels_last)
@@ -304,8 +317,13 @@ def train_on_split(
         warmup_steps=round(warmup_epochs * len(train_batches)),
     )
     if checkpoint:
-        state.restore(checkpoint, config.resume_from or str(output_dir))
-        print(f"resuming after epoch {state.epoch} of {config.epochs}")
+        state.restore(checkpoint, resumed_from)
+        steps = (
+            f" and {state.in_epoch.steps} of {state.steps_per_epoch} steps" if state.in_epoch.steps else ""
+        )
+        print(f"resuming after epoch {state.epoch} of {config.epochs}{steps}")
+        if resumed_from == output_dir / PREVIOUS:  # the latest is damaged or gone
+            os.replace(resumed_from, output_dir / LATEST)
         bring_best(config, output_dir)
     for name, record in records.items():  # only now that nothing can be refused any more
         write_json(output_dir / name, record)
@@ -334,7 +352,9 @@ def train_on_split(
         },
         "dataset_fingerprint": data.fingerprint,
         "split_fingerprint": split_fingerprint(data, split),
+        "frozen": keep_frozen_towers(run_dir, model),
     }
+    shares = np.bincount(data.labels[split.train]) / len(split.train)
     probs = fit(
         state,
         sentences,
@@ -347,8 +367,11 @@ def train_on_split(
         epochs=config.epochs,
         loss_kind=config.loss,
         grad_clip=config.grad_clip,
+        max_nonfinite_steps=config.max_nonfinite_steps,
+        chance_loss=float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()),
         seed=seed,
         save_best=config.save_best,
+        save_every_minutes=config.save_every_minutes,
     )
     result = RunResult(state.history, state.best_epoch, state.stopped_early, probs)
     print_summary(config, result, baseline)
@@ -357,7 +380,7 @@ def train_on_split(
 
 def bring_best(config: Config, output_dir: Path) -> None:
     """A run that goes on in another folder brings its best epoch along."""
-    target = output_dir / "checkpoint_best.pth"
+    target = output_dir / BEST
     best = Path(config.resume_from).with_name(target.name) if config.resume_from else target
     if config.save_best and best.exists() and not target.exists():
         write_whole(target, lambda file: file.write(best.read_bytes()))

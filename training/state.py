@@ -3,7 +3,7 @@
 | field | on resume |
 |---|---|
 | model, optimizer, scaler | restored |
-| epoch, step, history, best, early stopping | restored; training goes on after the last whole epoch |
+| epoch, steps done in it, history, best, early stopping | restored; training goes on with the next step |
 | random states (Python, NumPy, torch, CUDA) | restored |
 | order of samples, augmentation | functions of seed, epoch and index; nothing to restore |
 | learning rate | a function of the step; follows a changed --epochs |
@@ -24,7 +24,17 @@ import torch
 
 from common.errors import UserError, first_line
 from common.files import whole_file, write_json
-from evaluation.trained import FORMAT
+from evaluation.checkpoints import (
+    BEST,
+    FORMAT,
+    LATEST,
+    NOT_FOR_USE,
+    PREVIOUS,
+    TOWERS,
+    read_checkpoint,
+    write_file,
+    write_frozen_tower,
+)
 from models.clip import CLIPModel
 
 HISTORY_KEYS = (
@@ -58,8 +68,21 @@ class EarlyStopping:
 
 
 @dataclass
+class InEpoch:
+    """Of the epoch that is being trained: steps done, seconds they took, and sums over their images of loss,
+    image-to-text loss, correct answers and 1 (4,) float64.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+
+
+@dataclass
 class TrainState:
-    """What a run holds between two epochs. `epoch` and `step` count what is done."""
+    """What a run holds between two steps. `epoch` counts whole epochs done, `step` all steps done, as they
+    would be with this run's batch size. nonfinite_steps: the last so many steps were skipped.
+    """
 
     model: CLIPModel
     optimizer: torch.optim.Optimizer
@@ -70,6 +93,8 @@ class TrainState:
     warmup_steps: int
     epoch: int = 0
     step: int = 0
+    in_epoch: InEpoch = field(default_factory=InEpoch)
+    nonfinite_steps: int = 0
     best_value: float | None = None
     best_epoch: int = 0
     stopped_early: bool = False
@@ -80,10 +105,15 @@ class TrainState:
 
         `facts`: what is not state (config, classes, sentences, ...).
         """
+        frozen = frozen_towers(self.model)
         now = {
             "format": FORMAT,
             **facts,
-            "model": self.model.state_dict(),
+            "model": {
+                name: value
+                for name, value in self.model.state_dict().items()
+                if name.split(".")[0] not in frozen
+            },
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {
                 "step": self.step,
@@ -93,6 +123,13 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "rng": _random_states(),
             "epoch": self.epoch,
+            "in_epoch": {
+                "steps": self.in_epoch.steps,
+                "steps_per_epoch": self.steps_per_epoch,
+                "seconds": self.in_epoch.seconds,
+                "sums": self.in_epoch.sums,
+                "nonfinite_steps": self.nonfinite_steps,
+            },
             "best": {"value": self.best_value, "epoch": self.best_epoch},
             "early_stopping": {
                 "reference": self.early_stopping.reference,
@@ -102,9 +139,18 @@ class TrainState:
         }
         return _copied(now)
 
-    def restore(self, checkpoint: Mapping[str, Any], path: str) -> None:
-        """Take over what `checkpoint` holds. Raises UserError when it does not fit the model."""
+    def restore(self, checkpoint: Mapping[str, Any], path: Path | None) -> None:
+        """Take over what `checkpoint` holds. Raises UserError when it does not fit the model or, within an
+        epoch, the batches.
+        """
         try:
+            begun = checkpoint["in_epoch"]
+            if begun["steps"] and begun["steps_per_epoch"] != self.steps_per_epoch:
+                raise UserError(
+                    f"--batch-size may change between two epochs only, and {path} was saved after "
+                    f"{begun['steps']} of {begun['steps_per_epoch']} steps of epoch "
+                    f"{checkpoint['epoch'] + 1}; finish that epoch with the batch size it was begun with"
+                )
             self.model.load_state_dict(checkpoint["model"])
             rates = [
                 {key: group[key] for key in ("peak_lr", "weight_decay")}
@@ -116,7 +162,9 @@ class TrainState:
             if checkpoint["scaler"]:  # empty where the run so far used no scaler
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch = checkpoint["epoch"]
-            self.step = self.epoch * self.steps_per_epoch  # in steps of this run's batch size
+            self.in_epoch = InEpoch(begun["steps"], begun["seconds"], begun["sums"].clone())
+            self.nonfinite_steps = begun["nonfinite_steps"]
+            self.step = self.epoch * self.steps_per_epoch + self.in_epoch.steps
             self.best_value, self.best_epoch = checkpoint["best"]["value"], checkpoint["best"]["epoch"]
             stopping = checkpoint["early_stopping"]
             self.early_stopping.reference = stopping["reference"]
@@ -139,18 +187,66 @@ def _copied(value: Any) -> Any:
     return [_copied(own) for own in value] if isinstance(value, list) else value
 
 
+def frozen_towers(model: CLIPModel) -> list[str]:
+    return [name for name in TOWERS if getattr(model, name) in model.frozen]
+
+
+def keep_frozen_towers(folder: Path, model: CLIPModel) -> dict[str, str]:
+    """Write what does not change once into `folder`. Returns tower -> checksum, for its checkpoints."""
+    return {
+        tower: write_frozen_tower(
+            folder,
+            tower,
+            {
+                f"{tower}.{name}": value.detach().cpu()
+                for name, value in getattr(model, tower).state_dict().items()
+            },
+        )
+        for tower in frozen_towers(model)
+    }
+
+
+def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from and its file: `path`, or where that is damaged or gone, the one before it.
+
+    Raises UserError when neither can be used.
+    """
+    previous = path.with_name(PREVIOUS)
+    advice = "there is none before it, so start anew in another folder or with --overwrite"
+    try:
+        checkpoint = read_checkpoint(path, option, advice)
+    except UserError as error:
+        if path.name != LATEST or not previous.exists():
+            raise
+        try:
+            checkpoint = read_checkpoint(previous, option)
+        except UserError:
+            raise error from None
+        print(f"warning: {option} {path} is damaged or gone; going on from the one before it, {previous}")
+        path = previous
+    if "optimizer" not in checkpoint:
+        raise UserError(
+            f"{option} {path} holds a model for use, without the optimizer, so training cannot go on from "
+            f"it; give {LATEST}"
+        )
+    return checkpoint, path
+
+
 def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], is_best: bool) -> None:
-    """checkpoint_latest.pth, history.json, and where it is the best so far, checkpoint_best.pth."""
-    # Nothing checks them when a checkpoint is read, and to compute them costs more than to write it.
-    torch.serialization.set_crc32_options(False)
-    with whole_file(folder / "checkpoint_latest.pth") as new:
-        torch.save(checkpoint, new)
-        if is_best:  # first: a run that is killed between the two does this epoch again
-            with whole_file(folder / "checkpoint_best.pth") as best:
-                try:
-                    os.link(new, best)  # one file under two names, until the next epoch's takes one of them
-                except OSError:  # a file system without links
-                    shutil.copyfile(new, best)
+    """checkpoint_latest.pth and history.json, and where it is the best so far, checkpoint_best.pth. What was
+    the latest stays as checkpoint_previous.pth.
+    """
+    if is_best:  # first: a run that is killed between the two does this epoch again
+        of_use = {key: value for key, value in checkpoint.items() if key not in NOT_FOR_USE}
+        write_file(folder / BEST, of_use)
+    latest = folder / LATEST
+    if latest.exists():
+        with whole_file(folder / PREVIOUS) as new:
+            try:
+                os.link(latest, new)  # one file under two names, until the new one takes the first
+            except OSError:  # a file system without links
+                shutil.copyfile(latest, new)
+    write_file(latest, checkpoint)
     write_json(folder / "history.json", checkpoint["history"])
 
 

@@ -1,0 +1,122 @@
+"""Signals that ask a program to end, or a training to save. Nothing is done about them outside Python's main
+thread.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from types import FrameType
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+WORKERS_GO_ON_SECONDS = 8
+SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, or Ctrl-C while training, asked this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """What a shell shows for a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """In the block SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt, so that files are closed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    with _handled({signal.SIGTERM: stop}):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handlers: dict[int, Callable]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_after_the_parent(_: int = 0) -> None:
+    """For processes that load images: Ctrl-C and a cluster's SIGTERM reach all processes of a job, and the
+    parent still needs them for the step it finishes. They end with it, or some seconds after a SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKERS_GO_ON_SECONDS))
+
+
+class Requests:
+    """What is asked of a training between two steps, in its block: to save (SIGUSR1, or `save_every_seconds`
+    have gone by; 0: never), or to save and end (SIGINT, SIGTERM; a second one ends it at once).
+    """
+
+    def __init__(self, save_every_seconds: float):
+        self.save_every_seconds = save_every_seconds
+        self.stop: int | None = None
+        self._save, self._last_save = False, time.monotonic()
+        self._block = contextlib.ExitStack()
+
+    def __enter__(self) -> "Requests":
+        handlers = {signal.SIGINT: self._on_stop, signal.SIGTERM: self._on_stop}
+        if SAVE_SIGNAL:
+            handlers[SAVE_SIGNAL] = self._on_save
+        self._block.enter_context(_handled(handlers))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._block.close()
+        if kind is None:
+            self.end_if_asked()
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop is not None:
+            raise Stopped(number)
+        self.stop = number
+
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
+
+    def to_save(self) -> bool:
+        late = 0 < self.save_every_seconds <= time.monotonic() - self._last_save
+        return self._save or late or self.stop is not None
+
+    def saved(self) -> None:
+        self._save, self._last_save = False, time.monotonic()
+
+    def end_if_asked(self) -> None:
+        """Raises Stopped after a SIGINT or SIGTERM."""
+        if self.stop is not None:
+            raise Stopped(self.stop)
+
+
+class Stoppable(Generic[Item]):
+    """`items`, where each may be the last: raises Stopped before the next when `requests` ask to end."""
+
+    def __init__(self, items: Collection[Item], requests: Requests):
+        self.items, self.requests = items, requests
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.items:
+            self.requests.end_if_asked()
+            yield item

@@ -1,0 +1,238 @@
+"""Stopped by a signal, saved within an epoch, continued: the end is the same, bit for bit."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from quick import train
+
+import training.fit as fit_module
+from common.stopping import Requests, Stoppable, Stopped
+from evaluation.checkpoints import read_checkpoint
+from evaluation.trained import find_checkpoints, load_trained
+from training.losses import contrastive_loss
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_report"),
+    pytest.mark.skipif(os.name != "posix", reason="the signals are POSIX's"),
+]
+EPOCHS, STEPS = 2, 4  # an epoch has 57 images, 16 at most in a batch
+
+
+def signal_at_steps(monkeypatch, numbers: dict[int, int]):
+    """Send this process a signal in the middle of the given steps (from 0, over all epochs)."""
+    count = iter(range(10**6))
+
+    def loss(*arguments):
+        number = numbers.get(next(count))
+        if number:  # a terminal and a cluster send it to all processes of a job
+            for process in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
+                os.kill(process, number)
+        return contrastive_loss(*arguments)
+
+    monkeypatch.setattr(fit_module, "contrastive_loss", loss)
+
+
+def contents(run):
+    """All that must be equal at the end, with the times left out."""
+    latest = read_checkpoint(run / "checkpoint_latest.pth")
+    times = ("epoch_seconds", "images_per_second")
+    return {
+        "model": latest["model"],
+        "moments": latest["optimizer"]["state"],
+        "history": {key: values for key, values in latest["history"].items() if key not in times},
+        "best": latest["best"],
+        "rng": latest["rng"]["torch"],
+        "predictions": (run / "predictions.csv").read_bytes(),
+        "of best": read_checkpoint(run / "checkpoint_best.pth")["model"],
+    }
+
+
+def same(one, other) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+FLAGS = [
+    "--epochs",
+    EPOCHS,
+    "--image-encoder",
+    "starnet_dual_pyramid_rcf",
+    "--text-template",
+    "一张{class_name}",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(quick_report, class_folder, tmp_path_factory):
+    """An uninterrupted run: random depth in the image tower, dropout in the text tower."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(class_folder, out, *FLAGS) == 0
+    return contents(out)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "workers"),
+    [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 2)],
+)
+def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
+    whole, class_folder, tmp_path, monkeypatch, capsys, number, code, workers
+):
+    out, flags = tmp_path / "run", [*FLAGS, "--num-workers", workers, *(["--no-cache"] if workers else [])]
+    if workers:
+        monkeypatch.setattr("data.images.MEMORY_FOR_IMAGES", 0)  # so that there is something for them to do
+    signal_at_steps(monkeypatch, {5: number})
+    assert train(class_folder, out, *flags) == code
+    monkeypatch.undo()
+    streams = capsys.readouterr()
+    assert "saving after step 2 of 4 of epoch 2" in streams.out
+    assert f"--resume-from {out / 'checkpoint_latest.pth'}" in streams.err
+    saved = read_checkpoint(out / "checkpoint_latest.pth")
+    assert (saved["epoch"], saved["in_epoch"]["steps"]) == (1, 2)
+    torch.manual_seed(999)  # a new process starts elsewhere in the random stream
+    assert train(class_folder, out, *flags, "--resume-from", "auto") == 0
+    assert "resuming after epoch 1 of 2 and 2 of 4 steps" in capsys.readouterr().out
+    assert same(contents(out), whole)
+
+
+def test_stopped_at_every_step_in_turn_the_end_is_the_same(whole, class_folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    for _ in range(EPOCHS * STEPS):
+        signal_at_steps(monkeypatch, {0: signal.SIGTERM})
+        assert train(class_folder, out, *FLAGS, "--resume-from", "auto") == 143
+    monkeypatch.undo()
+    assert read_checkpoint(out / "checkpoint_latest.pth")["in_epoch"]["steps"] == STEPS  # not yet validated
+    assert train(class_folder, out, *FLAGS, "--resume-from", "auto") == 0
+    assert same(contents(out), whole)
+
+
+def test_stopped_in_validation_the_epoch_is_not_trained_again(whole, class_folder, tmp_path, monkeypatch):
+    out, predict = tmp_path / "run", fit_module.predict_probs
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*arguments)
+
+    monkeypatch.setattr(fit_module, "predict_probs", stopped)
+    assert train(class_folder, out, *FLAGS) == 143
+    monkeypatch.undo()
+    saved = read_checkpoint(out / "checkpoint_latest.pth")
+    assert (saved["epoch"], saved["in_epoch"]["steps"]) == (0, STEPS)
+    assert train(class_folder, out, *FLAGS, "--resume-from", "auto") == 0
+    assert same(contents(out), whole)
+
+
+@pytest.mark.parametrize("minutes", [0, 1e-6])
+def test_saving_within_epochs_changes_nothing_and_what_is_saved_continues(
+    whole, class_folder, tmp_path, monkeypatch, minutes
+):
+    out, write, saved = tmp_path / "run", fit_module.CheckpointWriter.write, []
+
+    def noting(self, checkpoint, is_best):
+        saved.append((checkpoint["epoch"], checkpoint["in_epoch"]["steps"]))
+        write(self, checkpoint, is_best)
+
+    monkeypatch.setattr(fit_module.CheckpointWriter, "write", noting)
+    signal_at_steps(monkeypatch, {1: signal.SIGUSR1})
+    assert train(class_folder, out, *FLAGS, "--save-every-minutes", minutes) == 0
+    monkeypatch.undo()
+    if minutes:
+        assert saved == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
+    else:
+        assert saved == [(0, 2), (1, 0), (2, 0)]  # after the signal, then at the ends
+    assert same(contents(out), whole)
+
+
+def test_another_batch_size_is_refused_within_an_epoch_only(class_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    signal_at_steps(monkeypatch, {5: signal.SIGTERM})
+    assert train(class_folder, out, "--epochs", 2) == 143
+    monkeypatch.undo()
+    assert train(class_folder, out, "--epochs", 2, "--batch-size", 32, "--resume-from", "auto") == 2
+    error = capsys.readouterr().err
+    assert "--batch-size may change between two epochs only" in error and "2 of 4 steps of epoch 2" in error
+    assert train(class_folder, out, "--epochs", 1, "--resume-from", "auto") == 2
+    assert "has 2 epochs behind it" in capsys.readouterr().err
+
+
+def test_a_model_saved_within_an_epoch_is_not_used(class_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    signal_at_steps(monkeypatch, {5: signal.SIGTERM})
+    assert train(class_folder, out, "--epochs", 2) == 143
+    monkeypatch.undo()
+    (latest,) = find_checkpoints(out)
+    with pytest.raises(Exception, match="in the middle of epoch 2"):
+        load_trained(latest, torch.device("cpu"))
+    assert load_trained(out / "checkpoint_best.pth", torch.device("cpu")).facts["epoch"] == 1
+
+
+def test_a_stopped_cross_validation_continues_within_the_epoch(class_folder, tmp_path, monkeypatch, capsys):
+    flags = ["--use-cv", "--n-splits", 2, "--epochs", 2, "--batch-size", 12]  # 36 images a fold: 3 steps
+    assert train(class_folder, tmp_path / "whole", *flags) == 0
+    signal_at_steps(monkeypatch, {7: signal.SIGTERM})
+    assert train(class_folder, tmp_path / "cut", *flags) == 143
+    monkeypatch.undo()
+    assert "the same command continues" in capsys.readouterr().err
+    assert train(class_folder, tmp_path / "cut", *flags) == 0
+    assert "resuming after epoch 0 of 2 and 2 of 3 steps" in capsys.readouterr().out
+    for name in ("cv_summary.json", "oof_predictions.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# --- the parts ----------------------------------------------------------------------------------------------
+
+
+def test_the_second_signal_does_not_wait_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(Stopped) as stopped, Requests(0) as requests:
+        assert not requests.to_save()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.to_save() and requests.stop == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the second signal was waited for")
+    assert stopped.value.number == signal.SIGTERM
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_stop_is_not_forgotten_at_the_end_of_the_block():
+    with pytest.raises(Stopped), Requests(0):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_iteration_ends_when_asked_and_has_a_length():
+    with pytest.raises(Stopped), Requests(0) as requests:
+        items = Stoppable([1, 2, 3], requests)
+        assert len(items) == 3
+        for item in items:
+            assert item == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_saving_is_due_after_the_time_and_not_again_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    requests, never = Requests(60), Requests(0)
+    now[0] = 159.9
+    assert not requests.to_save()
+    now[0] = 160.0
+    assert requests.to_save() and not never.to_save()
+    requests.saved()
+    assert not requests.to_save()
+
+
+def test_outside_the_main_thread_training_does_without_signals():
+    done = []
+
+    def work():
+        with Requests(0) as requests:
+            done.append(requests.to_save())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [False]

@@ -1,0 +1,66 @@
+"""Steps whose loss or gradient is not a finite number."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.errors import RunFailed, shorten
+from training.state import TrainState
+
+CHECK_EVERY_STEPS = 20  # to look makes a GPU wait, so it is not done at every step there
+
+
+class FiniteSteps:
+    """Names the files of steps that are not finite and leaves the model as it was before them.
+
+    Such a step never reaches the weights: `allow` tells the optimizer so, without waiting for the GPU.
+    `check` looks at what has happened since it last did, and gives BatchNorm back its statistics of then.
+    """
+
+    def __init__(self, state: TrainState, files: Sequence[Path], most_in_a_row: int):
+        self.state, self.files, self.most_in_a_row = state, files, most_in_a_row
+        self._unchecked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._statistics = [
+            statistic
+            for module in state.model.modules()
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+            for statistic in (module.running_mean, module.running_var)
+            if statistic is not None
+        ]
+        self._kept = [statistic.clone() for statistic in self._statistics]
+
+    def allow(self, finite: torch.Tensor, indices: torch.Tensor) -> None:
+        """Before the optimizer's step: () bool on the model's device, and the batch's indices."""
+        self.state.optimizer.found_inf = (~finite).float()  # a fused optimizer does nothing where it is 1
+        self._unchecked.append((finite, indices))
+
+    def check(self, now: bool = False) -> None:
+        """Raises RunFailed after `most_in_a_row` steps in a row that were not finite."""
+        every = CHECK_EVERY_STEPS if self._unchecked and self._unchecked[0][0].is_cuda else 1
+        if not self._unchecked or (len(self._unchecked) < every and not now):
+            return
+        finite = torch.stack([one for one, _ in self._unchecked]).tolist()
+        for is_finite, (_, indices) in zip(finite, self._unchecked, strict=True):
+            self.state.nonfinite_steps = 0 if is_finite else self.state.nonfinite_steps + 1
+            if not is_finite:
+                self._say(indices)
+        sources, targets = (self._statistics, self._kept) if all(finite) else (self._kept, self._statistics)
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+        self._unchecked.clear()
+
+    def _say(self, indices: torch.Tensor) -> None:
+        times = self.state.nonfinite_steps
+        said = (
+            f"the loss or its gradient is not a finite number; the images of that batch:\n"
+            f"{shorten([str(self.files[i]) for i in indices.tolist()], 64)}\n"
+        )
+        if times >= self.most_in_a_row:
+            raise RunFailed(
+                f"{said}that is {times} step{'s' * (times > 1)} in a row (--max-nonfinite-steps "
+                f"{self.most_in_a_row}); look at these images, lower --learning-rate, or train with "
+                "--no-amp; earlier checkpoints are intact"
+            )
+        tqdm.write(f"warning: {said}the step is skipped ({times} in a row)")
