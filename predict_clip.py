@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evaluation.predict import Tally
     from evaluation.trained import TrainedModel
 
+MOST_NEW_CLASSES = 20_000
 EPILOG = """\
 --checkpoint: a checkpoint file, or a run's folder (its last epoch). The folder of a cross-validation stands
 for an ensemble of its folds, and several checkpoints for one of all: the mean of their probabilities. They
@@ -128,6 +129,10 @@ def new_sentences(path: Path) -> dict[str, list[str]]:
         raise UserError(
             f"--class-texts-file {path} must hold one JSON object with at least two named classes, such as "
             '{"类别1": "描述1", "类别2": "描述2"}'
+        )
+    if len(stored) > MOST_NEW_CLASSES:
+        raise UserError(
+            f"--class-texts-file {path} names {len(stored)} classes; at most {MOST_NEW_CLASSES} are scored"
         )
     classes = list(dict.fromkeys(nfc(name) for name in stored))
     return class_sentences(classes, texts_file=path)[0]

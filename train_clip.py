@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import print_anything
+from common.cli import as_program, print_problems
 from common.errors import RunFailed, UserError
-from common.stopping import exit_code, sigterm_stops
+from common.stopping import exit_code
 from training.config import Config, make_config, options_from_flags, refuse_without_effect, resolve_auto
 
 
@@ -16,12 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, validate, run. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 stopped by
     Ctrl-C or SIGTERM.
     """
-    with sigterm_stops():
+    with as_program():
         return _main(sys.argv[1:] if arguments is None else arguments)
 
 
 def _main(arguments: Sequence[str]) -> int:
-    print_anything()
     started, config = time.time(), None
     try:
         typed = resolve_auto(options_from_flags(arguments))
@@ -31,8 +30,7 @@ def _main(arguments: Sequence[str]) -> int:
 
         return run(config, typed)
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        print_problems(error)
         return 1 if isinstance(error, RunFailed) else 2
     except KeyboardInterrupt as stop:
         print(f"\ninterrupted; {_how_to_continue(config, started)}", file=sys.stderr)

@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common.torchvision_compat  # noqa: F401
@@ -34,6 +35,7 @@ from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
 from common.errors import RunFailed, UserError
 from common.files import write_json
+from common.stopping import Requests
 from data.augment import Augmentation
 from data.images import Squares, read_image
 from data.loader import EpochBatches, ImageDataset, build_loader
@@ -43,7 +45,7 @@ from models.clip import ClassSentences, CLIPModel, build_clip, build_image_tower
 from models.text_encoders import build_text_tower
 from training.fit import train_one_epoch
 from training.optim import parameter_groups
-from training.state import EarlyStopping, TrainState
+from training.state import EarlyStopping, InEpoch, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "bert-tiny-bytes"
@@ -201,12 +203,15 @@ def step_seconds(
     """
     state, sentences, batches, images = in_memory(encoder, size, batch, n_classes, steps * batch, hardware)
     loader = build_loader(images, batches, 0, hardware.device.type == "cuda")
-    augment = Augmentation("standard", True, 0)
+    return seconds_of(lambda: one_epoch(state, sentences, loader, hardware), hardware.device, 3) / steps
 
-    def epoch() -> None:
-        train_one_epoch(state, sentences, loader, augment, hardware, loss_kind="unicl", grad_clip=1.0, seed=0)
 
-    return seconds_of(epoch, hardware.device, 3) / steps
+def one_epoch(state: TrainState, sentences: ClassSentences, loader: DataLoader, hardware: Hardware) -> None:
+    state.in_epoch = InEpoch()
+    train_one_epoch(
+        state, sentences, loader, Augmentation("standard", True, 0), hardware, Requests(0), lambda: None,
+        loss_kind="unicl", grad_clip=1.0, max_nonfinite_steps=1, seed=0,
+    )  # fmt: skip
 
 
 def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> list[tuple[str, float]]:
@@ -244,8 +249,7 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
         for _ in range(2):  # the first warms up
             spent.clear()
             started = time.perf_counter()
-            train_one_epoch(state, sentences, loader, Augmentation("standard", True, 0), hardware,
-                            loss_kind="unicl", grad_clip=1.0, seed=0)  # fmt: skip
+            one_epoch(state, sentences, loader, hardware)
             total = time.perf_counter() - started
     spent["everything else"] = total - sum(spent.values())
     return [(name, seconds / total) for name, seconds in spent.items()]

@@ -3,10 +3,14 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from common.errors import RunFailed, UserError, did_you_mean
+from common.files import printable
 from common.stopping import exit_code, sigterm_stops
+
+MOST_PROBLEMS = 50
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,28 +44,53 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def print_anything() -> None:
-    """Let no class name stop a run because the terminal or the pipe lacks its letters: print "?" for them."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a stream put in their place need not have it
-            stream.reconfigure(errors="replace")
+class _Shown:
+    """A stream that writes control characters as codes: no class name moves the cursor or changes colours."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        with contextlib.suppress(AttributeError):  # a stream put in stdout's place need not have it
+            stream.reconfigure(errors="replace")  # letters that the terminal or the pipe lacks become "?"
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def as_program() -> Iterator[None]:
+    """In the block any name can be printed, and SIGTERM raises Stopped as Ctrl-C raises KeyboardInterrupt."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Shown, before)
+    try:
+        with sigterm_stops():
+            yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
     """Run `program`; say what went wrong on stderr. 1: it could not be done, 2: bad input, 130 or 143:
     stopped by Ctrl-C or SIGTERM.
     """
-    print_anything()
-    try:
-        with sigterm_stops():
+    with as_program():
+        try:
             return program()
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 1 if isinstance(error, RunFailed) else 2
-    except KeyboardInterrupt as stop:
-        print(f"\ninterrupted; {interrupted}", file=sys.stderr)
-        return exit_code(stop)
-    except (MemoryError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        except UserError as error:
+            print_problems(error)
+            return 1 if isinstance(error, RunFailed) else 2
+        except KeyboardInterrupt as stop:
+            print(f"\ninterrupted; {interrupted}", file=sys.stderr)
+            return exit_code(stop)
+        except (MemoryError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+
+def print_problems(error: UserError) -> None:
+    for problem in error.problems[:MOST_PROBLEMS]:
+        print(f"error: {problem}", file=sys.stderr)
+    if len(error.problems) > MOST_PROBLEMS:
+        print(f"error: and {len(error.problems) - MOST_PROBLEMS} more like these", file=sys.stderr)

@@ -40,7 +40,7 @@ def last_line(error: BaseException, limit: int = 200) -> str:
 
 def shorten(items: Sequence[str], limit: int = 10) -> str:
     """Join at most `limit` items, one per line, and say how many are left out."""
-    lines = [f"  {item}" for item in items[:limit]]
+    lines = ["  " + item.replace("\n", "\\n").replace("\r", "\\r") for item in items[:limit]]
     if len(items) > limit:
         lines.append(f"  ... and {len(items) - limit} more")
     return "\n".join(lines)

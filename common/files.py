@@ -5,15 +5,21 @@ import csv
 import io
 import json
 import os
+import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from common.errors import UserError
 
 # A spreadsheet takes a cell that starts with one of these for a formula; the last four are full-width.
+MOST_JSON_BYTES = 64 * 2**20  # what Python makes of so much JSON can take twenty times as much memory
+MOST_LINE_LETTERS = 2**20
+# What moves a terminal's cursor, changes its colours or turns the writing direction; tabs and ends of lines
+# do not.
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
@@ -68,6 +74,11 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
+def printable(text: str) -> str:
+    """`text` for a terminal or a page, with control characters written as codes such as \\x1b."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def text_cell(text: str) -> str:
     """A name for a cell of a CSV, with an apostrophe before what a spreadsheet would take for a formula.
 
@@ -94,13 +105,26 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8-sig")))
 
 
-def read_json(path: Path, what: str) -> Any:
+def lines_of(file: TextIO, what: str) -> Iterator[str]:
+    """The lines of an open file. Raises UserError naming `what` at one long enough to fill the memory."""
+    number = 0
+    while line := file.readline(MOST_LINE_LETTERS):
+        number += 1
+        if len(line) == MOST_LINE_LETTERS:
+            raise UserError(f"{what}, line {number}: longer than {MOST_LINE_LETTERS} letters")
+        yield line
+
+
+def read_json(path: Path, what: str, most_bytes: int = MOST_JSON_BYTES) -> Any:
     """Read UTF-8 JSON, with or without BOM. `what` names the file's role in messages.
 
-    Raises UserError when the file is missing, is not UTF-8, is not JSON (NaN and Infinity are not), or
-    repeats a key in one object.
+    Raises UserError when the file is missing, is larger than `most_bytes`, is not UTF-8, is not JSON (NaN and
+    Infinity are not), or repeats a key in one object.
     """
     try:
+        size = Path(path).stat().st_size
+        if size > most_bytes:
+            raise UserError(f"{what} {path} holds {size} bytes; at most {most_bytes} are read")
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
@@ -112,8 +136,9 @@ def read_json(path: Path, what: str) -> Any:
     def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
         if repeated:
+            more = f" and {len(repeated) - 10} more" if len(repeated) > 10 else ""
             raise UserError(
-                f"{what} {path} repeats the key {', '.join(map(repr, repeated))}; keep one of each"
+                f"{what} {path} repeats the key {', '.join(map(repr, repeated[:10]))}{more}; keep one of each"
             )
         return dict(pairs)
 

@@ -15,6 +15,8 @@ from tqdm import tqdm
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
 READ_AHEAD = 2**27  # bytes of decoded squares that may wait for their turn, and 1,024 squares at the most
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's others, as PostScript, run other programs
+AT_ONCE = 2**20  # pixels: numpy's copies of a large image would take several times its size
 # A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
 MOST_PIXELS = 2**30 // 4 // 3
 
@@ -45,13 +47,16 @@ def scale_to_8_bit(pixels: np.ndarray) -> np.ndarray:
 
     Raises UnreadableImage when a pixel is not a finite number.
     """
-    values = pixels.astype(np.float64)
-    low, high = values.min(), values.max()
+    low, high = float(pixels.min()), float(pixels.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UnreadableImage("holds pixels that are not finite numbers")
-    if high == low:
-        return np.zeros(values.shape, np.uint8)
-    return np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    scaled = np.zeros(pixels.shape, np.uint8)
+    if high > low:
+        flat, target = pixels.reshape(-1), scaled.reshape(-1)
+        for start in range(0, len(flat), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            target[part] = np.rint((flat[part].astype(np.float64) - low) * (255.0 / (high - low)))
+    return scaled
 
 
 # What the file itself says: format, mode, bits per channel.
@@ -63,7 +68,11 @@ def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 
     try:
+        syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
+        if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # it unpacks to whatever size at once
+            raise UnreadableImage("is a deflated DICOM file, which is not supported; save it undeflated")
         dataset = pydicom.dcmread(path)
+        _refuse_too_many_pixels(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
         frames = int(dataset.get("NumberOfFrames", 1) or 1)
         if frames != 1:
             raise UnreadableImage(f"holds {frames} frames; save each frame as its own file")
@@ -82,6 +91,11 @@ def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         pixels = 255 - pixels  # in MONOCHROME1 the largest value is black
     return Image.fromarray(pixels), stored
+
+
+def _refuse_too_many_pixels(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise UnreadableImage(f"holds {width} x {height} pixels, more than {MOST_PIXELS} in all; shrink it")
 
 
 def _is_dicom(path: Path) -> bool:
@@ -106,12 +120,13 @@ def _stored_bits(mode: str) -> int:
 
 def _grey_if_grey(image: Image.Image) -> Image.Image:
     """An RGB image whose three channels are equal as the one channel it is, which is quicker to work on."""
-    pixels = np.asarray(image)
-    first, others = pixels[..., :1], pixels[..., 1:]
-    middle = len(pixels) // 2  # one row tells most colour images
-    if (first[middle] == others[middle]).all() and (first == others).all():
-        return image.getchannel(0)
-    return image
+    rows = max(1, AT_ONCE // image.width)
+    middle = image.height // 2  # one row tells most colour images
+    for top, bottom in ((middle, middle + 1), *((y, y + rows) for y in range(0, image.height, rows))):
+        pixels = np.asarray(image.crop((0, top, image.width, min(bottom, image.height))))
+        if (pixels[..., :1] != pixels[..., 1:]).any():
+            return image
+    return image.getchannel(0)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -127,11 +142,8 @@ def _read(path: Path) -> tuple[Image.Image, _Stored]:
     try:
         if _is_dicom(path):
             return _read_dicom(path)
-        image = Image.open(path)
-        if image.width * image.height > MOST_PIXELS:
-            raise UnreadableImage(
-                f"holds {image.width} x {image.height} pixels, more than {MOST_PIXELS} in all; shrink it"
-            )
+        image = Image.open(path, formats=FORMATS)
+        _refuse_too_many_pixels(image.width, image.height)
         # MPO is a camera's JPEG with further pictures behind the photograph, such as its preview.
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
             raise UnreadableImage(f"holds {image.n_frames} frames or pages; save each as its own file")
@@ -139,7 +151,7 @@ def _read(path: Path) -> tuple[Image.Image, _Stored]:
             raise UnreadableImage("16-bit colour is not supported; save it with 8 bits per channel")
         stored = (image.format or "", image.mode, _stored_bits(image.mode))
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I") or image.mode == "F":
             image = Image.fromarray(scale_to_8_bit(np.asarray(image)))
         elif image.has_transparency_data:
@@ -147,7 +159,7 @@ def _read(path: Path) -> tuple[Image.Image, _Stored]:
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
         if image.mode in ("L", "1"):
             return image.convert("L"), stored
-        return _grey_if_grey(image.convert("RGB")), stored
+        return _grey_if_grey(image if image.mode == "RGB" else image.convert("RGB")), stored
     except UnreadableImage:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything from OSError to IndexError

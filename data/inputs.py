@@ -1,13 +1,15 @@
 """The images that `--input` stands for: one file, all below a folder, or those of a list."""
 
+import contextlib
 import csv
-import io
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError, did_you_mean
+from common.files import lines_of
 from data.scan import images_below
 
 LIST_SUFFIXES = (".txt", ".csv")
@@ -60,11 +62,12 @@ def _of_folder(folder: Path) -> ImageList:
     return ImageList(folder, [name[len(real.name) + 1 :] for name in found], tuple(notes))
 
 
-def _text_of(source: Path) -> str:
+@contextlib.contextmanager
+def _lines_of(source: Path) -> Iterator[Iterator[str]]:
     try:
         # newline="": U+2028 and the like are no ends of lines, and csv wants them untouched
         with open(source, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+            yield lines_of(file, f"--input {source}")
     except UnicodeDecodeError as error:
         raise UserError(f"--input {source} is not UTF-8 ({error}); save the list as UTF-8") from None
     except OSError as error:
@@ -72,12 +75,16 @@ def _text_of(source: Path) -> str:
 
 
 def _of_text(source: Path) -> list[str]:
-    lines = (line.strip() for line in _text_of(source).replace("\r", "\n").split("\n"))
-    return [line for line in lines if line]
+    with _lines_of(source) as lines:
+        return [line.strip() for line in lines if line.strip()]
 
 
 def _of_csv(source: Path) -> list[str]:
-    reader = csv.reader(io.StringIO(_text_of(source), newline=""), strict=True)
+    with _lines_of(source) as lines:
+        return _names_of(csv.reader(lines, strict=True), source)
+
+
+def _names_of(reader: "csv.Reader", source: Path) -> list[str]:
     names = []
     try:
         header = [cell.strip() for cell in next(reader, [])]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, did_you_mean, shorten
+from common.files import lines_of
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"))
 _LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
@@ -207,7 +208,7 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
     """The patient of each image from a CSV with columns `path` (relative to the data folder) and `group`."""
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(lines_of(file, f"--groups-file {csv_path}"))
             header = reader.fieldnames or []
             for column in ("path", "group"):
                 if column not in header:

@@ -8,6 +8,8 @@ from common.errors import UserError, did_you_mean
 from common.files import read_json
 from data.scan import nfc
 
+MOST_UNKNOWN = 10
+
 
 def check_template(template: str, option: str = "--text-template") -> None:
     """Raises UserError unless `template` holds {class_name} and no other braces."""
@@ -71,16 +73,24 @@ def class_sentences(
             raise UserError(f'{source} must hold one JSON object such as {{"类别1": "描述1"}}')
 
     by_name: dict[str, Any] = {}
+    known, unknown = frozenset(classes), []
     for key, value in texts.items():
         name = nfc(str(key))
+        if not _is_text(name) or "\0" in name:
+            problems.append(f"{source}: {name!r} is no text (half a character, or a zero byte)")
+            continue
         if name in by_name:
             problems.append(f"{source}: two keys both read {name!r}; keep one")
         by_name[name] = value
-        if name not in classes:
-            problems.append(
-                f"{source}: {name!r} is no class of the data{did_you_mean(name, classes)}; "
-                f"the classes are {', '.join(classes)}"
-            )
+        if name not in known:
+            unknown.append(name)
+    for name in unknown[:MOST_UNKNOWN]:  # to look for the nearest class takes its time
+        problems.append(
+            f"{source}: {name!r} is no class of the data{did_you_mean(name, classes)}; "
+            f"the classes are {', '.join(classes)}"
+        )
+    if len(unknown) > MOST_UNKNOWN:
+        problems.append(f"{source}: {len(unknown) - MOST_UNKNOWN} more keys are no class of the data")
     sentences: dict[str, list[str]] = {}
     for name in classes:
         if name in by_name:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from common.files import read_json
+from common.files import printable, read_json
 from data.scan import nfc
 from evaluation.tables import OVERALL, with_interval
 from evaluation.trained import TrainedModel
@@ -94,7 +94,7 @@ def model_card(
 
 def _cell(text: str) -> str:
     """Text that stays one cell of a Markdown table, whatever it holds."""
-    return " ".join(re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text).split())
+    return " ".join(re.sub(r"([\\|`*_<>\[\]])", r"\\\1", printable(text)).split())
 
 
 def _interval(entry: Mapping[str, Any], in_percent: bool) -> str:

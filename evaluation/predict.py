@@ -101,7 +101,9 @@ class _Decoder(Dataset):
 
 
 def _path_of(root: Path, name: str) -> Path:
-    return root / name.replace("\\", "/") if os.sep == "/" else root / name
+    path = root / name
+    # a list may come from Windows; but here a folder may also be called so
+    return root / name.replace("\\", "/") if os.sep == "/" and not path.exists() else path
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

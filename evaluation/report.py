@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from common.cli import Parser, exit_code_of
-from common.files import write_whole
+from common.files import printable, write_whole
 from evaluation import figures, fonts, report_tables, report_text
 from evaluation.claim import claim_items
 from evaluation.model_views import Mistake, Views, look
@@ -136,6 +136,7 @@ def page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names and paths are whatever a folder is called
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import text_cell, text_of_cell, write_csv, write_json
+from common.files import lines_of, text_cell, text_of_cell, write_csv, write_json
 from evaluation.metrics import full_metrics
 from evaluation.tables import percent, write_metrics_tables
 
@@ -54,7 +54,7 @@ def read_predictions(path: Path) -> Predictions:
     """What `Predictions.write` wrote, to the last bit. Raises UserError for any other file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            header, *rows = csv.reader(file)
+            header, *rows = csv.reader(lines_of(file, str(path)))
         if tuple(header[: len(COLUMNS)]) != COLUMNS:
             raise ValueError(f"its first columns are {', '.join(header[: len(COLUMNS)])}")
         classes = tuple(name.removeprefix("prob_") for name in header[len(COLUMNS) :])

@@ -12,7 +12,7 @@ from common.errors import UserError
 from data.demo import make_demo
 from data.images import inspect_images
 from data.scan import fingerprint, scan_folder
-from evaluation.checkpoints import FORMAT, write_file
+from evaluation.checkpoints import FORMAT, read_checkpoint, write_file
 from models.clip import build_clip
 
 LESION = Lesion("肺炎/P001_1.png", "肺炎", "P001", (0.1, 0.2, 0.4, 0.45))
@@ -147,7 +147,7 @@ def test_each_fold_is_played_on_its_own_images(demo, run, tmp_path):
     record = json.loads((run / "splits.json").read_text("utf-8"))
     (first,) = record["folds"]
     folds = [first, {"train": first["val"], "val": first["train"]}]
-    checkpoint = torch.load(run / "checkpoint_latest.pth")
+    checkpoint = read_checkpoint(run / "checkpoint_latest.pth")
     write_run(tmp_path / "cv", checkpoint, record["dataset_fingerprint"], folds)
     (tmp_path / "cv" / "checkpoint_latest.pth").unlink()
     (tmp_path / "cv" / "cv_summary.json").write_text("{}")

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import train_clip
+from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.predict import heat_map_name
 from predict_clip import main
 
@@ -106,11 +107,11 @@ def test_an_ensemble_is_the_mean_of_its_models_with_their_spread(folds, other_si
 
 
 def test_columns_of_an_ensemble_are_matched_by_name(folds, class_folder, tmp_path):
-    checkpoint = torch.load(folds / "fold_1" / "checkpoint_latest.pth", weights_only=True)
+    checkpoint = read_checkpoint(folds / "fold_1" / "checkpoint_latest.pth")
     turned = [2, 0, 1]
     checkpoint["classes"] = [checkpoint["classes"][c] for c in turned]
     checkpoint["class_features"] = checkpoint["class_features"][turned]
-    torch.save(checkpoint, tmp_path / "turned.pth")
+    write_file(tmp_path / "turned.pth", checkpoint)
     assert predict([folds / "fold_1", tmp_path / "turned.pth"], class_folder, tmp_path / "a.csv") == 0
     assert predict(folds / "fold_1", class_folder, tmp_path / "b.csv") == 0
     a, b = rows_of(tmp_path / "a.csv"), rows_of(tmp_path / "b.csv")
@@ -227,9 +228,9 @@ def test_a_name_that_is_not_utf8_is_a_row_with_its_error(folds, pictures, tmp_pa
 
 
 def test_a_broken_model_is_said_in_every_row(folds, class_folder, tmp_path):
-    checkpoint = torch.load(folds / "fold_1" / "checkpoint_latest.pth", weights_only=True)
+    checkpoint = read_checkpoint(folds / "fold_1" / "checkpoint_latest.pth")
     checkpoint["model"]["image_projection.weight"][:] = float("nan")
-    torch.save(checkpoint, tmp_path / "nan.pth")
+    write_file(tmp_path / "nan.pth", checkpoint)
     assert predict(tmp_path / "nan.pth", class_folder, tmp_path / "a.csv") == 1
     assert all("not a finite number" in row["error"] for row in rows_of(tmp_path / "a.csv"))
 
@@ -421,11 +422,11 @@ def test_the_precision_is_the_one_the_model_was_validated_in(
     import common.device
 
     monkeypatch.setattr(common.device, "_cpu_has_bf16", lambda: True)
-    checkpoint = torch.load(folds / "fold_1" / "checkpoint_latest.pth", weights_only=True)
+    checkpoint = read_checkpoint(folds / "fold_1" / "checkpoint_latest.pth")
     assert predict(folds / "fold_1", class_folder / "肺炎", tmp_path / "a.csv") == 0  # trained with --no-amp
     assert "float32" in capsys.readouterr().out
     checkpoint["config"]["use_amp"] = True
-    torch.save(checkpoint, tmp_path / "amp.pth")
+    write_file(tmp_path / "amp.pth", checkpoint)
     assert predict(tmp_path / "amp.pth", class_folder / "肺炎", tmp_path / "b.csv") == 0
     assert "bfloat16" in capsys.readouterr().out
     assert predict(tmp_path / "amp.pth", class_folder / "肺炎", tmp_path / "c.csv", "--no-amp") == 0

@@ -18,6 +18,8 @@ from typing import Any
 from common.errors import UserError, did_you_mean
 from common.files import read_json
 
+MOST_UNKNOWN = 20
+MOST_ENTRIES = 1000
 MONITORS = ("val_acc", "val_loss", "val_balanced_acc", "val_macro_f1")
 
 
@@ -364,9 +366,14 @@ def resolve_auto(typed: Mapping[str, Any]) -> dict[str, Any]:
 def check_options(options: Mapping[str, Any], where: str) -> list[str]:
     """Problems of a mapping of options read from JSON, each prefixed with `where`."""
     problems = []
+    unknown = [name for name in options if name not in FIELDS]
+    for name in unknown[:MOST_UNKNOWN]:  # to look for the nearest name takes its time
+        problems.append(f"{where}unknown key {name!r}{did_you_mean(name, FIELDS)}")
+    if len(unknown) > MOST_UNKNOWN:
+        problems.append(f"{where}{len(unknown) - MOST_UNKNOWN} more keys are unknown")
     for name, value in options.items():
         if name not in FIELDS:
-            problems.append(f"{where}unknown key {name!r}{did_you_mean(name, FIELDS)}")
+            continue
         else:
             problem = _problem_with(name, value, repr(name))
             if problem:
@@ -461,6 +468,8 @@ def read_config_file(path: Path) -> list[dict[str, Any]]:
     entries = read_json(path, "--config-file")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"--config-file {path} must hold a JSON array with at least one configuration")
+    if len(entries) > MOST_ENTRIES:
+        raise UserError(f"--config-file {path} holds {len(entries)} configurations, more than {MOST_ENTRIES}")
     problems = []
     for number, entry in enumerate(entries, 1):
         where = f"--config-file {path}, entry {number}: "

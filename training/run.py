@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +294,8 @@ def train_on_split(
     """
     device = hardware.device
     torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # nothing here draws from these two, but a timm model might
+    random.seed(seed)
     model.to(device, memory_format=torch.channels_last)
     train_batches = EpochBatches(split.train, config.batch_size, seed)
     warmup_epochs = 0.05 * config.epochs if config.warmup_epochs is None else config.warmup_epochs
