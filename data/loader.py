@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.errors import UserError
 from common.stopping import stop_after_the_parent
 from data.images import MEMORY_FOR_IMAGES, Squares, UnreadableImage, read_image, to_square
 
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -80,6 +83,7 @@ def build_loader(
     """
     in_memory = dataset.squares is not None and dataset.squares.array.nbytes <= MEMORY_FOR_IMAGES
     workers = 0 if in_memory else num_workers
+    refuse_small_shared_memory(workers, 3 * batches.batch_size * dataset.size**2)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -92,6 +96,19 @@ def build_loader(
         # its own: a new iterator would draw from the global stream, and dropout would differ after a resume
         generator=torch.Generator(),
     )
+
+
+def refuse_small_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Raises UserError when the batches that `workers` prepare have no room: the run would wait for ever."""
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    needed, free = 2 * workers * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free  # each prepares two
+    if needed > free:
+        raise UserError(
+            f"{workers} processes that load images need {needed / 1e6:.0f} MB of shared memory, and "
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free; lower --num-workers (0: no such processes) or "
+            "--batch-size, or make it larger (in Docker: --shm-size)"
+        )
 
 
 def fork_context(workers: int):

@@ -27,7 +27,7 @@ from common.files import path_cell, text_cell, writable, write_whole
 from common.stopping import stop_after_the_parent
 from data.images import UnreadableImage, read_image, to_square
 from data.inputs import ImageList
-from data.loader import fork_context
+from data.loader import fork_context, refuse_small_shared_memory
 from evaluation.trained import TrainedModel
 from models.clip import CLIPModel
 
@@ -128,6 +128,7 @@ def decode(
     # few images are shared out among the processes all the same
     batch_size = min(batch_size, math.ceil(len(images.names) / max(1, workers)))
     starts = range(0, len(images.names), batch_size)
+    refuse_small_shared_memory(workers, 3 * batch_size * sum(size**2 for size in sizes))
     return iter(
         DataLoader(
             _Decoder(images.root, sizes),

@@ -1,6 +1,10 @@
 """Batches are complete and even; images come whole, whoever reads them."""
 
 import math
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import data.loader as loader_module
+from common.errors import UserError
 from data.images import Squares, UnreadableImage
 from data.loader import EpochBatches, ImageDataset, build_loader
+from training.device import explain_failure
 
 N, SIZE = 10, 24
 PIXELS = np.random.RandomState(0).randint(0, 256, (N, SIZE, SIZE, 3)).astype(np.uint8)
@@ -116,3 +123,41 @@ def test_decoded_squares_are_never_changed():
     dataset.__getitems__([3, 4])[0].fill_(0)
     dataset.__getitems__([5])[0].fill_(0)
     assert np.array_equal(pixels, PIXELS)
+
+
+def test_too_little_shared_memory_is_said_before_anything_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "SHARED_MEMORY", tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    dataset = ImageDataset([Path("unused")] * 10, np.zeros(10, np.int64), 224)
+    for workers, batch in ((0, 1000), (2, 4), (5, 1)):  # 2 batches each of 150,528 bytes an image
+        build_loader(dataset, EpochBatches(np.arange(10), batch, 0), workers, False)
+    with pytest.raises(
+        UserError, match=r"need 4 MB of shared memory, and .* has 3 MB free"
+    ):
+        build_loader(dataset, EpochBatches(np.arange(10), 6, 0), 2, False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are told apart by their parent")
+def test_a_killed_worker_is_explained(monkeypatch):
+    parent = os.getpid()
+
+    def killed(self, indices):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ImageDataset, "__getitems__", killed)
+    dataset = ImageDataset([Path("unused")] * 4, np.zeros(4, np.int64), 16)
+    with pytest.raises(RuntimeError) as error:
+        list(build_loader(dataset, EpochBatches(np.arange(4), 2, 0), 1, False))
+    said = explain_failure(error.value, None)
+    assert (
+        "a process that loads images was killed" in said and "--num-workers" in said and "--shm-size" in said
+    )
+
+
+def test_other_mistakes_of_a_worker_are_not_explained_away():
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshape mismatch")
+    assert explain_failure(error, None) is None
+    full = RuntimeError("unable to write to file </torch_12_3>: No space left on device (28)")
+    assert "ran out of shared memory" in explain_failure(full, None)

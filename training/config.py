@@ -357,8 +357,10 @@ def resolve_auto(typed: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(typed)
     if typed.get("resume_from") == "auto":
         del resolved["resume_from"]
-        latest = Path(typed.get("output_dir") or "") / "checkpoint_latest.pth"
-        if latest.exists() and not (typed.get("use_cv") or typed.get("multi_config")):
+        folder = Path(typed.get("output_dir") or "")
+        latest = folder / "checkpoint_latest.pth"
+        saved = latest.exists() or (folder / "checkpoint_previous.pth").exists()
+        if saved and not (typed.get("use_cv") or typed.get("multi_config")):
             resolved["resume_from"] = str(latest)
     return resolved
 

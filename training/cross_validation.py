@@ -13,7 +13,7 @@ from common.files import read_json, write_json
 from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
-from evaluation.checkpoints import LATEST, PREVIOUS
+from evaluation.checkpoints import PREVIOUS
 from evaluation.metrics import classification_metrics
 from evaluation.results import headline, read_predictions, write_results
 from training.config import Config
@@ -44,7 +44,7 @@ from training.run import (
     tokenise,
     train_on_split,
 )
-from training.state import read_to_resume
+from training.state import read_to_resume, saved_in
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
 PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished
@@ -98,15 +98,15 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
                 print(f"fold {number} of {len(splits)} is finished already")
                 continue
             print(f"\nfold {number} of {len(splits)}")
-            checkpoint, file = None, fold_dir / LATEST
-            if file.exists():
+            checkpoint, file = None, saved_in(fold_dir)
+            if file:
                 checkpoint, file = read_to_resume(file, "the fold's")
                 check_same_classes(checkpoint, f"the fold's {file}", data.folder.classes, texts)
                 check_same_data(checkpoint, data, split)
             model.load_state_dict(initial)
             result = train_on_split(
                 config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
-                resumed_from=file if checkpoint else None, run_dir=output_dir,
+                resumed_from=file, run_dir=output_dir,
                 seed=config.random_state + number,
             )  # fmt: skip
             write_json(fold_dir / "result.json", fold_result(number, split, result))

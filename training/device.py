@@ -18,10 +18,17 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
             f"out of memory; lower --batch-size or --img-size{now}, take a smaller encoder, or freeze one "
             "(--freeze-text-encoder, --freeze-image-encoder)"
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("is killed by signal" in text or "exited unexpectedly" in text):
         return (
             f"a process that loads images was killed ({first_line(error, 120)}); lower --num-workers, or "
             "give the machine more memory (in Docker: more shared memory, --shm-size)"
+        )
+    if isinstance(error, RuntimeError) and ("</torch_" in text or "ancdata" in text):
+        return (
+            f"processes that load images ran out of shared memory or open files ({last_line(error, 120)}); "
+            "lower --num-workers (0: no such processes), or raise the limit (in Docker --shm-size, else "
+            "ulimit -n)"
         )
     if isinstance(error, UnreadableImage):
         return f"an image could be read at the start but not any more: {last_line(error, 500)}"

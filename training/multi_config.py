@@ -17,7 +17,6 @@ from common.errors import UserError, first_line
 from common.files import read_json, text_cell, write_csv, write_json
 from data.scan import ImageFolder, scan_folder
 from data.texts import class_sentences
-from evaluation.checkpoints import LATEST
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
@@ -25,8 +24,9 @@ from models.clip import check_image_encoder
 from training.config import Config, flag_of, make_config, read_config_file
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
-from training.outputs import check_writable, continues, refuse_other_images
+from training.outputs import FREE_ON_CONTINUE, check_writable, continues, refuse_other_images
 from training.run import train
+from training.state import saved_in
 
 _NOT_PER_ENTRY = (
     "data_dir",
@@ -163,12 +163,12 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
     config, typed = entry.config, {}
     failure = entry.folder / FAILURE
     failure.unlink(missing_ok=True)
-    latest = entry.folder / LATEST
     if not config.use_cv and begun:
+        saved = saved_in(entry.folder)
         # killed before its first checkpoint: nothing is lost by starting anew
-        change = {"resume_from": str(latest)} if latest.exists() else {"overwrite": True}
+        change = {"resume_from": str(saved)} if saved else {"overwrite": True}
         config = dataclasses.replace(config, **change)
-        typed = {key: getattr(config, key) for key in ("data_dir", "output_dir", "gpu_id", "num_workers")}
+        typed = {key: getattr(config, key) for key in FREE_ON_CONTINUE - {"resume_from", "overwrite"}}
     try:
         train(config, typed)
     except UserError as error:

@@ -191,7 +191,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         print("resuming with changed options: " + ", ".join(changed))
     kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}
     merged = {**options, **typed, **kept}
-    if "cache_dir" in typed:
+    if typed.get("cache_dir"):
         merged["use_cache"] = True
     problems = contradictions(dataclasses.replace(Config(**merged), resume_from=None))
     if problems:

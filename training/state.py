@@ -206,6 +206,11 @@ def keep_frozen_towers(folder: Path, model: CLIPModel) -> dict[str, str]:
     }
 
 
+def saved_in(folder: Path) -> Path | None:
+    """The checkpoint to go on from, for `read_to_resume`; None where nothing was saved."""
+    return folder / LATEST if any((folder / name).exists() for name in (LATEST, PREVIOUS)) else None
+
+
 def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str, Any], Path]:
     """The checkpoint to go on from and its file: `path`, or where that is damaged or gone, the one before it.
 
