@@ -223,7 +223,7 @@ def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:
             f"95 % intervals: bootstrap over {interval['unit']}s ({interval['resamples']} resamples), "
             "Wilson's for proportions where they cannot be resampled by patient.",
         ),
-        31: (PARTLY, "Grad-CAM of the similarity to a class's sentences against the others'."),
+        31: (PARTLY, "Heat maps of the similarity to a class's sentences against the others' (HiResCAM)."),
         37: (ANSWERED, f"{values} (95 % intervals)."),
         38: (ANSWERED, f"{by_class}{more}."),
         39: (

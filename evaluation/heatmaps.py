@@ -1,4 +1,4 @@
-"""Heat maps: which parts of an image speak for a class, by Grad-CAM, and the picture of them."""
+"""Heat maps: which parts of an image speak for a class, by gradient times activation, and their picture."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -40,17 +40,17 @@ def coarse_maps(
     class_features: torch.Tensor,
     targets: torch.Tensor | Sequence[int],
 ) -> torch.Tensor:
-    """Grad-CAM of `log_odds`, "this class rather than the others": (B, h, w) float32, not negative.
+    """What speaks for "this class rather than the others" (`log_odds`): (B, h, w) float32, not negative.
 
     images (B, 3, S, S) uint8 or 0..255 float; class_features (C, D) of unit length; targets (B,) indices of
-    classes. What is looked at is the backbone's last map, the one its head pools, of h x w cells or patches:
-    the final patch tokens of a ViT that averages them. In starnet_dual_pyramid_rcf each cell of that sees
-    the whole image, and its peaks fell on lesions as seldom as by chance; there it is the map that enters the
-    last local stage, weighted by the gradient position by position (HiResCAM). A ViT that reads only
-    its class token has no use for the final patch tokens; there it is the tokens that enter the last
-    attention. Class and register tokens are left out. A ViT may have mixed what it saw into tokens of the
-    background by then, small ones trained from scratch often do, and the map says where it is, not where it
-    came from.
+    classes. Gradient times activation, summed over channels. In a backbone with stages this is done cell by
+    cell (HiResCAM) in the map that enters the last stage: cells of the map that the head pools, twice as
+    coarse, may each have seen the whole image, and their peaks fell on lesions less often, in some encoders
+    as seldom as by chance (benchmarks/RESULTS.md). Patch tokens have no stages: there the gradient's mean
+    over them weights each channel (Grad-CAM), in the final tokens of a ViT that averages them. A ViT that
+    reads only its class token has no use for those; there it is the tokens that enter the last attention.
+    Class and register tokens are left out. A ViT may have mixed what it saw into tokens of the background by
+    then, small ones trained from scratch often do, and the map says where it is, not where it came from.
 
     It costs one forward pass and a backward pass from the score to the map, in float32. The model stays as it
     was: mode, weights, gradients. Raises UserError for backbones that have no such map.
@@ -70,7 +70,7 @@ def coarse_maps(
             score = log_odds(logits, targets).sum()  # over images: in evaluation mode none touches another
         (gradient,) = torch.autograd.grad(score, last)
     maps, gradient = (_as_grid(backbone, values) for values in (last.detach(), gradient))
-    if not isinstance(backbone, StarNetDualPyramidRCF):
+    if last.ndim == 3:  # tokens
         gradient = gradient.mean(dim=(2, 3), keepdim=True)  # (B, channels, 1, 1)
     return F.relu((gradient * maps).sum(dim=1))
 
@@ -123,7 +123,10 @@ def _last_map(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, 
         with torch.enable_grad():
             return last, backbone.from_last_stage(last, global_map)
     if getattr(backbone, "global_pool", None) == "token":
-        return _last_attended_tokens(backbone, images)
+        return _caught(backbone, images, _last_attention(backbone), at_input=True)
+    stage_before = _stage_before_the_last(backbone)
+    if stage_before is not None:
+        return _caught(backbone, images, stage_before, at_input=False)
     with torch.no_grad():
         last = backbone.forward_features(images)
     if not isinstance(last, torch.Tensor):
@@ -133,20 +136,40 @@ def _last_map(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, 
         return last, backbone.forward_head(last)
 
 
-def _last_attended_tokens(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For a backbone pooled by class token: the tokens (B, N, channels) that enter its last attention."""
+def _last_attention(backbone: nn.Module) -> nn.Module:
     blocks = getattr(backbone, "blocks", None)
     attention = getattr(blocks[-1], "attn", None) if blocks is not None else None
     if attention is None:
         raise _no_map(backbone, "its class token is read in a way of its own")
+    return attention
+
+
+def _stage_before_the_last(backbone: nn.Module) -> nn.Module | None:
+    """By timm's list of a backbone's stages; None where it has none, or the last is no coarser."""
+    stages = getattr(backbone, "feature_info", None) or []
+    if len(stages) < 2 or stages[-2]["reduction"] >= stages[-1]["reduction"]:
+        return None
+    return dict(backbone.named_modules()).get(stages[-2]["module"])
+
+
+def _caught(
+    backbone: nn.Module, images: torch.Tensor, module: nn.Module, at_input: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters or leaves `module`, and the pooled features as a function of it."""
     caught: list[torch.Tensor] = []
 
-    def catch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        caught.append(inputs[0].detach().requires_grad_())
+    def catch(value: torch.Tensor) -> torch.Tensor:
+        if not isinstance(value, torch.Tensor):
+            raise _no_map(backbone, "its stages pass on several maps")
+        caught.append(value.detach().requires_grad_())
         torch.set_grad_enabled(True)  # from here on; leaving no_grad below takes it back
-        return (caught[0], *inputs[1:])
+        return caught[0].clone()  # the next layer may work in place
 
-    hook = attention.register_forward_pre_hook(catch)
+    hook = (
+        module.register_forward_pre_hook(lambda _, inputs: (catch(inputs[0]), *inputs[1:]))
+        if at_input
+        else module.register_forward_hook(lambda _, inputs, output: catch(output))
+    )
     try:
         with torch.no_grad():
             pooled = backbone(images)

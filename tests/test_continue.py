@@ -230,11 +230,13 @@ def test_a_fold_in_training_is_left_alone(quick_report, class_folder, tmp_path, 
 
 
 def test_what_a_killed_writer_left_is_removed(quick_report, class_folder, tmp_path):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "figures").mkdir(parents=True)
     left_over = tmp_path / "out" / ".checkpoint_latest.pth.123.abc.tmp"
-    left_over.write_bytes(b"half")
+    of_a_picture = tmp_path / "out" / "figures" / ".roc.svg.123.abc.tmp"
+    for file in (left_over, of_a_picture):
+        file.write_bytes(b"half")
     assert train(class_folder, tmp_path / "out", "--epochs", 1) == 0
-    assert not left_over.exists()
+    assert not left_over.exists() and not of_a_picture.exists()
 
 
 def test_auto_starts_where_there_is_nothing_and_continues_where_there_is_something(
@@ -259,10 +261,23 @@ def test_auto_changes_nothing_where_the_same_command_continues(class_folder, tmp
     assert "fold 1 of 2 is finished already" in capsys.readouterr().out
 
 
-def test_a_job_that_starts_leaves_what_another_fold_is_writing(class_folder, tmp_path):
-    (tmp_path / "out").mkdir()
-    of_another_job = tmp_path / "out" / ".cv_summary.json.123.abc.tmp"
-    of_another_job.write_bytes(b"half")
-    flags = ["--epochs", 1, "--use-cv", "--n-splits", 2, "--fold", 1]
-    assert train(class_folder, tmp_path / "out", *flags) == 0
-    assert of_another_job.read_bytes() == b"half"
+def test_what_jobs_of_several_folds_share_is_written_by_one_at_a_time(class_folder, tmp_path, monkeypatch):
+    """A job removes what killed ones left half-written, so it must never meet another's file half-written."""
+    out, write, alone = tmp_path / "out", os.replace, []
+
+    def noting(source, target):
+        if Path(target).parent in (out, out / "figures"):
+            code = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+            held = subprocess.run([sys.executable, "-c", code, out / ".lock"], stderr=subprocess.DEVNULL)
+            alone.append((Path(target).name, held.returncode != 0))
+        write(source, target)
+
+    monkeypatch.setattr(os, "replace", noting)
+    flags = ["--epochs", 1, "--use-cv", "--n-splits", 2, "--freeze-text-encoder"]
+    assert train(class_folder, out, *flags, "--fold", 1) == 0
+    left_over = out / ".cv_summary.json.123.abc.tmp"
+    left_over.write_bytes(b"half")
+    assert train(class_folder, out, *flags, "--fold", 2) == 0
+    assert not left_over.exists()
+    assert {name for name, _ in alone} > {"config.json", "frozen_text_tower.pth", "cv_summary.json"}
+    assert all(held for _, held in alone), alone

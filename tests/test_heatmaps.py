@@ -15,18 +15,18 @@ from models.clip import CLIPModel, build_clip
 from models.image_encoders import ImageTower
 
 SIZE = 64
-# One of every kind of last map (NCHW, NHWC, tokens with and without class and register tokens), and how many
-# cells wide that map is at SIZE.
+# One of every kind of map (NCHW, NHWC, tokens with and without class and register tokens), and how many
+# cells wide it is at SIZE: a sixteenth of its pixels before the last stage.
 KINDS = {
-    "resnet18": 2,
-    "efficientnet-b0": 2,
-    "starnet_dual_pyramid_rcf": 4,  # the map before the last stage
-    "timm:starnet_s050": 2,
-    "timm:convnext_atto": 2,
-    "timm:mobilenetv3_small_050": 2,
-    "timm:test_mambaout": 2,  # NHWC
-    "timm:swin_tiny_patch4_window7_224": 2,  # NHWC
-    "timm:efficientformer_l1": 7,  # tokens after convolutions; made for 224 px only
+    "resnet18": 4,
+    "efficientnet-b0": 4,
+    "starnet_dual_pyramid_rcf": 4,
+    "timm:starnet_s050": 4,
+    "timm:convnext_atto": 4,
+    "timm:mobilenetv3_small_050": 4,
+    "timm:test_mambaout": 4,  # NHWC
+    "timm:swin_tiny_patch4_window7_224": 4,  # NHWC
+    "timm:efficientformer_l1": 14,  # convolutions before tokens; made for 224 px only
     "timm:vit_tiny_patch16_224": 4,  # class token
     "timm:deit_tiny_distilled_patch16_224": 4,  # class and distillation token
     "timm:test_vit2": 4,  # mean of the patch tokens, with a class token beside them
@@ -85,9 +85,11 @@ def enlarge(small, size):
     return rows @ small @ rows.T
 
 
-def cam(maps, gradient, size):
-    """Equations 1 and 2 of the paper for one image: (channels, h, w) twice -> (size, size), maximum 1."""
-    heat = sum(gradient[k].mean() * maps[k] for k in range(len(maps)))
+def cam(maps, gradient, size, cell_by_cell):
+    """For one image: (channels, h, w) twice -> (size, size), maximum 1. Equations 1 and 2 of the Grad-CAM
+    paper, or `cell_by_cell` that of HiResCAM.
+    """
+    heat = sum((gradient[k] if cell_by_cell else gradient[k].mean()) * maps[k] for k in range(len(maps)))
     heat = enlarge(np.maximum(heat, 0), size)
     return heat / heat.max() if heat.max() > 0 else heat
 
@@ -117,8 +119,27 @@ def test_a_small_cnn_equals_finite_differences_in_float64():
                 moved[at] += step
                 ends.append(score_by_hand((moved**2).mean((1, 2)), model, features, target))
             gradient[at] = (ends[0] - ends[1]) / 2e-5
-        np.testing.assert_allclose(found[i], cam(maps[i], gradient, 32), atol=1e-4)
+        np.testing.assert_allclose(found[i], cam(maps[i], gradient, 32, True), atol=1e-4)
     assert all(heat.max() == 1 for heat in found)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("resnet18", "layer3"), ("efficientnet_b0", "blocks.4")])
+def test_stages_equal_a_full_backward_pass_to_what_enters_the_last(name, stage):
+    model = tiny_model(lambda: timm.create_model(name, num_classes=0))
+    features, images, targets = random_features(3, 7), random_images(3), torch.tensor([1, 0, 2])
+    found = heat_maps(model, images, features, targets)
+    caught = {}
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        caught["maps"] = output
+
+    model.image_tower.backbone.get_submodule(stage).register_forward_hook(keep)
+    probs = (model.logit_scale.exp() * model.encode_image(images) @ features.T).softmax(1)[range(3), targets]
+    (probs / (1 - probs)).log().sum().backward()
+    maps, gradient = caught["maps"].detach().double().numpy(), caught["maps"].grad.double().numpy()
+    for i in range(3):
+        np.testing.assert_allclose(found[i], cam(maps[i], gradient[i], SIZE, True), atol=1e-3)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -143,7 +164,7 @@ def test_a_class_token_vit_equals_a_full_backward_pass_with_a_hook(registers):
         for value in (caught["tokens"], caught["tokens"].grad)
     )
     for i in range(3):
-        np.testing.assert_allclose(found[i], cam(tokens[i], gradient[i], SIZE), atol=1e-4)
+        np.testing.assert_allclose(found[i], cam(tokens[i], gradient[i], SIZE, False), atol=1e-4)
 
 
 def test_log_odds():

@@ -132,9 +132,7 @@ def test_too_little_shared_memory_is_said_before_anything_waits_for_it(tmp_path,
     dataset = ImageDataset([Path("unused")] * 10, np.zeros(10, np.int64), 224)
     for workers, batch in ((0, 1000), (2, 4), (5, 1)):  # 2 batches each of 150,528 bytes an image
         build_loader(dataset, EpochBatches(np.arange(10), batch, 0), workers, False)
-    with pytest.raises(
-        UserError, match=r"need 4 MB of shared memory, and .* has 3 MB free"
-    ):
+    with pytest.raises(UserError, match=r"need 4 MB of shared memory, and .* has 3 MB free"):
         build_loader(dataset, EpochBatches(np.arange(10), 6, 0), 2, False)
 
 

@@ -44,7 +44,7 @@ from training.run import (
     tokenise,
     train_on_split,
 )
-from training.state import read_to_resume, saved_in
+from training.state import keep_frozen_towers, read_to_resume, saved_in
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
 PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished
@@ -75,6 +75,10 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     else:
         splits = k_folds(data.labels, data.groups, config.n_splits, config.random_state, data.folder.classes)
 
+    for note in missing_in_validation(splits, data.labels, data.folder.classes):
+        print(f"note: {note}")
+    findings = findings_of(data, splits)
+    print_findings(findings)
     with locked(output_dir, wait=True):  # jobs of other folds may be starting too
         prepare_output_folder(output_dir, config.overwrite)
         if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
@@ -83,12 +87,8 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             write_json(output_dir / "config.json", record)
         if not splits_file.exists():
             write_json(splits_file, record_of(config, data, splits))
-    for note in missing_in_validation(splits, data.labels, data.folder.classes):
-        print(f"note: {note}")
-    findings = findings_of(data, splits)
-    print_findings(findings)
-    write_json(output_dir / "data_check.json", {"findings": findings})
-
+        write_json(output_dir / "data_check.json", {"findings": findings})
+        frozen = keep_frozen_towers(output_dir, model)
     for number, split in enumerate(splits, 1):
         if config.fold not in (None, number):
             continue
@@ -106,8 +106,7 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             model.load_state_dict(initial)
             result = train_on_split(
                 config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
-                resumed_from=file, run_dir=output_dir,
-                seed=config.random_state + number,
+                resumed_from=file, frozen=frozen, seed=config.random_state + number,
             )  # fmt: skip
             write_json(fold_dir / "result.json", fold_result(number, split, result))
             folds = np.full(len(split.val), number)
@@ -117,16 +116,17 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:
         print(f"folds still to train before the summary: {', '.join(map(str, missing))}")
-    else:
+        return
+    # it draws: imports that training can do without
+    from evaluation.report import write_report
+
+    with locked(output_dir, wait=True):  # jobs that end together each build it, one after the other
         summary, metrics = summarise(output_dir, len(splits), data)
         print_cv_summary(summary)
         print(f"  out of fold, last epoch, {metrics['n_images']} images: {headline(metrics)}")
-        # it draws: imports that training can do without
-        from evaluation.report import write_report
-
         write_report(output_dir)
-        print_files(output_dir)
-        print_use(output_dir)
+    print_files(output_dir)
+    print_use(output_dir)
 
 
 def stored_splits(path: Path, data: DataSet) -> list[Split]:

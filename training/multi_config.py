@@ -24,7 +24,7 @@ from models.clip import check_image_encoder
 from training.config import Config, flag_of, make_config, read_config_file
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
-from training.outputs import FREE_ON_CONTINUE, check_writable, continues, refuse_other_images
+from training.outputs import FREE_ON_CONTINUE, check_writable, continues, locked, refuse_other_images
 from training.run import train
 from training.state import saved_in
 
@@ -137,7 +137,8 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        ranked = write_leaderboard(output_dir, entries)
+        with locked(output_dir, wait=True):  # jobs of other entries may be ending too
+            ranked = write_leaderboard(output_dir, entries)
     print_leaderboard(ranked, output_dir)
     if failed:
         print(

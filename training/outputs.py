@@ -178,11 +178,12 @@ def remove_results(output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Make `folder` and keep it for this process; what killed writers left there is removed.
+    """Make `folder` and keep it for this process; what killed writers left there and in its figures/ is
+    removed, so all that is written there is written within such a block.
 
     The lock is the system's, which lets go of it however the process ends (Linux, macOS; elsewhere there is
     none). Raises UserError when another process keeps the folder. With `wait` this one waits instead: that is
-    for a folder which jobs share, where others may be writing without the lock, so nothing is removed.
+    for a folder which jobs share, each for a moment.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
@@ -198,7 +199,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
-            for left_over in () if wait else folder.glob(".*.tmp"):
+            for left_over in (*folder.glob(".*.tmp"), *folder.glob("figures/.*.tmp")):
                 left_over.unlink(missing_ok=True)
         yield
 

@@ -140,7 +140,7 @@ def train_single(
             checkpoint,
             records,
             resumed_from=Path(config.resume_from) if config.resume_from else None,
-            run_dir=output_dir,
+            frozen=None,
             seed=config.random_state,
         )
         metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
@@ -286,11 +286,11 @@ def train_on_split(
     records: Mapping[str, Any],
     *,
     resumed_from: Path | None,
-    run_dir: Path,
+    frozen: Mapping[str, str] | None,
     seed: int,
 ) -> RunResult:
     """Train `model` on one split, from `checkpoint`, read from `resumed_from`, where given. Its files go to
-    `output_dir`, those that the folds of a run share to `run_dir`.
+    `output_dir`; `frozen`: checksums of frozen towers that are kept elsewhere, for all folds.
     """
     device = hardware.device
     torch.manual_seed(seed)
@@ -355,7 +355,7 @@ def train_on_split(
         },
         "dataset_fingerprint": data.fingerprint,
         "split_fingerprint": split_fingerprint(data, split),
-        "frozen": keep_frozen_towers(run_dir, model),
+        "frozen": keep_frozen_towers(output_dir, model) if frozen is None else frozen,
     }
     shares = np.bincount(data.labels[split.train]) / len(split.train)
     probs = fit(
