@@ -20,7 +20,7 @@ import numpy as np
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError
-from common.files import read_json, unwritable, write_json
+from common.files import MOST_WRITTEN_BY_HAND, read_json, unwritable, write_json
 from data.scan import ImageFolder, nfc, scan_folder
 from data.texts import check_template, class_sentences
 
@@ -76,7 +76,7 @@ def check_output(output: Path, interactive: bool, overwrite: bool) -> None:
 
 def stored_sentences(path: Path, classes: Sequence[str]) -> dict[str, list[str]]:
     """The sentences of an existing file. Raises UserError when it is not what train_clip.py would take."""
-    stored = read_json(path, "--output")
+    stored = read_json(path, "--output", MOST_WRITTEN_BY_HAND)
     if not isinstance(stored, dict):
         raise UserError(f"--output {path} exists and holds no JSON object of class sentences")
     try:

@@ -120,11 +120,11 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 def new_sentences(path: Path) -> dict[str, list[str]]:
     """Class -> sentences of --class-texts-file; its keys are the classes. Raises UserError."""
-    from common.files import read_json
+    from common.files import MOST_WRITTEN_BY_HAND, read_json
     from data.scan import nfc
     from data.texts import class_sentences
 
-    stored = read_json(path, "--class-texts-file")
+    stored = read_json(path, "--class-texts-file", MOST_WRITTEN_BY_HAND)
     if not isinstance(stored, dict) or len(stored) < 2 or not all(name.strip() for name in stored):
         raise UserError(
             f"--class-texts-file {path} must hold one JSON object with at least two named classes, such as "

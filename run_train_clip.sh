@@ -87,7 +87,7 @@ stop() {
     wait
     exit "$1"
 }
-stopped="stopped; finished epochs are saved, and the same command (without --overwrite) goes on from there"
+stopped="stopped; what was trained is saved, and the same command (without --overwrite) goes on from there"
 trap 'echo "$stopped" >&2; stop 130' INT
 trap 'echo "$stopped" >&2; stop 143' TERM
 trap 'stop 129' HUP

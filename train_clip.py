@@ -48,6 +48,8 @@ def _main(arguments: Sequence[str]) -> int:
 def _how_to_continue(config: Config | None, started: float) -> str:
     if config is None or config.output_dir is None:
         return "nothing was written"
+    if not Path(config.output_dir).exists():
+        return f"--output-dir {config.output_dir} is not there (any more)"
     once_more = " without --overwrite" if config.overwrite else ""
     if config.use_cv or config.multi_config:
         return f"what is finished is saved, and the same command{once_more} continues"

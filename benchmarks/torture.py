@@ -5,8 +5,8 @@
 
 Every case ends with a comparison: weights, optimizer moments, random state, history (without times) and
 predictions of the tortured run against those of one that nothing happened to, bit for bit. A small run: 60
-images of 48 x 48, the dual pyramid at 32 px (it draws random depths) and the tiny text tower (it draws
-dropout), one thread, saved three times a second. What needs a mount (full, read-only) needs root.
+images of 48 x 48, the dual pyramid at 32 px (it draws random depths) and the tiny text tower, one thread,
+saved three times a second. What needs a mount (full, read-only) needs root.
 """
 
 import json
@@ -127,13 +127,7 @@ def contents(out: Path) -> dict[str, Any]:
         elif path.name == "history.json":
             history = json.loads(path.read_text())
             found |= {f"{name} {key}": own for key, own in history.items() if key not in TIMES}
-        elif path.name in (
-            "predictions.csv",
-            "oof_predictions.csv",
-            "cv_summary.json",
-            "metrics.json",
-            "splits.json",
-        ):
+        elif path.name in COMPARED:
             found[name] = path.read_bytes()
     return found
 

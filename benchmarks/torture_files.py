@@ -1,14 +1,16 @@
 """Rotten and hostile files, thousands of them, each to be read or refused with one message; Markdown rows.
 
-    python -m benchmarks.torture_files --times 2000     # images, checkpoints and JSON; some 10 minutes
+    python -m benchmarks.torture_files --times 2000     # of each kind; some 10 minutes
 
 Images: of every format and mode that is read, made small, with flipped bits, cut off, with a header of noise,
-spliced with another format, and with huge dimensions. Checkpoints: a run's own files with flipped bits, cut
-off, with parts zeroed or repeated. JSON: class texts, --config-file, splits.json and config.json, mutated as
-text and as trees. Each kind is read in a process of its own, whose peak memory is what counts; a read that
-takes over 10 s or raises anything but the one refusal is a failure.
+spliced with another format, and with huge dimensions. Bombs: as large as is allowed, in few bytes.
+Checkpoints: a run's own with wrong bytes, or with a right checksum over wrong content, for use and to resume.
+JSON: class texts and --config-file, mutated as text and as trees. Each kind is read in a process of its own,
+whose peak memory is what counts; a read that takes over 10 s or raises anything but the one refusal is a
+failure.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -30,16 +32,22 @@ import torch
 from PIL import Image
 
 import common.torchvision_compat  # noqa: F401
+import train_clip
+from benchmarks.torture import SMALL, make_images
 from common.cli import Parser, exit_code_of
 from common.errors import RunFailed, UserError
 from data.images import UnreadableImage, read_image
 from data.texts import class_sentences
-from evaluation.checkpoints import FORMAT, checksum, read_checkpoint, write_file
+from evaluation.checkpoints import checksum, read_checkpoint, write_file
+from evaluation.trained import load_trained
 from training.config import Config, make_config, read_config_file
+from training.optim import parameter_groups
+from training.run import config_of_resumed_run
+from training.state import EarlyStopping, TrainState, read_to_resume
 
 SLOWEST_SECONDS, MOST_MEGABYTES = 10, 2000
 HUGE = (0, 1, 7, 65535, 65536, 2**31 - 1, 2**32 - 1)
-DIMENSIONS = {".png": [16, 20], ".bmp": [18, 22], ".jpg": [], ".tif": [], ".webp": [24, 26], ".dcm": []}
+DIMENSIONS = {".png": (16, 20), ".bmp": (18, 22), ".webp": (26, 28)}  # where width and height stand
 
 
 # --- the files ----------------------------------------------------------------------------------------------
@@ -170,25 +178,75 @@ def bombs(times: int, draw: random.Random, folder: Path) -> Iterator[Callable[[]
 
 
 def checkpoints(times: int, draw: random.Random, folder: Path) -> Iterator[Callable[[], object]]:
-    whole = folder / "whole.pth"
-    torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.BatchNorm1d(30))
-    content = {
-        "format": FORMAT, "config": {"epochs": 3}, "classes": ["a", "b"], "class_texts": {"a": ["x"]},
-        "class_features": torch.randn(2, 8), "model": layer.state_dict(), "frozen": {}, "epoch": 1,
-        "history": {"val_acc": [1.5, 2.5]}, "optimizer": torch.optim.AdamW(layer.parameters()).state_dict(),
-    }  # fmt: skip
-    write_file(whole, content)
-    data, wanted = whole.read_bytes(), checksum(read_checkpoint(whole))
+    """Half of them with wrong bytes, half with a right checksum over wrong content, for use and to resume."""
+    run = folder / "run"
+    make_images(folder / "data")
+    command = ["--data-dir", str(folder / "data"), "--output-dir", str(run), *SMALL, "--epochs", "1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if train_clip.main(command):
+            raise RunFailed("no checkpoint to start from")
+    whole = run / "checkpoint_latest.pth"
+    data, content = whole.read_bytes(), read_checkpoint(whole)
+    wanted = checksum(content)
+    state = TrainState(
+        model := load_trained(whole, torch.device("cpu"), with_text=True).model,
+        torch.optim.AdamW(parameter_groups(model, learning_rate=1e-4, new_lr_ratio=1, text_lr_ratio=1,
+                                           weight_decay=0.1), fused=True),
+        torch.amp.GradScaler("cpu", enabled=False), EarlyStopping("val_acc", None, 0.0), 6, 6, 1,
+    )  # fmt: skip
 
     def read(path: Path) -> None:
         if checksum(read_checkpoint(path)) != wanted:
             raise AssertionError("accepted with another content")
 
+    def use(path: Path) -> None:
+        load_trained(path, torch.device("cpu"))
+        checkpoint, _ = read_to_resume(path)
+        with contextlib.redirect_stdout(io.StringIO()):
+            config_of_resumed_run(
+                Config(resume_from=str(path)), checkpoint, {"data_dir": "a", "output_dir": "b"}
+            )
+        state.restore(checkpoint, path)
+
     for i in range(times):
         path = folder / f"{i}.pth"
-        path.write_bytes(mutated(data, draw, draw.randbytes(1000)))
-        yield lambda path=path: read(path)
+        if i % 2:
+            path.write_bytes(mutated(data, draw, draw.randbytes(1000)))
+        else:
+            odd = [
+                None,
+                True,
+                -1,
+                10**30,
+                float("nan"),
+                "x",
+                [],
+                {},
+                [{}],
+                torch.zeros(1),
+                torch.zeros(2, 3, 4),
+            ]
+            write_file(path, changed(content, draw, odd))
+        act = read if i % 2 else use
+        yield lambda path=path, act=act: act(path)
+        path.unlink()
+
+
+def changed(tree: Any, draw: random.Random, odd: Sequence[Any]) -> Any:
+    """`tree` with one to three parts, at any depth, replaced or left out."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw.randrange(1, 4)):
+        node = tree
+        while isinstance(node, (dict, list)) and node:
+            key = draw.choice(list(node)) if isinstance(node, dict) else draw.randrange(len(node))
+            if not isinstance(node[key], (dict, list)) or not node[key] or draw.random() < 0.3:
+                if isinstance(node, dict) and draw.random() < 0.2:
+                    del node[key]
+                else:
+                    node[key] = draw.choice(odd)
+                break
+            node = node[key]
+    return tree
 
 
 def jsons(times: int, draw: random.Random, folder: Path) -> Iterator[Callable[[], object]]:
@@ -227,15 +285,7 @@ def mutated_json(value: Any, draw: random.Random) -> bytes:
     if how == 5:
         pair = draw.choice(('"正常":"x"', '"epochs":1'))
         return ("[{" + ",".join([pair] * draw.choice((2, 10**5))) + "}]").encode()
-    tree = copy.deepcopy(value)
-    for _ in range(draw.randrange(1, 4)):
-        node = tree
-        while isinstance(node, (dict, list)) and node:
-            key = draw.choice(list(node)) if isinstance(node, dict) else draw.randrange(len(node))
-            if not isinstance(node[key], (dict, list)) or draw.random() < 0.4:
-                node[key] = draw.choice(odd)
-                break
-            node = node[key]
+    tree = changed(value, draw, odd)
     return json.dumps(tree, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
 
 
@@ -296,7 +346,10 @@ def torture_all(arguments: Sequence[str]) -> int:
     for kind in options.what:
         command = [sys.executable, "-m", "benchmarks.torture_files", "--here", "--what", kind]
         command += ["--times", str(options.times), "--seed", str(options.seed)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+        except subprocess.TimeoutExpired:
+            raise RunFailed(f"{kind}: an hour is over; something waits for ever") from None
         if done.returncode:
             raise RunFailed(f"{kind}: exit code {done.returncode}: {done.stderr[-2000:]}")
         result = json.loads(done.stdout.splitlines()[-1])

@@ -45,7 +45,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Shown:
-    """A stream that writes control characters as codes: no class name moves the cursor or changes colours."""
+    """A stream that writes control characters as codes: no class name moves the cursor or changes colours.
+    Ends of lines in a name stay. Progress bars begin and end what they write with a carriage return.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -53,7 +55,8 @@ class _Shown:
             stream.reconfigure(errors="replace")  # letters that the terminal or the pipe lacks become "?"
 
     def write(self, text: str) -> int:
-        return self._stream.write(printable(text))
+        bare = text.strip("\r")
+        return self._stream.write(text.replace(bare, printable(bare).replace("\r", "\\r")) if bare else text)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)

@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this"."""
 
 import difflib
+import pickle
 from collections.abc import Iterable, Sequence
 
 
@@ -30,6 +31,13 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).splitlines()
     return lines[0][:limit] if lines else type(error).__name__
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """`first_line`, but for what torch.load refuses to run, where PyTorch's advice is to run it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values; nothing of it was run"
+    return first_line(error)
 
 
 def last_line(error: BaseException, limit: int = 200) -> str:

@@ -14,12 +14,15 @@ from typing import Any, BinaryIO, TextIO
 
 from common.errors import UserError
 
-# A spreadsheet takes a cell that starts with one of these for a formula; the last four are full-width.
-MOST_JSON_BYTES = 64 * 2**20  # what Python makes of so much JSON can take twenty times as much memory
+# What Python makes of JSON can take twenty times as much memory.
+MOST_JSON_BYTES = 64 * 2**20
+MOST_WRITTEN_BY_HAND = 8 * 2**20
+MOST_OF_SPLITS = 2**30  # each image is named once per fold
 MOST_LINE_LETTERS = 2**20
 # What moves a terminal's cursor, changes its colours or turns the writing direction; tabs and ends of lines
 # do not.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# A spreadsheet takes a cell that starts with one of these for a formula; the last four are full-width.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
@@ -134,13 +137,14 @@ def read_json(path: Path, what: str, most_bytes: int = MOST_JSON_BYTES) -> Any:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
 
     def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
-        if repeated:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
             more = f" and {len(repeated) - 10} more" if len(repeated) > 10 else ""
             raise UserError(
                 f"{what} {path} repeats the key {', '.join(map(repr, repeated[:10]))}{more}; keep one of each"
             )
-        return dict(pairs)
+        return found
 
     def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is no JSON number")

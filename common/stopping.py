@@ -12,7 +12,8 @@ from types import FrameType
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-WORKERS_GO_ON_SECONDS = 8
+WORKERS_GO_ON_SECONDS = 3
+PATIENCE_SECONDS = 2
 SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
 
 
@@ -36,16 +37,24 @@ def sigterm_stops() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    with _handled({signal.SIGTERM: stop}):
+    def nothing_to_save(number: int, frame: FrameType | None) -> None:
+        pass  # the system would end the program
+
+    with _handled({signal.SIGTERM: stop, SAVE_SIGNAL: nothing_to_save}):
         yield
 
 
 @contextlib.contextmanager
-def _handled(handlers: dict[int, Callable]) -> Iterator[None]:
+def _handled(handlers: dict[int | None, Callable]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in handlers.items()
+        # Windows lacks some; a shell lets background jobs ignore Ctrl-C
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -58,26 +67,34 @@ def stop_after_the_parent(_: int = 0) -> None:
     parent still needs them for the step it finishes. They end with it, or some seconds after a SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if SAVE_SIGNAL:
+        signal.signal(SAVE_SIGNAL, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
+
+        def at_the_second_time_at_once(*_: object) -> None:
+            if signal.alarm(WORKERS_GO_ON_SECONDS):
+                os._exit(0)
+
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKERS_GO_ON_SECONDS))
+        signal.signal(signal.SIGTERM, at_the_second_time_at_once)
 
 
 class Requests:
     """What is asked of a training between two steps, in its block: to save (SIGUSR1, or `save_every_seconds`
-    have gone by; 0: never), or to save and end (SIGINT, SIGTERM; a second one ends it at once).
+    have gone by; 0: never), or to save and end (SIGINT, SIGTERM).
+
+    Ctrl-C once more, after PATIENCE_SECONDS, is a KeyboardInterrupt at once. One stop often comes as several
+    signals, from the terminal, a script and the cluster, so sooner ones and SIGTERMs change nothing.
     """
 
     def __init__(self, save_every_seconds: float):
         self.save_every_seconds = save_every_seconds
         self.stop: int | None = None
-        self._save, self._last_save = False, time.monotonic()
+        self._save, self._last_save, self._stopped_at = False, time.monotonic(), 0.0
         self._block = contextlib.ExitStack()
 
     def __enter__(self) -> "Requests":
-        handlers = {signal.SIGINT: self._on_stop, signal.SIGTERM: self._on_stop}
-        if SAVE_SIGNAL:
-            handlers[SAVE_SIGNAL] = self._on_save
+        handlers = {signal.SIGINT: self._on_stop, signal.SIGTERM: self._on_stop, SAVE_SIGNAL: self._on_save}
         self._block.enter_context(_handled(handlers))
         return self
 
@@ -87,9 +104,11 @@ class Requests:
             self.end_if_asked()
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None:
-            raise Stopped(number)
-        self.stop = number
+        if self.stop is None:
+            self.stop, self._stopped_at = number, time.monotonic()
+            os.write(2, b"\nstopping after this step\n")  # print() might be in the middle of a line
+        elif number == signal.SIGINT and time.monotonic() - self._stopped_at > PATIENCE_SECONDS:
+            raise KeyboardInterrupt
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         self._save = True

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import MOST_OF_SPLITS, read_json, write_json
 from data.findings import (
     LEVELS,
     MOST_EXAMPLES,
@@ -305,7 +305,7 @@ def check_data(
 
 def read_splits(path: Path, folder: ImageFolder) -> list[Split]:
     """The folds of a run's splits.json as indices into `folder`. Raises UserError when they do not fit."""
-    record = read_json(path, "--splits")
+    record = read_json(path, "--splits", MOST_OF_SPLITS)
     index = {nfc(name): i for i, name in enumerate(folder.paths)}
     try:
         folds = [

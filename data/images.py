@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's others, as PostScri
 AT_ONCE = 2**20  # pixels: numpy's copies of a large image would take several times its size
 # A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
 MOST_PIXELS = 2**30 // 4 // 3
+MOST_BYTES = 2**29  # so many pixels of 32 bits, and headers
 
 
 class UnreadableImage(OSError):
@@ -71,7 +73,11 @@ def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
         syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
         if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # it unpacks to whatever size at once
             raise UnreadableImage("is a deflated DICOM file, which is not supported; save it undeflated")
-        dataset = pydicom.dcmread(path)
+        if syntax is None:
+            raise UnreadableImage("DICOM: its head is damaged: it names no transfer syntax")
+        with open(path, "rb") as file:
+            # what a crashed copy left empty reads as millions of elements of group 0
+            dataset = pydicom.filereader.read_partial(file, lambda tag, *_: tag.group < 8)
         _refuse_too_many_pixels(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
         frames = int(dataset.get("NumberOfFrames", 1) or 1)
         if frames != 1:
@@ -140,6 +146,11 @@ def read_image(path: Path) -> Image.Image:
 
 def _read(path: Path) -> tuple[Image.Image, _Stored]:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage("is no file but a pipe, a device or the like")
+        if status.st_size > MOST_BYTES:
+            raise UnreadableImage(f"holds {status.st_size} bytes, more than {MOST_BYTES}; shrink it")
         if _is_dicom(path):
             return _read_dicom(path)
         image = Image.open(path, formats=FORMATS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from common.files import read_json
+from common.files import MOST_WRITTEN_BY_HAND, read_json
 from data.scan import nfc
 
 MOST_UNKNOWN = 10
@@ -68,7 +68,7 @@ def class_sentences(
     source = "class texts"
     if texts_file is not None:
         source = f"--class-texts-file {texts_file}"
-        texts = read_json(texts_file, "--class-texts-file")
+        texts = read_json(texts_file, "--class-texts-file", MOST_WRITTEN_BY_HAND)
         if not isinstance(texts, dict):
             raise UserError(f'{source} must hold one JSON object such as {{"类别1": "描述1"}}')
 

@@ -10,7 +10,9 @@
 Every file holds a checksum of its content. Nothing is unpickled but tensors and plain values.
 """
 
+import errno
 import hashlib
+import itertools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +20,15 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError, first_line
+from common.errors import UserError, why_not_loaded
 from common.files import whole_file
 
 FORMAT = 3  # 3 added the checksum and put frozen towers into files of their own
+DAMAGED = "checkpoint_latest.pth.damaged"  # what a run found as its latest and could not read
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 TOWERS = ("image_tower", "text_tower")
 NOT_FOR_USE = ("optimizer", "scheduler", "scaler", "rng", "in_epoch", "early_stopping")
-_NEEDED = ("config", "classes", "class_texts", "class_features", "model", "frozen", "history", "epoch")
+MOST_PARTS = 2_000_000  # of a checkpoint's content: lists can hold each other a billion times in a few bytes
 
 
 def frozen_file(tower: str) -> str:
@@ -34,10 +37,14 @@ def frozen_file(tower: str) -> str:
 
 def checksum(value: Any) -> str:
     """SHA-256 over the tensors (type, shape, numbers) and plain values of nested dicts and lists."""
-    digest = hashlib.sha256()
+    digest, parts = hashlib.sha256(), itertools.count()
 
     def add(part: Any) -> None:
+        if next(parts) > MOST_PARTS:
+            raise ValueError("it holds too many parts")
         if isinstance(part, torch.Tensor):
+            if part.numel() * part.element_size() > part.untyped_storage().nbytes():
+                raise ValueError("it holds a tensor that is larger than its numbers")
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
             digest.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(part, dict):
@@ -96,9 +103,12 @@ def read_checkpoint(
     if not path.is_file():
         raise UserError(f"{option} {path} does not exist; give a run's {LATEST}")
     checkpoint = _read(path, f"{option} {path}", advice)
-    missing = [key for key in _NEEDED if key not in checkpoint]
-    if missing:
-        raise UserError(f"{option} {path} is no checkpoint of this program (it lacks {', '.join(missing)})")
+    wrong = _wrong_parts(checkpoint)
+    if wrong:
+        raise UserError(
+            f"{option} {path} is no checkpoint of this program (it lacks, or has in another form: "
+            f"{', '.join(wrong)})"
+        )
     for tower, wanted in checkpoint["frozen"].items():
         if tower == "text_tower" and not with_text:
             continue
@@ -119,10 +129,60 @@ def read_checkpoint(
 def _read(path: Path, named: str, advice: str) -> dict[str, Any]:
     try:
         return _read_file(path)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged or foreign file raises many kinds
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # zip's places outside the file
+            raise  # the disk or the rights: the file may be whole
+        advice = f"; {advice}" if advice else ""
         raise UserError(
-            f"{named} is damaged or no checkpoint of this program ({first_line(error)}); {advice}"
+            f"{named} is damaged or no checkpoint of this program ({why_not_loaded(error)}){advice}"
         ) from None
+
+
+def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of what a checkpoint lacks or holds in a form that its users do not expect."""
+    config, classes, features = (checkpoint.get(key) for key in ("config", "classes", "class_features"))
+    config = config if isinstance(config, dict) else {}
+    begun = checkpoint.get("in_epoch", {"steps": 0})
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+    def whole(value: Any, low: int, high: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    def tensors(value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(own, torch.Tensor) for own in value.values())
+
+    right = {
+        **{f"config.{key}": isinstance(config.get(key), str)
+           for key in ("image_encoder_name", "text_encoder_name", "data_dir")},
+        "config.img_size": whole(config.get("img_size"), 32, 4096),
+        "config.embed_dim": whole(config.get("embed_dim"), 2, 8192),
+        "config.temperature": isinstance(config.get("temperature"), (int, float))
+        and 0 < config["temperature"] <= 1,
+        "config.use_amp": isinstance(config.get("use_amp"), bool),
+        "classes": texts(classes) and len(set(classes)) == len(classes),
+        "epoch": whole(checkpoint.get("epoch"), 0, 10**9),
+        "in_epoch": isinstance(begun, dict) and whole(begun.get("steps"), 0, 10**12),
+        "model": tensors(checkpoint.get("model")),
+        "frozen": isinstance(checkpoint.get("frozen"), dict)
+        and all(tower in TOWERS and isinstance(own, str) for tower, own in checkpoint["frozen"].items()),
+        "history": isinstance(checkpoint.get("history"), dict)
+        and all(isinstance(own, list) for own in checkpoint["history"].values()),
+        **{key: isinstance(checkpoint.get(key), str) for key in ("dataset_fingerprint", "split_fingerprint")},
+        "pretrained": isinstance(checkpoint.get("pretrained"), dict)
+        and all(isinstance(checkpoint["pretrained"].get(side), list) for side in ("image", "text")),
+    }  # fmt: skip
+    if right["classes"]:
+        own = checkpoint.get("class_texts")
+        right["class_texts"] = isinstance(own, dict) and all(texts(own.get(name)) for name in classes)
+        if right["in_epoch"] and not begun["steps"]:  # within an epoch there are none
+            right["class_features"] = isinstance(features, torch.Tensor) and (
+                features.shape == (len(classes), config.get("embed_dim")) and features.is_floating_point()
+            )
+    return [name for name, is_right in right.items() if not is_right]
 
 
 def write_frozen_tower(folder: Path, tower: str, weights: Mapping[str, torch.Tensor]) -> str:

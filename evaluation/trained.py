@@ -74,7 +74,7 @@ def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -
         raise UserError(
             f"--checkpoint {path} was saved in the middle of epoch {checkpoint['epoch'] + 1} (after {begun} "
             "steps), so nothing is known of how good it is; continue the run to the epoch's end, or give its "
-            f"{BEST}"
+            f"{BEST}, where there is one"
         )
     config = checkpoint["config"]
     model = build_clip(

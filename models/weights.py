@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, why_not_loaded
 
 MIRROR = "https://hf-mirror.com"
 CONNECT_SECONDS = 3  # per endpoint, so that without a network the run stops well within 10 seconds
@@ -120,7 +120,7 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(
-            f"{option} {path} cannot be read as weights: {first_line(error)}; "
+            f"{option} {path} cannot be read as weights: {why_not_loaded(error)}; "
             "give a .safetensors file, or a .pth file that holds tensors only"
         ) from None
     for wrapper in ("model", "state_dict"):

@@ -1,5 +1,6 @@
-"""A training that takes a second or two, for tests of what is around it."""
+"""A training that takes a second or two, and a checkpoint without one, for tests of what is around it."""
 
+from evaluation.checkpoints import FORMAT
 from train_clip import main
 
 QUICK = [
@@ -27,3 +28,21 @@ QUICK = [
 
 def train(data, output, *flags):
     return main(["--data-dir", str(data), "--output-dir", str(output), *QUICK, *map(str, flags)])
+
+
+def a_checkpoint(classes, class_features, model, config, **own):
+    """What a checkpoint for use holds; `model`: its weights."""
+    return {
+        "format": FORMAT,
+        "config": {
+            "image_encoder_name": "resnet18", "text_encoder_name": "bert-tiny-bytes", "data_dir": "-",
+            "temperature": 0.1, "use_amp": False, **config,
+        },
+        "classes": list(classes),
+        "class_texts": {name: [name] for name in classes},
+        "class_features": class_features,
+        "model": model,
+        "frozen": {}, "history": {}, "epoch": 1, "dataset_fingerprint": "f", "split_fingerprint": "f",
+        "pretrained": {"image": [], "text": []},
+        **own,
+    }  # fmt: skip

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quick import train
+from quick import a_checkpoint, train
 
 from common.errors import RunFailed, UserError
-from evaluation.checkpoints import FORMAT, checksum, read_checkpoint, write_file
+from evaluation.checkpoints import FORMAT, NOT_FOR_USE, checksum, read_checkpoint, write_file
 from evaluation.trained import load_trained
 from training import fit as fit_module
 from training import state as state_module
@@ -25,11 +25,11 @@ NAMES = ("checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pt
 
 
 def checkpoint(epoch: int) -> dict:
-    return {
-        "format": FORMAT, "epoch": epoch, "history": {"val_acc": [1.0] * epoch}, "optimizer": {},
-        "model": {"w": torch.full((3,), float(epoch))}, "frozen": {}, "config": {}, "classes": [],
-        "class_texts": {}, "class_features": torch.zeros(1),
-    }  # fmt: skip
+    model, config = {"w": torch.full((3,), float(epoch))}, {"img_size": 32, "embed_dim": 4}
+    history = {"val_acc": [1.0] * epoch}
+    of_training = {name: {} for name in (*NOT_FOR_USE, "best")} | {"in_epoch": {"steps": 0}}
+    features = torch.eye(4)[:2]
+    return a_checkpoint("ab", features, model, config, epoch=epoch, history=history, **of_training)
 
 
 def leaves(value, name="") -> Iterator[tuple[str, object]]:
@@ -63,7 +63,10 @@ def test_the_best_and_the_one_before_stay_when_the_latest_is_replaced(tmp_path, 
     assert len(list(tmp_path.iterdir())) == 4  # nothing temporary is left
 
 
-@pytest.mark.parametrize(("killed_at", "left"), [(0, [1, None, 1]), (1, [1, None, 2]), (2, [1, 1, 2])])
+@pytest.mark.parametrize(
+    ("killed_at", "left"),
+    [(0, [1, None, 1]), (1, [1, None, 2]), (2, [1, None, 2]), (3, [1, 1, 2]), (4, [2, 1, 2])],
+)
 def test_killed_between_two_files_each_is_whole_and_the_best_the_newer(
     tmp_path, monkeypatch, killed_at, left
 ):
@@ -129,8 +132,9 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch)
     )
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Hostile()))
     for name in ("zip", "old", "raw"):
-        with pytest.raises(UserError, match="damaged or no checkpoint"):
+        with pytest.raises(UserError, match="damaged or no checkpoint") as refused:
             read_checkpoint(tmp_path / f"{name}.pth")
+        assert "weights_only" not in str(refused.value)  # PyTorch's advice to trust the file
     assert not mark.exists()
 
 
@@ -154,6 +158,54 @@ def test_an_older_format_is_named(tmp_path):
         read_checkpoint(tmp_path / "old.pth")
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"config": {}}, {"config": {"img_size": 10**9}}, {"classes": 3}, {"classes": ["a", "a"]},
+        {"class_texts": {"a": ["x"]}}, {"class_features": torch.eye(3)[:2]}, {"class_features": None},
+        {"class_features": torch.eye(4)}, {"model": {"w": 3}}, {"frozen": ["a"]}, {"frozen": {"../x": "y"}},
+        {"history": []}, {"epoch": "x"}, {"epoch": -1}, {"in_epoch": []}, {"in_epoch": {"steps": "many"}},
+        {"pretrained": {}}, {"dataset_fingerprint": 3},
+    ],
+)  # fmt: skip
+def test_a_strangers_checkpoint_of_another_form_is_refused(tmp_path, own):
+    """Its checksum is right: anybody can compute that."""
+    write_file(tmp_path / "c.pth", checkpoint(1) | own)
+    (name,) = own
+    with pytest.raises(UserError, match=rf"another form: .*{name}"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_a_few_bytes_that_stand_for_very_many_are_refused(tmp_path):
+    doubled = [1]
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    for value, message in (
+        (torch.zeros(1).expand(10**6, 10**6), "larger than its numbers"),
+        (doubled, "too many parts"),
+    ):
+        torch.save(checkpoint(1) | {"history": {"val_acc": value}}, tmp_path / "c.pth")
+        assert (tmp_path / "c.pth").stat().st_size < 10_000
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), PermissionError(13, "no"), MemoryError()]
+)
+def test_what_may_be_whole_is_not_called_damaged(tmp_path, monkeypatch, error):
+    """A disk that stumbles once must not make a run go on from an older checkpoint."""
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path, checkpoint(epoch), False)
+
+    def stumble(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", stumble)
+    with pytest.raises(type(error)):
+        read_to_resume(tmp_path / "checkpoint_latest.pth")
+
+
 @pytest.mark.parametrize("harm", ["truncated", "gone", "flipped"])
 def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, harm):
     for epoch in (1, 2):
@@ -169,7 +221,7 @@ def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(tmp_path, cap
     with pytest.raises(UserError):  # not so for use: it would be another model than the one asked for
         read_checkpoint(latest)
     (tmp_path / "checkpoint_previous.pth").write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoint_latest\.pth"):
+    with pytest.raises(UserError, match=r"latest[\s\S]*checkpoint_previous\.pth is damaged"):
         read_to_resume(latest)
 
 
@@ -190,10 +242,27 @@ def test_a_run_whose_latest_is_damaged_ends_as_if_it_were_not(
     monkeypatch.undo()
     latest = out / "checkpoint_latest.pth"
     latest.write_bytes(latest.read_bytes()[:-1000])
-    assert train(class_folder, out, *flags, "--resume-from", "auto") == 0
+    assert train(class_folder, out, *flags, "--resume-from", latest.resolve()) == 0
+    assert (out / "checkpoint_latest.pth.damaged").exists()
     ends = [read_checkpoint(run / "checkpoint_latest.pth") for run in (out, finished)]
     assert all(torch.equal(ends[0]["model"][name], value) for name, value in ends[1]["model"].items())
     assert not (out / "checkpoint_previous.pth").exists()  # a finished run leaves two
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("kept", ["", "checkpoint_best.pth"])
+def test_killed_before_the_first_checkpoint_the_same_command_starts_again(
+    quick_report, class_folder, tmp_path, kept, epoch
+):
+    out, flags = tmp_path / "out", ["--freeze-text-encoder", "--epochs", 1, "--resume-from", "auto"]
+    assert train(class_folder, out, *flags) == 0
+    start = {"config.json", "splits.json", "data_check.json", "frozen_text_tower.pth", kept}
+    for path in out.iterdir():
+        if path.is_file() and path.name not in start:
+            path.unlink()
+    other = ["--embed-dim", 8] if epoch else []  # nothing keeps the start of another run
+    assert train(class_folder, out, *flags, *other) == 0
+    assert read_checkpoint(out / "checkpoint_latest.pth")["epoch"] == 1
 
 
 # --- frozen towers ------------------------------------------------------------------------------------------
@@ -332,6 +401,6 @@ def test_too_full_a_disk_is_said_before_images_are_read(class_folder, tmp_path, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**8))
     assert train(class_folder, tmp_path / "out", "--epochs", 1) == 2
     streams = capsys.readouterr()
-    # resnet18 and a tiny text tower, 45 MB: three latest with moments, two best
-    assert "checkpoints will need about 0." in streams.err and "0.1 GB are free" in streams.err
+    # resnet18 and a tiny text tower, 47 MB: three latest with two moments each, two best
+    assert "checkpoints will need about 5" in streams.err and "100 MB are free" in streams.err
     assert "read 72 images" not in streams.out and not (tmp_path / "out").exists()

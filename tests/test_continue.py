@@ -118,7 +118,7 @@ def test_what_a_checkpoint_does_not_fit_is_said_before_images_are_read(
     fold = read_checkpoint(latest)
     fold["config"]["use_cv"] = True
     write_file(tmp_path / "fold.pth", fold)
-    cases.append(([], finished / "checkpoint_best.pth", "without the optimizer"))
+    cases.append(([], finished / "checkpoint_best.pth", "holds a model for use"))
     cases.append(([], tmp_path / "fold.pth", "is of a fold"))
     for flags, checkpoint, message in cases:
         assert train(class_folder, tmp_path / "out", "--resume-from", checkpoint, *flags) == 2

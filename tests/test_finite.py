@@ -53,7 +53,10 @@ def test_a_skipped_step_leaves_weights_moments_and_statistics_as_they_were():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    state = type("State", (), {"model": model, "optimizer": optimizer, "nonfinite_steps": 0})()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = type(
+        "State", (), {"model": model, "optimizer": optimizer, "scaler": scaler, "nonfinite_steps": 0}
+    )()
     steps = FiniteSteps(state, [f"image {i}" for i in range(9)], 3)
 
     def step(images, indices):
@@ -94,13 +97,39 @@ def test_a_skipped_step_leaves_weights_moments_and_statistics_as_they_were():
         step(torch.full((5, 3), float("nan")), [3])
 
 
+def test_in_float16_a_gradient_that_no_scale_makes_finite_ends_the_run():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    state = type(
+        "State", (), {"model": model, "optimizer": optimizer, "scaler": scaler, "nonfinite_steps": 0}
+    )()
+    steps = FiniteSteps(state, ["image"], 3)
+
+    def step():
+        scaler.scale((model(torch.ones(1, 3)) * 1e30).square().sum() * 0).backward()
+        for parameter in model.parameters():
+            parameter.grad.fill_(float("inf"))
+        scaler.unscale_(optimizer)
+        steps.allow(torch.tensor(True), torch.tensor([0]))  # the loss is finite
+        scaler.step(optimizer)
+        scaler.update()
+        steps.check()
+
+    step()
+    step()
+    with pytest.raises(RunFailed, match="float16"):
+        step()
+
+
 @pytest.mark.parametrize(
     ("losses", "at"),
     [
-        ([1.2, 1.11, 1.1, 1.1, 1.1, 1.1, 1.1], 5),  # once, not again in the sixth
+        ([1.2, 1.11, 1.1, 1.1, 1.1, 1.1, 1.1], 6),  # not while it falls, and once
         ([1.1, 1.1, 1.1, 1.1, 1.0, 1.1, 1.1, 1.1, 1.1], None),
         ([1.1, 1.0, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1], 7),
         ([1.1, 1.08, 1.078, 1.0, 0.9], None),
+        ([4.0, 3.0, 2.2, 1.6, 1.2, 1.1], None),  # still above chance, and learning
     ],
 )
 def test_the_hint_comes_once_when_the_loss_has_not_left_chance(losses, at):

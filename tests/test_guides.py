@@ -85,7 +85,9 @@ def expected_cells(name: str) -> list[str]:
     default = json.dumps(FIELDS[name].default, ensure_ascii=False)
     kind = str(FIELDS[name].type if isinstance(FIELDS[name].type, str) else Config.__annotations__[name])
     kind = next(word for word in TYPE_WORDS if word in kind)
-    resume = {"fixed": "固定", "said": "提示", "free": "自由"}[FIELDS[name].metadata["on_resume"]]
+    resume = {"fixed": "固定", "same": "相同", "said": "提示", "free": "自由"}[
+        FIELDS[name].metadata["on_resume"]
+    ]
     return [f"`{flag_of(name)}`", f"`{name}`", TYPE_WORDS[kind], f"`{default}`", range_text(name), resume]
 
 

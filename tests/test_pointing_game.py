@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quick import a_checkpoint
 
 from benchmarks import pointing_game
 from benchmarks.pointing_game import Lesion, distance, held_out, interval, main, play, read_lesions, table
@@ -12,7 +13,7 @@ from common.errors import UserError
 from data.demo import make_demo
 from data.images import inspect_images
 from data.scan import fingerprint, scan_folder
-from evaluation.checkpoints import FORMAT, read_checkpoint, write_file
+from evaluation.checkpoints import read_checkpoint, write_file
 from models.clip import build_clip
 
 LESION = Lesion("肺炎/P001_1.png", "肺炎", "P001", (0.1, 0.2, 0.4, 0.45))
@@ -109,18 +110,8 @@ def run(demo, tmp_path):
     torch.manual_seed(0)
     options = {"img_size": 64, "embed_dim": 16, "temperature": 0.1, "image_weights": "none"}
     model = build_clip("resnet18", None, **options)
-    checkpoint = {
-        "format": FORMAT,
-        "config": {
-            "image_encoder_name": "resnet18", "text_encoder_name": "-", "img_size": 64, "embed_dim": 16,
-            "temperature": 0.1,
-        },
-        "classes": list(folder.classes),
-        "class_texts": {name: [name] for name in folder.classes},
-        "class_features": torch.eye(16)[: len(folder.classes)],
-        "model": model.state_dict(),
-        "frozen": {}, "history": {}, "epoch": 1, "dataset_fingerprint": found,
-    }  # fmt: skip
+    features, config = torch.eye(16)[: len(folder.classes)], {"img_size": 64, "embed_dim": 16}
+    checkpoint = a_checkpoint(folder.classes, features, model.state_dict(), config, dataset_fingerprint=found)
     val = [path for path in folder.paths if path.split("/")[1] >= "P016"]
     train = [path for path in folder.paths if path not in val]
     write_run(tmp_path / "run", checkpoint, found, [{"train": train, "val": val}])

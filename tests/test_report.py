@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quick import a_checkpoint
 from sklearn.decomposition import PCA
 
 import evaluation.model_views as model_views
 from common.errors import UserError
 from common.files import write_json
-from evaluation.checkpoints import FORMAT, write_file
+from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
 from evaluation.report import FIGURES, main, write_report
 from evaluation.results import Predictions, write_results
@@ -59,13 +60,10 @@ def write_checkpoint(path, config, classes, random):
     )
     write_file(
         path,
-        {
-            "format": FORMAT, "config": config, "classes": list(classes),
-            "class_texts": {name: [name] for name in classes}, "class_features": features,
-            "dataset_fingerprint": "f" * 64,
-            "pretrained": {"image": [], "text": ["a"]}, "model": model.state_dict(),
-            "frozen": {}, "history": {}, "epoch": EPOCHS,
-        },
+        a_checkpoint(
+            classes, features, model.state_dict(), config,
+            epoch=EPOCHS, dataset_fingerprint="f" * 64, pretrained={"image": [], "text": ["a"]},
+        ),
     )  # fmt: skip
 
 

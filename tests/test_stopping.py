@@ -11,7 +11,7 @@ import torch
 from quick import train
 
 import training.fit as fit_module
-from common.stopping import Requests, Stoppable, Stopped
+from common.stopping import Requests, Stoppable, Stopped, exit_code, sigterm_stops
 from evaluation.checkpoints import read_checkpoint
 from evaluation.trained import find_checkpoints, load_trained
 from training.losses import contrastive_loss
@@ -70,7 +70,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def whole(quick_report, class_folder, tmp_path_factory):
-    """An uninterrupted run: random depth in the image tower, dropout in the text tower."""
+    """An uninterrupted run; the image tower draws random depths."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert train(class_folder, out, *FLAGS) == 0
     return contents(out)
@@ -187,16 +187,40 @@ def test_a_stopped_cross_validation_continues_within_the_epoch(class_folder, tmp
 # --- the parts ----------------------------------------------------------------------------------------------
 
 
-def test_the_second_signal_does_not_wait_and_handlers_come_back():
+def test_one_stop_may_be_several_signals_but_ctrl_c_after_a_while_does_not_wait(monkeypatch, capfd):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with pytest.raises(Stopped) as stopped, Requests(0) as requests:
+    with pytest.raises(KeyboardInterrupt) as stopped, Requests(0) as requests:
         assert not requests.to_save()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert requests.to_save() and requests.stop == signal.SIGINT
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # a terminal, a script, a cluster
+            os.kill(os.getpid(), number)
+            assert requests.to_save() and requests.stop == signal.SIGINT
+        assert capfd.readouterr().err == "\nstopping after this step\n"
+        now[0] = 103.0
         os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the second signal was waited for")
-    assert stopped.value.number == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second Ctrl-C was waited for")
+    assert not isinstance(stopped.value, Stopped)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_what_a_shell_lets_a_background_job_ignore_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Requests(0) as requests:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert requests.stop is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_where_there_is_nothing_to_save_the_save_signal_ends_nothing():
+    with sigterm_stops():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert exit_code(stopped.value) == 143 and exit_code(KeyboardInterrupt()) == 130
 
 
 def test_a_stop_is_not_forgotten_at_the_end_of_the_block():

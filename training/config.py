@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from common.files import read_json
+from common.files import MOST_WRITTEN_BY_HAND, read_json
 
 MOST_UNKNOWN = 20
 MOST_ENTRIES = 1000
@@ -38,8 +38,9 @@ def option(
 ) -> Any:
     """A field of Config. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    `on_resume` says whether it may change when a run is continued. "fixed": no. "said": with --resume-from,
-    which then says so; a cross-validation and the entries of a --config-file are refused. "free": always.
+    `on_resume` says whether it may change when a run is continued. "fixed": no. "same": only where the split
+    and the sentences stay what they were. "said": with --resume-from, which then says so; a cross-validation
+    and the entries of a --config-file are refused. "free": always.
     """
     return field(
         default=default, metadata={key: value for key, value in locals().items() if key != "default"}
@@ -56,13 +57,17 @@ class Config:
     output_dir: str | None = option(
         None, "data", "folder for everything the run writes (required)", on_resume="free"
     )
-    val_dir: str | None = option(None, "data", "a ready validation folder, instead of holding images out")
-    val_ratio: float = option(0.2, "data", "share of images held out for validation", above=0, high=0.5)
+    val_dir: str | None = option(
+        None, "data", "a ready validation folder, instead of holding images out", on_resume="same"
+    )
+    val_ratio: float = option(
+        0.2, "data", "share of images held out for validation", above=0, high=0.5, on_resume="same"
+    )
     group_pattern: str | None = option(
-        None, "data", "regular expression on the file name whose first group is the patient"
+        None, "data", "regular expression on the file name whose first group is the patient", on_resume="same"
     )
     groups_file: str | None = option(
-        None, "data", "CSV with columns path,group that names each image's patient"
+        None, "data", "CSV with columns path,group that names each image's patient", on_resume="same"
     )
     cache_dir: str | None = option(
         None, "data", "folder for decoded images (default: ~/.cache/train_clip)", on_resume="free"
@@ -77,9 +82,10 @@ class Config:
         None,
         "text",
         'sentence for every class, such as "这是一张{class_name}的图片" (default: the class name)',
+        on_resume="same",
     )
     class_texts_file: str | None = option(
-        None, "text", "JSON file: class name -> one sentence or a list of sentences"
+        None, "text", "JSON file: class name -> one sentence or a list of sentences", on_resume="same"
     )
 
     image_encoder_name: str = option(
@@ -154,6 +160,7 @@ class Config:
         "training",
         "stop after this many steps in a row whose loss or gradient is not finite; fewer are skipped",
         low=1,
+        on_resume="free",
     )
     loss: str = option(
         "unicl",
@@ -194,8 +201,8 @@ class Config:
     )
     save_best: bool = option(True, "other", "do not write checkpoint_best.pth", flag="--no-save-best")
 
-    use_cv: bool = option(False, "cross-validation", "k-fold cross-validation")
-    n_splits: int = option(5, "cross-validation", "number of folds", low=2)
+    use_cv: bool = option(False, "cross-validation", "k-fold cross-validation", on_resume="fixed")
+    n_splits: int = option(5, "cross-validation", "number of folds", low=2, on_resume="fixed")
     fold: int | None = option(
         None,
         "cross-validation",
@@ -204,7 +211,7 @@ class Config:
         on_resume="free",
     )
     random_state: int = option(
-        42, "cross-validation", "seed of splits, weights and order", low=0, high=2**31 - 1
+        42, "cross-validation", "seed of splits, weights and order", low=0, high=2**31 - 1, on_resume="fixed"
     )
 
     early_stopping_patience: int | None = option(
@@ -374,9 +381,7 @@ def check_options(options: Mapping[str, Any], where: str) -> list[str]:
     if len(unknown) > MOST_UNKNOWN:
         problems.append(f"{where}{len(unknown) - MOST_UNKNOWN} more keys are unknown")
     for name, value in options.items():
-        if name not in FIELDS:
-            continue
-        else:
+        if name in FIELDS:
             problem = _problem_with(name, value, repr(name))
             if problem:
                 problems.append(where + problem)
@@ -467,7 +472,7 @@ def read_config_file(path: Path) -> list[dict[str, Any]]:
     """The entries of a --config-file, every entry checked before any is used. A "name" is kept beside the
     options.
     """
-    entries = read_json(path, "--config-file")
+    entries = read_json(path, "--config-file", MOST_WRITTEN_BY_HAND)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"--config-file {path} must hold a JSON array with at least one configuration")
     if len(entries) > MOST_ENTRIES:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.device import choose_hardware
-from common.files import read_json, write_json
+from common.files import MOST_OF_SPLITS, read_json, write_json
 from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
@@ -79,6 +79,7 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         print(f"note: {note}")
     findings = findings_of(data, splits)
     print_findings(findings)
+    refuse_full_disk(output_dir, model, config)  # once more: decoded images may be kept on the same disk
     with locked(output_dir, wait=True):  # jobs of other folds may be starting too
         prepare_output_folder(output_dir, config.overwrite)
         if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
@@ -110,8 +111,8 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             )  # fmt: skip
             write_json(fold_dir / "result.json", fold_result(number, split, result))
             folds = np.full(len(split.val), number)
-            data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
             (fold_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
+            data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
 
     missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:
@@ -133,7 +134,7 @@ def stored_splits(path: Path, data: DataSet) -> list[Split]:
     """The folds of an existing splits.json. Raises UserError when they are not those of this run and data."""
     # the config.json beside it is this run's, or has just been compared with it
     n_splits = read_json(path.parent / "config.json", "the run's config.json")["n_splits"]
-    record = read_json(path, "the run's splits.json")
+    record = read_json(path, "the run's splits.json", MOST_OF_SPLITS)
     return splits_from_record(record, path, data.folder, data.groups, data.fingerprint, n_splits)
 
 

@@ -1,6 +1,7 @@
 """Failures that come from the machine, in words."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +33,8 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
         )
     if isinstance(error, UnreadableImage):
         return f"an image could be read at the start but not any more: {last_line(error, 500)}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and config:
+        return f"no space left on the disk of --output-dir {config.output_dir} ({error}); make room there"
     if isinstance(error, OSError):
         return f"the system says: {error}"
     return None

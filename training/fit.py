@@ -96,7 +96,6 @@ def train_one_epoch(
             steps.check(now=True)
             save()
             requests.end_if_asked()
-            model.train()
     steps.check(now=True)
     *sums, n_images = done.sums.tolist()
     if not n_images:
@@ -108,22 +107,17 @@ def train_one_epoch(
     }
 
 
-def class_features_now(state: TrainState, sentences: ClassSentences, hardware: Hardware) -> torch.Tensor:
-    """(C, D) as the model stands, in evaluation mode; the model is left in it."""
-    state.model.eval()
-    with hardware.autocast():
-        return sentences.features()
-
-
 def validate(
     state: TrainState, sentences: ClassSentences, loader: DataLoader, hardware: Hardware, requests: Requests
 ) -> tuple[dict[str, float], np.ndarray, torch.Tensor]:
     """Validation metrics (percent, loss in nats), and the probabilities (N, C) and class features (C, D)
     behind them.
     """
-    class_features = class_features_now(state, sentences, hardware)
+    model = state.model.eval()
+    with hardware.autocast():
+        class_features = sentences.features()
     probs, labels = predict_probs(
-        state.model, class_features, Stoppable(loader, requests), hardware.autocast(), hardware.device
+        model, class_features, Stoppable(loader, requests), hardware.autocast(), hardware.device
     )
     if not np.isfinite(probs).all():
         raise RunFailed(
@@ -169,13 +163,12 @@ def fit(
     with CheckpointWriter(output_dir) as writer, Requests(60 * save_every_minutes) as requests:
 
         def save(class_features: torch.Tensor | None = None, is_best: bool = False) -> None:
-            if class_features is None:  # within an epoch
-                class_features = class_features_now(state, sentences, hardware)
-                if requests.stop:
-                    steps = f"step {state.in_epoch.steps} of {state.steps_per_epoch}"
-                    tqdm.write(f"stopping: saving after {steps} of epoch {state.epoch + 1}")
-            now = {**facts, "class_features": class_features.cpu()}  # so that images need no text tower later
-            writer.write(state.checkpoint(now), is_best)
+            """`class_features`: of a validated epoch, so that images need no text tower later."""
+            if requests.stop and class_features is None:
+                steps = f"step {state.in_epoch.steps} of {state.steps_per_epoch}"
+                tqdm.write(f"stopping: saving after {steps} of epoch {state.epoch + 1}")
+            features = None if class_features is None else class_features.cpu()
+            writer.write(state.checkpoint({**facts, "class_features": features}), is_best)
             requests.saved()
 
         while state.epoch < epochs and not state.stopped_early:
@@ -229,14 +222,16 @@ CHANCE_HINT = (
 
 
 def stuck_at_chance(losses: Sequence[float], chance: float) -> bool:
-    """True at the epoch where the last HINT_AFTER_EPOCHS of the training losses (nats) are the first in a row
-    that are not 2 % below `chance`.
+    """True at the first epoch where for HINT_AFTER_EPOCHS the training losses (nats) have neither been 2 %
+    below `chance` nor fallen by 2 %.
     """
-    stuck = [loss > 0.98 * chance for loss in losses[-HINT_AFTER_EPOCHS - 1 :]]
-    return (
-        len(losses) >= HINT_AFTER_EPOCHS
-        and all(stuck[-HINT_AFTER_EPOCHS:])
-        and not (len(stuck) > HINT_AFTER_EPOCHS and stuck[0])
+
+    def stuck(window: Sequence[float]) -> bool:
+        return len(window) == HINT_AFTER_EPOCHS and min(window) > 0.98 * max(chance, window[0])
+
+    n = len(losses)
+    return stuck(losses[-HINT_AFTER_EPOCHS:]) and not any(
+        stuck(losses[i : i + HINT_AFTER_EPOCHS]) for i in range(n - HINT_AFTER_EPOCHS)
     )
 
 

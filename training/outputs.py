@@ -14,9 +14,9 @@ from typing import Any
 
 from common.device import Hardware
 from common.errors import UserError
-from common.files import read_json, unwritable
+from common.files import MOST_OF_SPLITS, read_json, unwritable
 from data.scan import ImageFolder, nfc
-from evaluation.checkpoints import BEST, LATEST, PREVIOUS, TOWERS, frozen_file
+from evaluation.checkpoints import BEST, DAMAGED, LATEST, PREVIOUS, TOWERS, frozen_file
 from models.clip import CLIPModel
 from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet
@@ -28,7 +28,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-CHECKPOINTS = (LATEST, PREVIOUS, BEST)
+CHECKPOINTS = (LATEST, PREVIOUS, BEST, DAMAGED)
 RESULT_FILES = (
     "config.json",
     "history.json",
@@ -79,16 +79,22 @@ def check_writable(output_dir: Path) -> None:
         )
 
 
+def resumes_in(output_dir: Path, config: Config) -> bool:
+    """Does the run go on from a checkpoint of the folder it writes to?"""
+    if not config.resume_from:
+        return False
+    return Path(config.resume_from).resolve().parent == output_dir.resolve()
+
+
 def refuse_results(output_dir: Path, config: Config) -> None:
     """Raises UserError when the folder holds results that no option says to replace or to continue."""
     check_writable(output_dir)
     found = results_in(output_dir)
-    stopped_early = set(found) <= {"config.json", "splits.json", "data_check.json"} and "splits.json" in found
-    if stopped_early or found == ["data_check.json"]:
-        return  # before its first epoch ended, or only looked at by data.check: nothing is lost
+    of_a_start = {"config.json", "splits.json", "data_check.json", BEST, *map(frozen_file, TOWERS)}
+    if set(found) <= of_a_start and found != [BEST]:
+        return  # killed before its first checkpoint, or only looked at by data.check: nothing is lost
     latest = output_dir / LATEST
-    resumes_here = config.resume_from and Path(config.resume_from).resolve().parent == output_dir.resolve()
-    if found and not config.overwrite and not resumes_here:
+    if found and not config.overwrite and not resumes_in(output_dir, config):
         hint = f" --resume-from {latest} to continue it," if latest.exists() else ""
         raise UserError(
             f"--output-dir {output_dir} holds another run's results ({', '.join(found)}); use another folder,"
@@ -108,13 +114,17 @@ def refuse_full_disk(output_dir: Path, model: CLIPModel, config: Config) -> None
     n_runs = config.n_splits if config.use_cv and config.fold is None else 1
     # the last of the folds, at its peak: the latest, the one before, the next, and the next best
     needed = once + n_runs * left_behind + 2 * whole + of_use * config.save_best
-    here = [path for name in (*CHECKPOINTS, "frozen_*.pth") for path in output_dir.glob(f"**/{name}")]
-    needed -= sum(path.stat().st_size for path in here)
+    folds = range(1, config.n_splits + 1) if config.fold is None else [config.fold]
+    folders = [output_dir / f"fold_{number}" for number in folds] if config.use_cv else [output_dir]
+    replaced = [folder / name for folder in folders for name in CHECKPOINTS]
+    replaced += [output_dir / frozen_file(tower) for tower in frozen]
+    stats = [path.stat() for path in replaced if path.exists()]
+    needed -= sum({stat.st_ino: stat.st_size for stat in stats}.values())  # two may be one file
     free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())).free
     if needed > free:
         raise UserError(
-            f"--output-dir {output_dir}: checkpoints will need about {needed / 1e9:.1f} GB more there, and "
-            f"{free / 1e9:.1f} GB are free; make room, or give a folder on another disk"
+            f"--output-dir {output_dir}: checkpoints will need about {needed / 1e6:.0f} MB more there, and "
+            f"{free / 1e6:.0f} MB are free; make room, or give a folder on another disk"
         )
 
 
@@ -156,7 +166,7 @@ def refuse_other_images(output_dir: Path, config: Config, folder: ImageFolder) -
     """
     path = output_dir / "splits.json"
     try:
-        split = read_json(path, "the run's splits.json")["folds"][0]
+        split = read_json(path, "the run's splits.json", MOST_OF_SPLITS)["folds"][0]
         # with --val-dir the validation images are of another folder
         had = {nfc(name) for name in split["train"] + ([] if config.val_dir else split["val"])}
     except (KeyError, IndexError, TypeError):
@@ -190,7 +200,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    print(f"note: {folder} cannot be locked ({error.strerror}); let no two runs write there")
+                    yield
+                    return
                 file.seek(0)
                 raise UserError(
                     f"{folder} is in use by another run ({file.read().strip() or 'unknown'}); wait for it, "

@@ -19,11 +19,11 @@ from data.augment import Augmentation
 from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
-from evaluation.checkpoints import BEST, LATEST, PREVIOUS
+from evaluation.checkpoints import BEST, DAMAGED, LATEST, PREVIOUS
 from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
-from training.config import FIELDS, Config, contradictions, flag_of
+from training.config import FIELDS, Config, check_options, contradictions, flag_of
 from training.dataset import (
     DataSet,
     findings_of,
@@ -44,6 +44,7 @@ from training.outputs import (
     refuse_full_disk,
     refuse_results,
     remove_results,
+    resumes_in,
     run_record,
 )
 from training.state import EarlyStopping, TrainState, keep_frozen_towers, read_to_resume
@@ -120,10 +121,11 @@ def train_single(
     findings = findings_of(data, [split])
     print_findings(findings)
 
+    refuse_full_disk(output_dir, model, config)  # once more: decoded images may be kept on the same disk
     with locked(output_dir):
         refuse_results(output_dir, config)  # another run may have used the folder while images were read
-        prepare_output_folder(output_dir, config.overwrite)
-        remove_results(output_dir)
+        # what was killed before its first checkpoint left nothing to go on from
+        prepare_output_folder(output_dir, overwrite=not resumes_in(output_dir, config))
         records = {
             "config.json": run_record(config, data, texts, hardware, n_parameters(model)),
             "splits.json": record_of(config, data, [split]),
@@ -148,8 +150,8 @@ def train_single(
         # it draws: two seconds of imports that training can do without
         from evaluation.report import write_report
 
-        write_report(output_dir)
         (output_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
+        write_report(output_dir)  # last: where it is, the run is finished
         print_files(output_dir)
         print_use(output_dir)
     return result
@@ -180,7 +182,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
                 f"which was trained with {options.get(name)}; leave the option out, or start a new run"
             )
-        if FIELDS[name].metadata["on_resume"] == "said":
+        if FIELDS[name].metadata["on_resume"] in ("same", "said"):
             shown = (
                 name if isinstance(value, bool) else flag_of(name)
             )  # --no-amp False would say the opposite
@@ -193,7 +195,8 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
     merged = {**options, **typed, **kept}
     if typed.get("cache_dir"):
         merged["use_cache"] = True
-    problems = contradictions(dataclasses.replace(Config(**merged), resume_from=None))
+    problems = check_options(options, f"--resume-from {config.resume_from}: ")
+    problems = problems or contradictions(dataclasses.replace(Config(**merged), resume_from=None))
     if problems:
         raise UserError(*problems)
     return Config(**merged)
@@ -319,25 +322,25 @@ def train_on_split(
         total_steps=config.epochs * len(train_batches),
         warmup_steps=round(warmup_epochs * len(train_batches)),
     )
-    if checkpoint:
-        state.restore(checkpoint, resumed_from)
-        steps = (
-            f" and {state.in_epoch.steps} of {state.steps_per_epoch} steps" if state.in_epoch.steps else ""
-        )
-        print(f"resuming after epoch {state.epoch} of {config.epochs}{steps}")
-        if resumed_from == output_dir / PREVIOUS:  # the latest is damaged or gone
-            os.replace(resumed_from, output_dir / LATEST)
-        bring_best(config, output_dir)
-    for name, record in records.items():  # only now that nothing can be refused any more
-        write_json(output_dir / name, record)
-    sentences.prepare(device, center=checkpoint is None)
-
     images = ImageDataset(data.files, data.labels, config.img_size, data.squares)
     workers = min(config.num_workers, os.cpu_count() or 1)
     pin_memory = device.type == "cuda"
     train_loader = build_loader(images, train_batches, workers, pin_memory)
     val_batches = EpochBatches(split.val, config.batch_size, None)
     val_loader = build_loader(images, val_batches, workers, pin_memory)
+    if checkpoint:
+        state.restore(checkpoint, resumed_from)
+        steps = (
+            f" and {state.in_epoch.steps} of {state.steps_per_epoch} steps" if state.in_epoch.steps else ""
+        )
+        print(f"resuming after epoch {state.epoch} of {config.epochs}{steps}")
+        latest = output_dir / LATEST
+        if resumed_from.resolve() == (output_dir / PREVIOUS).resolve():
+            if latest.exists():
+                os.replace(latest, output_dir / DAMAGED)
+            os.replace(resumed_from, latest)
+        bring_best(config, output_dir)
+    sentences.prepare(device, center=checkpoint is None)
 
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
     print(
@@ -357,6 +360,9 @@ def train_on_split(
         "split_fingerprint": split_fingerprint(data, split),
         "frozen": keep_frozen_towers(output_dir, model) if frozen is None else frozen,
     }
+    remove_results(output_dir)
+    for name, record in records.items():  # only now that nothing can be refused any more
+        write_json(output_dir / name, record)
     shares = np.bincount(data.labels[split.train]) / len(split.train)
     probs = fit(
         state,

@@ -172,11 +172,11 @@ class TrainState:
             patience = self.early_stopping.patience
             self.stopped_early = patience is not None and stopping["epochs_without"] >= patience
             self.history = {key: list(values) for key, values in checkpoint["history"].items()}
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            _restore_random_states(checkpoint["rng"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"--resume-from {path} does not fit this model or is incomplete: {first_line(error)}"
             ) from None
-        _restore_random_states(checkpoint["rng"])
 
 
 def _copied(value: Any) -> Any:
@@ -217,22 +217,24 @@ def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str,
     Raises UserError when neither can be used.
     """
     previous = path.with_name(PREVIOUS)
-    advice = "there is none before it, so start anew in another folder or with --overwrite"
+    can_fall_back = path.name == LATEST and previous.exists()
+    anew = "give another one, or start anew in another folder or with --overwrite"
     try:
-        checkpoint = read_checkpoint(path, option, advice)
+        checkpoint = read_checkpoint(path, option, "" if can_fall_back else anew)
     except UserError as error:
-        if path.name != LATEST or not previous.exists():
+        if not can_fall_back:
             raise
         try:
-            checkpoint = read_checkpoint(previous, option)
-        except UserError:
-            raise error from None
-        print(f"warning: {option} {path} is damaged or gone; going on from the one before it, {previous}")
+            checkpoint = read_checkpoint(previous, option, anew)
+        except UserError as second:
+            raise UserError(*error.problems, *second.problems) from None
+        print(f"warning: {error}; going on from the one before it, {previous}")
         path = previous
-    if "optimizer" not in checkpoint:
+    missing = [key for key in ("best", *NOT_FOR_USE) if key not in checkpoint]
+    if missing:
         raise UserError(
-            f"{option} {path} holds a model for use, without the optimizer, so training cannot go on from "
-            f"it; give {LATEST}"
+            f"{option} {path} holds a model for use, without {', '.join(missing)}, so training cannot go on "
+            f"from it; give {LATEST}"
         )
     return checkpoint, path
 
@@ -244,14 +246,18 @@ def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], is_best: bool)
     if is_best:  # first: a run that is killed between the two does this epoch again
         of_use = {key: value for key, value in checkpoint.items() if key not in NOT_FOR_USE}
         write_file(folder / BEST, of_use)
-    latest = folder / LATEST
-    if latest.exists():
-        with whole_file(folder / PREVIOUS) as new:
-            try:
-                os.link(latest, new)  # one file under two names, until the new one takes the first
-            except OSError:  # a file system without links
-                shutil.copyfile(latest, new)
-    write_file(latest, checkpoint)
+    latest, new = folder / LATEST, folder / f".{LATEST}.{os.getpid()}.new.tmp"
+    try:
+        write_file(new, checkpoint)
+        if latest.exists():
+            with whole_file(folder / PREVIOUS) as second_name:
+                try:
+                    os.link(latest, second_name)
+                except OSError:  # a file system without links
+                    shutil.copyfile(latest, second_name)
+        os.replace(new, latest)
+    finally:
+        new.unlink(missing_ok=True)
     write_json(folder / "history.json", checkpoint["history"])
 
 
