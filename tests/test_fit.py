@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.device import Hardware
+from common.stopping import Requests
 from data.augment import Augmentation
 from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
@@ -27,7 +28,7 @@ def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
     pixels = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
     images = ImageDataset([Path("unused")] * 8, np.arange(8) % 2, 32, Squares(pixels))
     state = TrainState(
-        model, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler(enabled=False),
+        model, torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler(enabled=False),
         EarlyStopping("val_acc", None, 0), 1, 1, 0,
     )  # fmt: skip
     for group in state.optimizer.param_groups:
@@ -35,8 +36,8 @@ def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
     loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0, False)
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
     train_one_epoch(
-        state, sentences, loader, Augmentation("none", False, 0), hardware,
-        loss_kind="unicl", grad_clip=grad_clip, seed=0,
+        state, sentences, loader, Augmentation("none", False, 0), hardware, Requests(0), lambda: None,
+        loss_kind="unicl", grad_clip=grad_clip, max_nonfinite_steps=1, seed=0,
     )  # fmt: skip
     gradients = [p.grad.double() for p in model.parameters() if p.grad is not None]
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
