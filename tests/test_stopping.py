@@ -11,7 +11,14 @@ import torch
 from quick import train
 
 import training.fit as fit_module
-from common.stopping import Requests, Stoppable, Stopped, exit_code, sigterm_stops
+from common.stopping import (
+    Requests,
+    Stoppable,
+    Stopped,
+    exit_code,
+    sigterm_stops,
+    stop_after_the_parent,
+)
 from evaluation.checkpoints import read_checkpoint
 from evaluation.trained import find_checkpoints, load_trained
 from training.losses import contrastive_loss
@@ -197,12 +204,36 @@ def test_one_stop_may_be_several_signals_but_ctrl_c_after_a_while_does_not_wait(
             os.kill(os.getpid(), number)
             assert requests.to_save() and requests.stop == signal.SIGINT
         assert capfd.readouterr().err == "\nstopping after this step\n"
+        not_at_once = True
         now[0] = 103.0
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second Ctrl-C was waited for")
-    assert not isinstance(stopped.value, Stopped)
+    assert not_at_once and not isinstance(stopped.value, Stopped)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_processes_that_load_images_outlive_a_stop_but_not_for_long():
+    """They are needed for the step that is finished, and must not be waited for at the end."""
+    context = multiprocessing.get_context("fork")
+    ready, say = context.Pipe()
+
+    def work():
+        stop_after_the_parent()
+        say.send(None)
+        signal.pause()
+        signal.pause()
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    ready.recv()
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_what_a_shell_lets_a_background_job_ignore_stays_ignored():
