@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError, why_not_loaded
@@ -28,6 +29,7 @@ DAMAGED = "checkpoint_latest.pth.damaged"  # what a run found as its latest and 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 TOWERS = ("image_tower", "text_tower")
 NOT_FOR_USE = ("optimizer", "scheduler", "scaler", "rng", "in_epoch", "early_stopping")
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 MOST_PARTS = 2_000_000  # of a checkpoint's content: lists can hold each other a billion times in a few bytes
 
 
@@ -46,7 +48,9 @@ def checksum(value: Any) -> str:
             if part.numel() * part.element_size() > part.untyped_storage().nbytes():
                 raise ValueError("it holds a tensor that is larger than its numbers")
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            # numpy, not torch: this may run beside training, whose threads a parallel copy would hold up
+            words = part.detach().view(_WORDS[part.element_size()]).numpy()
+            digest.update(np.ascontiguousarray(words))
         elif isinstance(part, dict):
             digest.update(f"dict{len(part)}".encode())
             for key, own in part.items():
