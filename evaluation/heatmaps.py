@@ -44,13 +44,14 @@ def coarse_maps(
 
     images (B, 3, S, S) uint8 or 0..255 float; class_features (C, D) of unit length; targets (B,) indices of
     classes. Gradient times activation, summed over channels. In a backbone with stages this is done cell by
-    cell (HiResCAM) in the map that enters the last stage: cells of the map that the head pools, twice as
-    coarse, may each have seen the whole image, and their peaks fell on lesions less often, in some encoders
-    as seldom as by chance (benchmarks/RESULTS.md). Patch tokens have no stages: there the gradient's mean
-    over them weights each channel (Grad-CAM), in the final tokens of a ViT that averages them. A ViT that
-    reads only its class token has no use for those; there it is the tokens that enter the last attention.
-    Class and register tokens are left out. A ViT may have mixed what it saw into tokens of the background by
-    then, small ones trained from scratch often do, and the map says where it is, not where it came from.
+    cell (HiResCAM) and smoothed, in the map that enters the last stage: cells of the map that
+    the head pools, twice as coarse, may each have seen the whole image, and their peaks fell on lesions less
+    often, in some encoders as seldom as by chance (benchmarks/RESULTS.md). Patch tokens have no stages: there
+    the gradient's mean over them weights each channel (Grad-CAM), in the final tokens of a ViT that averages
+    them. A ViT that reads only its class token has no use for those; there it is the tokens that enter the
+    last attention. Class and register tokens are left out. A ViT may have mixed what it saw into tokens of
+    the background by then, small ones trained from scratch often do, and the map says where it is, not where
+    it came from.
 
     It costs one forward pass and a backward pass from the score to the map, in float32. The model stays as it
     was: mode, weights, gradients. Raises UserError for backbones that have no such map.
@@ -69,10 +70,20 @@ def coarse_maps(
             logits = model.logit_scale.exp() * image_features @ class_features.T  # (B, C)
             score = log_odds(logits, targets).sum()  # over images: in evaluation mode none touches another
         (gradient,) = torch.autograd.grad(score, last)
-    maps, gradient = (_as_grid(backbone, values) for values in (last.detach(), gradient))
-    if last.ndim == 3:  # tokens
-        gradient = gradient.mean(dim=(2, 3), keepdim=True)  # (B, channels, 1, 1)
-    return F.relu((gradient * maps).sum(dim=1))
+        maps, gradient = (_as_grid(backbone, values) for values in (last.detach(), gradient))
+        of_tokens = last.ndim == 3
+        weights = gradient.mean(dim=(2, 3), keepdim=True) if of_tokens else gradient
+        heat = F.relu((weights * maps).sum(dim=1))
+        return heat if of_tokens else _without_grid(heat)
+
+
+def _without_grid(heat: torch.Tensor) -> torch.Tensor:
+    """(B, h, w) smoothed by 1/4, 1/2, 1/4 both ways: a layer of stride 2 behind the map gives every other
+    cell more heat, a grid of dots that these weights even out.
+    """
+    weights = torch.tensor([0.25, 0.5, 0.25], device=heat.device)
+    padded = F.pad(heat[:, None], (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, torch.outer(weights, weights)[None, None])[:, 0]
 
 
 def log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -161,9 +161,9 @@ def mistakes_caption(run: RunFolder, views: Views) -> str:
         " Heat maps: bright parts speak for the class rather than for the others. They show what the model "
         "used, not why, and coarsely: most encoders have one cell per 16 x 16 pixels of their input. A peak "
         "beside the lesion may be the grid, or a model that goes by something else: on synthetic films with "
-        "known lesions it lay in the lesion for 8 to 74 % of the images, depending on the encoder. "
+        "known lesions it lay in the lesion for 8 to 75 % of the images, depending on the encoder. "
         "热图中明亮区域支持该类别；分辨率很粗，多数编码器每 16 x 16 像素一格；"
-        "在病灶已知的合成图像上，最热点落在病灶内的占 8 % 到 74 %，因编码器而异。"
+        "在病灶已知的合成图像上，最热点落在病灶内的占 8 % 到 75 %，因编码器而异。"
         if any(m.for_label is not None for m in views.mistakes)
         else ""
     )
