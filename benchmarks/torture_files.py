@@ -243,7 +243,7 @@ def changed(tree: Any, draw: random.Random, odd: Sequence[Any]) -> Any:
                 if isinstance(node, dict) and draw.random() < 0.2:
                     del node[key]
                 else:
-                    node[key] = draw.choice(odd)
+                    node[key] = copy.deepcopy(draw.choice(odd))
                 break
             node = node[key]
     return tree
