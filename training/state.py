@@ -173,7 +173,7 @@ class TrainState:
             self.stopped_early = patience is not None and stopping["epochs_without"] >= patience
             self.history = {key: list(values) for key, values in checkpoint["history"].items()}
             _restore_random_states(checkpoint["rng"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"--resume-from {path} does not fit this model or is incomplete: {first_line(error)}"
             ) from None
