@@ -265,6 +265,19 @@ def test_killed_before_the_first_checkpoint_the_same_command_starts_again(
     assert read_checkpoint(out / "checkpoint_latest.pth")["epoch"] == 1
 
 
+def test_the_best_model_of_a_longer_run_is_not_taken_for_the_leavings_of_a_start(
+    class_folder, tmp_path, capsys
+):
+    """Someone kept it and threw the rest away."""
+    write_file(tmp_path / "checkpoint_best.pth", checkpoint(3))
+    for name in ("config.json", "splits.json"):
+        (tmp_path / name).write_text("{}")
+    before = (tmp_path / "checkpoint_best.pth").read_bytes()
+    assert train(class_folder, tmp_path, "--epochs", 1, "--resume-from", "auto") == 2
+    assert "holds another run's results" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint_best.pth").read_bytes() == before
+
+
 # --- frozen towers ------------------------------------------------------------------------------------------
 
 

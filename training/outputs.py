@@ -16,7 +16,7 @@ from common.device import Hardware
 from common.errors import UserError
 from common.files import MOST_OF_SPLITS, read_json, unwritable
 from data.scan import ImageFolder, nfc
-from evaluation.checkpoints import BEST, DAMAGED, LATEST, PREVIOUS, TOWERS, frozen_file
+from evaluation.checkpoints import BEST, DAMAGED, LATEST, PREVIOUS, TOWERS, frozen_file, read_checkpoint
 from models.clip import CLIPModel
 from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet
@@ -86,12 +86,21 @@ def resumes_in(output_dir: Path, config: Config) -> bool:
     return Path(config.resume_from).resolve().parent == output_dir.resolve()
 
 
+def _is_of_first_epoch(best: Path) -> bool:
+    try:
+        return read_checkpoint(best, with_text=False)["epoch"] == 1
+    except UserError:  # there is none, or none that can be read
+        return False
+
+
 def refuse_results(output_dir: Path, config: Config) -> None:
     """Raises UserError when the folder holds results that no option says to replace or to continue."""
     check_writable(output_dir)
     found = results_in(output_dir)
-    of_a_start = {"config.json", "splits.json", "data_check.json", BEST, *map(frozen_file, TOWERS)}
-    if set(found) <= of_a_start and found != [BEST]:
+    of_a_start = {"config.json", "splits.json", "data_check.json", *map(frozen_file, TOWERS)}
+    if "config.json" in found and _is_of_first_epoch(output_dir / BEST):
+        of_a_start.add(BEST)  # it is written before the first latest
+    if set(found) <= of_a_start:
         return  # killed before its first checkpoint, or only looked at by data.check: nothing is lost
     latest = output_dir / LATEST
     if found and not config.overwrite and not resumes_in(output_dir, config):
