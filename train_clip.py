@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import as_program, print_problems
-from common.errors import RunFailed, UserError
+from common.cli import as_program, say
+from common.errors import UserError
+from common.files import LATEST
 from common.stopping import exit_code
 from training.config import Config, make_config, options_from_flags, refuse_without_effect, resolve_auto
 
@@ -30,8 +31,7 @@ def _main(arguments: Sequence[str]) -> int:
 
         return run(config, typed)
     except UserError as error:
-        print_problems(error)
-        return 1 if isinstance(error, RunFailed) else 2
+        return say(error)
     except KeyboardInterrupt as stop:
         print(f"\ninterrupted; {_how_to_continue(config, started)}", file=sys.stderr)
         return exit_code(stop)
@@ -53,7 +53,7 @@ def _how_to_continue(config: Config | None, started: float) -> str:
     once_more = " without --overwrite" if config.overwrite else ""
     if config.use_cv or config.multi_config:
         return f"what is finished is saved, and the same command{once_more} continues"
-    latest = Path(config.output_dir) / "checkpoint_latest.pth"
+    latest = Path(config.output_dir) / LATEST
     if latest.exists() and (config.resume_from or latest.stat().st_mtime >= started):
         return f"what was trained is saved; to go on, the same command{once_more}, and --resume-from {latest}"
     return "nothing was trained, so there is nothing to resume from"

@@ -208,24 +208,12 @@ def checkpoints(times: int, draw: random.Random, folder: Path) -> Iterator[Calla
             )
         state.restore(checkpoint, path)
 
+    odd = [None, True, -1, 10**30, float("nan"), "x", [], {}, [{}], torch.zeros(1), torch.zeros(2, 3, 4)]
     for i in range(times):
         path = folder / f"{i}.pth"
         if i % 2:
             path.write_bytes(mutated(data, draw, draw.randbytes(1000)))
         else:
-            odd = [
-                None,
-                True,
-                -1,
-                10**30,
-                float("nan"),
-                "x",
-                [],
-                {},
-                [{}],
-                torch.zeros(1),
-                torch.zeros(2, 3, 4),
-            ]
             write_file(path, changed(content, draw, odd))
         act = read if i % 2 else use
         yield lambda path=path, act=act: act(path)

@@ -82,8 +82,7 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
         try:
             return program()
         except UserError as error:
-            print_problems(error)
-            return 1 if isinstance(error, RunFailed) else 2
+            return say(error)
         except KeyboardInterrupt as stop:
             print(f"\ninterrupted; {interrupted}", file=sys.stderr)
             return exit_code(stop)
@@ -92,8 +91,10 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
             return 1
 
 
-def print_problems(error: UserError) -> None:
+def say(error: UserError) -> int:
+    """Print its problems. Returns the exit code that it stands for."""
     for problem in error.problems[:MOST_PROBLEMS]:
         print(f"error: {problem}", file=sys.stderr)
     if len(error.problems) > MOST_PROBLEMS:
         print(f"error: and {len(error.problems) - MOST_PROBLEMS} more like these", file=sys.stderr)
+    return 1 if isinstance(error, RunFailed) else 2

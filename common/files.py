@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TextIO
 
 from common.errors import UserError
 
+LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 # What Python makes of JSON can take twenty times as much memory.
 MOST_JSON_BYTES = 64 * 2**20
 MOST_WRITTEN_BY_HAND = 8 * 2**20
@@ -70,6 +71,13 @@ def unwritable(folder: Path) -> Path | None:
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def saved_in(run_dir: Path) -> Path | None:
+    """The checkpoint to go on from, though it may be gone and only the one before it be there; None where
+    nothing was saved.
+    """
+    return run_dir / LATEST if any((run_dir / name).exists() for name in (LATEST, PREVIOUS)) else None
 
 
 def writable(text: str) -> str:

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 from common.errors import UserError, why_not_loaded
-from common.files import whole_file
+from common.files import LATEST, whole_file
 
 FORMAT = 3  # 3 added the checksum and put frozen towers into files of their own
 DAMAGED = "checkpoint_latest.pth.damaged"  # what a run found as its latest and could not read
-LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 TOWERS = ("image_tower", "text_tower")
 NOT_FOR_USE = ("optimizer", "scheduler", "scaler", "rng", "in_epoch", "early_stopping")
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}

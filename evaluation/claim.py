@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import BEST, LATEST
 from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder
 from evaluation.tables import percent
 
@@ -194,10 +195,10 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
 
 
 def _which_epoch(run: RunFolder) -> str:
-    names = {Path(path).name for path in run.config.get("checkpoints", ["checkpoint_latest.pth"])}
-    if names == {"checkpoint_latest.pth"}:
+    names = {Path(path).name for path in run.config.get("checkpoints", [LATEST])}
+    if names == {LATEST}:
         return "The last epoch; it was not chosen."
-    if "checkpoint_best.pth" in names:
+    if BEST in names:
         return "An epoch chosen on the validation images of its own training run."
     return f"The checkpoints given: {', '.join(sorted(names))}."
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from common.files import printable, read_json
+from common.files import BEST, printable, read_json
 from data.scan import nfc
 from evaluation.tables import OVERALL, with_interval
 from evaluation.trained import TrainedModel
@@ -36,7 +36,7 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
         "fold": fold,
         "epochs": epochs,
         # the best epoch's checkpoint was chosen even where it is the last one
-        "last": epoch == epochs and trained.path.name != "checkpoint_best.pth",
+        "last": epoch == epochs and trained.path.name != BEST,
         "val": {key: values[epoch - 1] for key, values in history.items() if key.startswith("val_")},
         "pretrained": bool(trained.facts["pretrained"]["image"]),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import LATEST, read_json
 from data.scan import nfc
 from evaluation.results import Predictions, read_predictions
 
@@ -46,8 +46,8 @@ class RunFolder:
         if self.kind == EVALUATION:
             return {0: Path(self.config["checkpoints"][0])}
         if self.kind == SINGLE:
-            return {0: self.path / "checkpoint_latest.pth"}
-        return {fold: self.path / f"fold_{fold}" / "checkpoint_latest.pth" for fold in self.histories}
+            return {0: self.path / LATEST}
+        return {fold: self.path / f"fold_{fold}" / LATEST for fold in self.histories}
 
     def best_epoch(self, fold: int) -> int:
         """The epoch (from 1) that is best by what the run monitored: the first of equals."""

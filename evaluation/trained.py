@@ -11,7 +11,8 @@ import torch
 
 from common.device import choose_hardware
 from common.errors import UserError, first_line
-from evaluation.checkpoints import BEST, LATEST, NOT_FOR_USE, read_checkpoint
+from common.files import BEST, LATEST
+from evaluation.checkpoints import NOT_FOR_USE, read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from common.files import MOST_WRITTEN_BY_HAND, read_json
+from common.files import MOST_WRITTEN_BY_HAND, read_json, saved_in
 
 MOST_UNKNOWN = 20
 MOST_ENTRIES = 1000
@@ -364,11 +364,9 @@ def resolve_auto(typed: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(typed)
     if typed.get("resume_from") == "auto":
         del resolved["resume_from"]
-        folder = Path(typed.get("output_dir") or "")
-        latest = folder / "checkpoint_latest.pth"
-        saved = latest.exists() or (folder / "checkpoint_previous.pth").exists()
+        saved = saved_in(Path(typed.get("output_dir") or ""))
         if saved and not (typed.get("use_cv") or typed.get("multi_config")):
-            resolved["resume_from"] = str(latest)
+            resolved["resume_from"] = str(saved)
     return resolved
 
 

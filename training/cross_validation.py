@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from common.device import choose_hardware
-from common.files import MOST_OF_SPLITS, read_json, write_json
+from common.files import MOST_OF_SPLITS, PREVIOUS, read_json, saved_in, write_json
 from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
-from evaluation.checkpoints import PREVIOUS
 from evaluation.metrics import classification_metrics
 from evaluation.results import headline, read_predictions, write_results
 from training.config import Config
@@ -44,7 +43,7 @@ from training.run import (
     tokenise,
     train_on_split,
 )
-from training.state import keep_frozen_towers, read_to_resume, saved_in
+from training.state import keep_frozen_towers, read_to_resume
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
 PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished

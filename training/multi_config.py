@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, first_line
-from common.files import read_json, text_cell, write_csv, write_json
+from common.files import read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder, scan_folder
 from data.texts import class_sentences
 from evaluation.compare import compare
@@ -26,7 +26,6 @@ from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
 from training.outputs import FREE_ON_CONTINUE, check_writable, continues, locked, refuse_other_images
 from training.run import train
-from training.state import saved_in
 
 _NOT_PER_ENTRY = (
     "data_dir",

@@ -14,9 +14,9 @@ from typing import Any
 
 from common.device import Hardware
 from common.errors import UserError
-from common.files import MOST_OF_SPLITS, read_json, unwritable
+from common.files import BEST, LATEST, MOST_OF_SPLITS, PREVIOUS, read_json, unwritable
 from data.scan import ImageFolder, nfc
-from evaluation.checkpoints import BEST, DAMAGED, LATEST, PREVIOUS, TOWERS, frozen_file, read_checkpoint
+from evaluation.checkpoints import DAMAGED, TOWERS, frozen_file, read_checkpoint
 from models.clip import CLIPModel
 from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet

@@ -14,12 +14,12 @@ import torch
 
 from common.device import Hardware, choose_hardware
 from common.errors import UserError
-from common.files import write_json, write_whole
+from common.files import BEST, LATEST, PREVIOUS, write_json, write_whole
 from data.augment import Augmentation
 from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
-from evaluation.checkpoints import BEST, DAMAGED, LATEST, PREVIOUS
+from evaluation.checkpoints import DAMAGED
 from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder

@@ -23,13 +23,10 @@ import numpy as np
 import torch
 
 from common.errors import UserError, first_line
-from common.files import whole_file, write_json
+from common.files import BEST, LATEST, PREVIOUS, whole_file, write_json
 from evaluation.checkpoints import (
-    BEST,
     FORMAT,
-    LATEST,
     NOT_FOR_USE,
-    PREVIOUS,
     TOWERS,
     read_checkpoint,
     write_file,
@@ -204,11 +201,6 @@ def keep_frozen_towers(folder: Path, model: CLIPModel) -> dict[str, str]:
         )
         for tower in frozen_towers(model)
     }
-
-
-def saved_in(folder: Path) -> Path | None:
-    """The checkpoint to go on from, for `read_to_resume`; None where nothing was saved."""
-    return folder / LATEST if any((folder / name).exists() for name in (LATEST, PREVIOUS)) else None
 
 
 def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str, Any], Path]:
