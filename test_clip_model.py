@@ -124,7 +124,7 @@ def _check_clip(model) -> None:
     model.train()
     for _ in range(10):
         features = model.encode_image(images)
-        text = sentences.features_for_step(torch.Generator())
+        text = model.encode_text(sentences.for_step(torch.Generator()))
         logits = model.logit_scale.exp() * features @ text.T
         loss, _ = contrastive_loss("unicl", logits, labels)
         optimizer.zero_grad()

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Train a CLIP-style image classifier on a folder of class folders. `python train_clip.py --help`."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import as_program, say
-from common.errors import UserError
+from common.errors import RunFailed, UserError
 from common.files import LATEST
 from common.stopping import exit_code
 from training.config import Config, make_config, options_from_flags, refuse_without_effect, resolve_auto
@@ -27,22 +28,38 @@ def _main(arguments: Sequence[str]) -> int:
         typed = resolve_auto(options_from_flags(arguments))
         config = make_config(typed)
         refuse_without_effect(typed, config)
-        from training.run import run  # the heavy libraries, only now that the options are known to be good
-
-        return run(config, typed)
     except UserError as error:
-        return say(error)
+        # torchrun gives all processes of a machine the same options
+        return say(error, silent=os.environ.get("LOCAL_RANK", "0") != "0")
+
+    # the heavy libraries, only now that the options are known to be good
+    from common.distributed import is_main, joined, lost_another, who_says
+    from training.device import explain_failure
+    from training.run import run
+
+    try:
+        with joined(on_gpu=config.gpu_id >= 0):
+            return run(config, typed)
+    except UserError as error:
+        who = who_says(str(error))
+        return say(error, who or "", silent=who is None)
     except KeyboardInterrupt as stop:
-        print(f"\ninterrupted; {_how_to_continue(config, started)}", file=sys.stderr)
+        if is_main():
+            print(f"\ninterrupted; {_how_to_continue(config, started)}", file=sys.stderr)
         return exit_code(stop)
     except (RuntimeError, MemoryError, OSError) as error:
-        from training.device import explain_failure
-
+        if lost_another(error):
+            if is_main():
+                print(
+                    f"error: another process of this run has ended; {_how_to_continue(config, started)}",
+                    file=sys.stderr,
+                )
+            return 1
         explanation = explain_failure(error, config)
         if explanation is None:
             raise
-        print(f"error: {explanation}; {_how_to_continue(config, started)}", file=sys.stderr)
-        return 1
+        how = f"{explanation}; {_how_to_continue(config, started)}"
+        return say(RunFailed(how), who_says(how) or "")
 
 
 def _how_to_continue(config: Config | None, started: float) -> str:

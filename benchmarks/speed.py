@@ -210,7 +210,8 @@ def one_epoch(state: TrainState, sentences: ClassSentences, loader: DataLoader, 
     state.in_epoch = InEpoch()
     train_one_epoch(
         state, sentences, loader, Augmentation("standard", True, 0), hardware, Requests(0), lambda: None,
-        loss_kind="unicl", grad_clip=1.0, max_nonfinite_steps=1, seed=0,
+        micro_batch_size=None, loss_kind="unicl", grad_clip=1.0, max_nonfinite_steps=1,
+        seed=0,
     )  # fmt: skip
 
 
@@ -239,7 +240,7 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
             (Augmentation, "__call__", "augment"),
             (tower, "normalise", "normalise"),
             (tower.backbone, "forward", "image tower, forward"),
-            (sentences, "features_for_step", "class sentences"),
+            (state.model, "encode_text", "class sentences"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "get_total_norm", "clip gradients"),
             (torch.nn.utils, "clip_grads_with_norm_", "clip gradients"),

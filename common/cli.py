@@ -91,10 +91,11 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
             return 1
 
 
-def say(error: UserError) -> int:
-    """Print its problems. Returns the exit code that it stands for."""
-    for problem in error.problems[:MOST_PROBLEMS]:
-        print(f"error: {problem}", file=sys.stderr)
+def say(error: UserError, who: str = "", silent: bool = False) -> int:
+    """Print its problems, each with `who` before it. Returns the exit code that it stands for."""
+    problems = list(error.problems[:MOST_PROBLEMS])
     if len(error.problems) > MOST_PROBLEMS:
-        print(f"error: and {len(error.problems) - MOST_PROBLEMS} more like these", file=sys.stderr)
+        problems.append(f"and {len(error.problems) - MOST_PROBLEMS} more like these")
+    for problem in () if silent else problems:
+        print(f"error: {who}{problem}", file=sys.stderr)
     return 1 if isinstance(error, RunFailed) else 2

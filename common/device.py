@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.distributed import n_processes, n_processes_here, rank_here
 from common.errors import UserError
 
 
@@ -40,11 +41,25 @@ def keep_freed_memory() -> None:
 
 def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
     """The CUDA device `gpu_id`, or the CPU when it is -1 or the machine has no CUDA GPU and 0 was meant.
+    Where torchrun started several processes, each has the GPU of its number on the machine instead.
 
     Mixed precision: bf16 on CUDA where supported, else fp16; bf16 on CPUs with the instructions, else
     float32. Raises UserError when a GPU other than 0 is asked for and does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    several = f", {n_processes()} processes" if n_processes() > 1 else ""
+    if several and gpu_id >= 0:
+        if gpu_id > 0:
+            raise UserError(
+                f"--gpu-id {gpu_id}: torchrun gives each process a GPU of its own; leave the option out, and "
+                "choose the GPUs with CUDA_VISIBLE_DEVICES"
+            )
+        if 0 < count < n_processes_here():
+            raise UserError(
+                f"torchrun started {n_processes_here()} processes on this machine, which has {count} GPUs; "
+                f"give --nproc_per_node={count}"
+            )
+        gpu_id = rank_here() if count else 0
     if gpu_id >= 0 and count > 0:
         if gpu_id >= count:
             raise UserError(
@@ -55,7 +70,8 @@ def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
         dtype = torch.float32
         if use_amp:
             dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-        return Hardware(device, dtype, f"GPU {gpu_id} ({torch.cuda.get_device_name(device)}), {_name(dtype)}")
+        name = torch.cuda.get_device_name(device)
+        return Hardware(device, dtype, f"GPU {gpu_id} ({name}), {_name(dtype)}{several}")
     if gpu_id > 0:
         raise UserError(
             f"--gpu-id {gpu_id} does not exist: PyTorch sees no CUDA GPU here; -1 trains on the CPU"
@@ -63,7 +79,7 @@ def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
     dtype = torch.bfloat16 if use_amp and _cpu_has_bf16() else torch.float32
     why = "" if gpu_id == -1 else "; PyTorch sees no CUDA GPU"
     return Hardware(
-        torch.device("cpu"), dtype, f"CPU ({torch.get_num_threads()} threads), {_name(dtype)}{why}"
+        torch.device("cpu"), dtype, f"CPU ({torch.get_num_threads()} threads), {_name(dtype)}{several}{why}"
     )
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FrameType
 from typing import Generic, TypeVar
 
@@ -85,10 +85,18 @@ class Requests:
 
     Ctrl-C once more, after PATIENCE_SECONDS, is a KeyboardInterrupt at once. One stop often comes as several
     signals, from the terminal, a script and the cluster, so sooner ones and SIGTERMs change nothing.
+
+    agree: gives of each number the largest of all processes of the run, which stop and save after the same
+    step; they ask the same of their Requests in the same order. says: whether this one speaks for them.
     """
 
-    def __init__(self, save_every_seconds: float):
-        self.save_every_seconds = save_every_seconds
+    def __init__(
+        self,
+        save_every_seconds: float,
+        agree: Callable[[Sequence[int]], Sequence[int]] = list,
+        says: bool = True,
+    ):
+        self.save_every_seconds, self._agree, self._says = save_every_seconds, agree, says
         self.stop: int | None = None
         self._save, self._last_save, self._stopped_at = False, time.monotonic(), 0.0
         self._block = contextlib.ExitStack()
@@ -106,7 +114,8 @@ class Requests:
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is None:
             self.stop, self._stopped_at = number, time.monotonic()
-            os.write(2, b"\nstopping after this step\n")  # print() might be in the middle of a line
+            if self._says:
+                os.write(2, b"\nstopping after this step\n")  # print() might be in the middle of a line
         elif number == signal.SIGINT and time.monotonic() - self._stopped_at > PATIENCE_SECONDS:
             raise KeyboardInterrupt
 
@@ -115,15 +124,19 @@ class Requests:
 
     def to_save(self) -> bool:
         late = 0 < self.save_every_seconds <= time.monotonic() - self._last_save
-        return self._save or late or self.stop is not None
+        stop, save = self._agree([self.stop or 0, self._save or late])
+        if stop:
+            self.stop = stop
+        return bool(stop or save)
 
     def saved(self) -> None:
         self._save, self._last_save = False, time.monotonic()
 
     def end_if_asked(self) -> None:
         """Raises Stopped after a SIGINT or SIGTERM."""
-        if self.stop is not None:
-            raise Stopped(self.stop)
+        (stop,) = self._agree([self.stop or 0])
+        if stop:
+            raise Stopped(stop)
 
 
 class Stoppable(Generic[Item]):

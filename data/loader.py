@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.distributed import n_processes, n_processes_here, rank, share
 from common.errors import UserError
 from common.stopping import stop_after_the_parent
 from data.images import MEMORY_FOR_IMAGES, Squares, UnreadableImage, read_image, to_square
@@ -20,25 +22,30 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class ImageDataset(Dataset):
-    """Gives (images (B, 3, size, size) uint8, labels (B,) int64, indices (B,) int64) for a list of indices.
+    """Gives (images (b, 3, size, size) uint8, labels (B,) int64, indices (B,) int64) for B indices.
 
-    squares: the images decoded before, or None to read the files each time.
+    The b images are this process's share of the B (all of them where there is one process only). squares: the
+    images decoded before, or None to read the files each time.
     """
 
     def __init__(self, files: Sequence[Path], labels: np.ndarray, size: int, squares: Squares | None = None):
         self.files, self.labels, self.size, self.squares = files, labels, size, squares
+        self.process, self.n_processes = rank(), n_processes()  # a worker process could not ask
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitems__(self, indices: list[int]) -> Batch:
+        own = indices[share(len(indices), self.process, self.n_processes)]
         if self.squares is not None:
-            squares = self.squares[indices]
+            squares = self.squares[own]
         else:
-            squares = np.stack([self._read(i) for i in indices])
+            squares = np.zeros((len(own), self.size, self.size, 3), np.uint8)
+            for square, i in zip(squares, own, strict=True):
+                square[:] = self._read(i)
         images = torch.from_numpy(squares).permute(0, 3, 1, 2)  # a view, channels last
         chosen = torch.tensor(indices)
-        return images, torch.from_numpy(self.labels[indices]).long(), chosen  # (B, 3, S, S), (B,), (B,)
+        return images, torch.from_numpy(self.labels[indices]).long(), chosen  # (b, 3, S, S), (B,), (B,)
 
     def _read(self, index: int) -> np.ndarray:
         try:
@@ -63,6 +70,9 @@ class EpochBatches(Sampler[list[int]]):
         n = len(self.indices)
         return max(1, min(math.ceil(n / self.batch_size), n // 2))
 
+    def smallest(self) -> int:
+        return len(self.indices) // len(self)
+
     def __iter__(self) -> Iterator[list[int]]:
         order = self.indices
         if self.seed is not None:
@@ -82,8 +92,8 @@ def build_loader(
     from disk, none where they only have to be gathered in memory.
     """
     in_memory = dataset.squares is not None and dataset.squares.array.nbytes <= MEMORY_FOR_IMAGES
-    workers = 0 if in_memory else num_workers
-    refuse_small_shared_memory(workers, 3 * batches.batch_size * dataset.size**2)
+    workers = 0 if in_memory else loading_processes(num_workers)
+    refuse_small_shared_memory(workers, batches.batch_size, dataset.size)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -98,16 +108,25 @@ def build_loader(
     )
 
 
-def refuse_small_shared_memory(workers: int, batch_bytes: int) -> None:
-    """Raises UserError when the batches that `workers` prepare have no room: the run would wait for ever."""
+def loading_processes(asked: int) -> int:
+    """`asked`, but at most one per CPU core, which the processes of a run on this machine share."""
+    return min(asked, max(1, (os.cpu_count() or 1) // n_processes_here()))
+
+
+def refuse_small_shared_memory(workers: int, batch_size: int, *sizes: int) -> None:
+    """Raises UserError when the batches that `workers` prepare have no room: the run would wait for ever.
+    sizes: sides in pixels of the squares of each image.
+    """
     if not workers or not SHARED_MEMORY.is_dir():
         return
-    needed, free = 2 * workers * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free  # each prepares two
+    batch_bytes = 3 * math.ceil(batch_size / n_processes()) * sum(size**2 for size in sizes)
+    needed = 2 * workers * n_processes_here() * batch_bytes  # each prepares two
+    free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise UserError(
-            f"{workers} processes that load images need {needed / 1e6:.0f} MB of shared memory, and "
-            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free; lower --num-workers (0: no such processes) or "
-            "--batch-size, or make it larger (in Docker: --shm-size)"
+            f"{workers * n_processes_here()} processes that load images need {needed / 1e6:.0f} MB of shared "
+            f"memory, and {SHARED_MEMORY} has {free / 1e6:.0f} MB free; lower --num-workers (0: no such "
+            "processes) or --batch-size, or make it larger (in Docker: --shm-size)"
         )
 
 

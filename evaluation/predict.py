@@ -22,12 +22,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from common.distributed import gathered
 from common.errors import UserError, first_line
 from common.files import path_cell, text_cell, writable, write_whole
 from common.stopping import stop_after_the_parent
 from data.images import UnreadableImage, read_image, to_square
 from data.inputs import ImageList
-from data.loader import fork_context, refuse_small_shared_memory
+from data.loader import fork_context, loading_processes, refuse_small_shared_memory
 from evaluation.trained import TrainedModel
 from models.clip import CLIPModel
 
@@ -52,10 +53,16 @@ def predict_probs(
     autocast: torch.autocast,
     device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax of `class_logits` over the C classes, in the loader's order: (N, C) float64 and labels (N,)."""
+    """Softmax of `class_logits` over the C classes, in the loader's order: (N, C) float64 and labels (N,).
+
+    Of several processes each computes its share of every batch, and all get the whole.
+    """
     logits, labels = [], []
     for images, batch_labels, _ in tqdm(loader, desc="validating", leave=False, disable=None):
-        logits.append(class_logits(model, class_features, images.to(device, non_blocking=True), autocast))
+        own = class_features.new_empty(0, len(class_features))
+        if len(images):  # a small batch may leave some processes without
+            own = class_logits(model, class_features, images.to(device, non_blocking=True), autocast)
+        logits.append(gathered(own, len(batch_labels)))
         labels.append(batch_labels)
     return torch.cat(logits).double().softmax(dim=1).cpu().numpy(), torch.cat(labels).numpy()
 
@@ -124,11 +131,11 @@ def decode(
     images: ImageList, sizes: Sequence[int], batch_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Decoded]:
     """The batches in the order of the input; at most two per process are decoded ahead."""
-    workers = min(num_workers, os.cpu_count() or 1) if len(images.names) > 1 else 0
+    workers = loading_processes(num_workers) if len(images.names) > 1 else 0
     # few images are shared out among the processes all the same
     batch_size = min(batch_size, math.ceil(len(images.names) / max(1, workers)))
     starts = range(0, len(images.names), batch_size)
-    refuse_small_shared_memory(workers, 3 * batch_size * sum(size**2 for size in sizes))
+    refuse_small_shared_memory(workers, batch_size, *sizes)
     return iter(
         DataLoader(
             _Decoder(images.root, sizes),

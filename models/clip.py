@@ -21,6 +21,15 @@ from models.text_encoders import TextTower, build_text_tower
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
+# S tokenised sentences, {"input_ids", "attention_mask"} (S, T), or what the text tower made of them before,
+# {"pooled"} (S, num_features).
+Texts = Mapping[str, torch.Tensor]
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
 def _projection(num_features: int, embed_dim: int, bias: bool = True) -> nn.Linear:
     projection = nn.Linear(num_features, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=num_features**-0.5)  # as in the CLIP paper's code
@@ -59,8 +68,8 @@ class CLIPModel(nn.Module):
         return self
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 or 0..255 float -> (B, D) of unit length, float32."""
-        return F.normalize(self.image_projection(self.image_tower(images)).float(), dim=-1)
+        """(B, 3, S, S) uint8 or 0..255 float -> (B, D) of unit length, float32 or wider."""
+        return _unit(self.image_projection(self.image_tower(images)))
 
     @torch.no_grad()
     def center_text(self, pooled: torch.Tensor) -> None:
@@ -72,13 +81,19 @@ class CLIPModel(nn.Module):
         """
         self.text_projection.bias.copy_(-self.text_projection.weight @ pooled.mean(0))
 
-    def project_text(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(S, num_features) of the text tower -> (S, D) of unit length, float32."""
-        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+    def encode_text(self, texts: Texts) -> torch.Tensor:
+        """(S, D) of unit length, float32 or wider."""
+        pooled = texts["pooled"] if "pooled" in texts else self.text_tower(**texts)
+        return _unit(self.text_projection(pooled))
 
-    def encode_text(self, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """{"input_ids", "attention_mask"} (S, T) -> (S, D) of unit length, float32."""
-        return self.project_text(self.text_tower(**tokens))
+    def forward(self, images: torch.Tensor, texts: Texts | None) -> tuple[torch.Tensor, ...]:
+        """What the loss is made from: image features (B, D) and, unless `texts` is None, text features (S, D)
+        and 1 / temperature ().
+        """
+        image_features = self.encode_image(images)
+        if texts is None:
+            return (image_features,)
+        return image_features, self.encode_text(texts), self.logit_scale.exp()
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -101,13 +116,13 @@ class ClassSentences:
         every = [sentence for own in texts.values() for sentence in own]
         self.tokens, self.notes = model.text_tower.tokenize(every)
         self._refuse_equal(self.tokens["input_ids"], every)
-        self.pooled: torch.Tensor | None = None
+        self.inputs: Texts = self.tokens
 
     def prepare(self, device: torch.device, *, center: bool) -> None:
         """Move to the model's device; encode once what is frozen; `center` a new model's text projection."""
         model = self.model.eval()
         self.class_of = self.class_of.to(device)
-        self.tokens = {key: value.to(device) for key, value in self.tokens.items()}
+        self.inputs = self.tokens = {key: value.to(device) for key, value in self.tokens.items()}
         frozen = model.text_tower in model.frozen
         if frozen or center:
             with torch.no_grad():
@@ -115,7 +130,7 @@ class ClassSentences:
             if center:
                 model.center_text(pooled)
             if frozen:
-                self.pooled = pooled
+                self.inputs = {"pooled": pooled}
                 model.text_tower.cpu()
 
     def _refuse_equal(self, input_ids: torch.Tensor, every: Sequence[str]) -> None:
@@ -129,22 +144,16 @@ class ClassSentences:
                     "or for want of vocabulary); write sentences that differ earlier or in other words"
                 )
 
-    def features_for_step(self, generator: torch.Generator) -> torch.Tensor:
-        """(C, D) with gradient: one sentence per class, drawn by `generator` where a class has several."""
+    def for_step(self, generator: torch.Generator) -> Texts:
+        """C sentences, one per class, drawn by `generator` where a class has several."""
         drawn = (torch.rand(len(self.counts), generator=generator) * self.counts).long()
         chosen = (self.starts + drawn).to(self.class_of.device, non_blocking=True)
-        if self.pooled is not None:
-            return self.model.project_text(self.pooled[chosen])
-        return self.model.encode_text({key: value[chosen] for key, value in self.tokens.items()})
+        return {key: value[chosen] for key, value in self.inputs.items()}
 
     @torch.no_grad()
     def features(self) -> torch.Tensor:
         """(C, D): the normalised mean over each class's sentences (prompt ensemble). For evaluation mode."""
-        every = (
-            self.model.project_text(self.pooled)
-            if self.pooled is not None
-            else self.model.encode_text(self.tokens)
-        )
+        every = self.model.encode_text(self.inputs)
         sums = torch.zeros(len(self.counts), every.shape[1], device=every.device)
         return F.normalize(sums.index_add_(0, self.class_of, every), dim=-1)
 
@@ -179,6 +188,7 @@ def build_clip(
     text_weights: str = "auto",
     freeze_image: bool = False,
     freeze_text: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> CLIPModel:
     """Both towers by name, joined; without a text encoder, a model of images alone.
 
@@ -187,6 +197,10 @@ def build_clip(
     image_tower = build_image_tower(image_encoder, image_weights, img_size)
     text_tower = build_text_tower(text_encoder, text_weights) if text_encoder else None
     model = CLIPModel(image_tower, text_tower, embed_dim, temperature)
+    if gradient_checkpointing:
+        image_tower.checkpoint_gradients(image_encoder)
+        if text_tower:
+            text_tower.checkpoint_gradients(text_encoder)
     if freeze_image:
         model.freeze(model.image_tower)
     if freeze_text:

@@ -46,6 +46,15 @@ class ImageTower(nn.Module):
         images = images.float().contiguous(memory_format=torch.channels_last)
         return torch.addcmul(self.shift, images, self.scale)
 
+    def checkpoint_gradients(self, name: str) -> None:
+        """Hold no activations within stages; compute them again in the backward pass (Chen et al. 2016, arXiv
+        1604.06174). Raises UserError where the encoder `name` cannot.
+        """
+        try:
+            self.backbone.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise UserError(f"--gradient-checkpointing: the image encoder {name} has no form of it") from None
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 or 0..255 float -> (B, num_features)."""
         return self.backbone(self.normalise(images))

@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from models.image_encoders import OPTION, OWN_PREFIX, ImageTower, published_weights
@@ -137,6 +138,11 @@ class StarNetDualPyramidRCF(nn.Module):
         self.adapters = nn.ModuleList(Adapter(c) for c in CHANNELS)
         self.fusion_gains = nn.ParameterList(torch.full((c,), INITIAL_FUSION_GAIN) for c in CHANNELS)  # a_i
         self.cascade_gains = nn.Parameter(torch.ones(len(CHANNELS) - 1))  # g_i
+        self.checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Named as timm's. Only what enters a stage is held; the stage is computed again for the gradient."""
+        self.checkpointing = enable
 
     def _stage(
         self, i: int, local: torch.Tensor, global_map: torch.Tensor
@@ -154,7 +160,12 @@ class StarNetDualPyramidRCF(nn.Module):
         local, global_map = self.local.stem(images), self.global_stem(images)
         fused = []
         for i in range(len(CHANNELS)):
-            of_stage, local, global_map = self._stage(i, local, global_map)
+            if self.checkpointing and torch.is_grad_enabled():
+                of_stage, local, global_map = checkpoint(
+                    self._stage, i, local, global_map, use_reentrant=False
+                )
+            else:
+                of_stage, local, global_map = self._stage(i, local, global_map)
             fused.append(of_stage)
         return fused
 

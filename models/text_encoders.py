@@ -80,6 +80,13 @@ class TextTower(nn.Module):
         )
         return {key: batch[key] for key in ("input_ids", "attention_mask")}, notes
 
+    def checkpoint_gradients(self, name: str) -> None:
+        """As `ImageTower.checkpoint_gradients`."""
+        try:
+            self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError:
+            raise UserError(f"--gradient-checkpointing: the text encoder {name} has no form of it") from None
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(S, T), (S, T) -> (S, num_features): mean over the tokens that are no padding."""
         hidden = self.encoder(

@@ -80,7 +80,7 @@ def test_a_step_draws_one_sentence_per_class_and_all_get_their_turn():
     bank = bank_of(model, {"a": ["一", "二", "三"], "b": ["four"]})
     with torch.no_grad():
         every = model.encode_text(bank.tokens)
-        draws = [bank.features_for_step(torch.Generator().manual_seed(i)) for i in range(40)]
+        draws = [model.encode_text(bank.for_step(torch.Generator().manual_seed(i))) for i in range(40)]
     assert {int((every[:3] - draw[0]).norm(dim=1).argmin()) for draw in draws} == {0, 1, 2}
     assert all(torch.allclose(draw[1], every[3], atol=1e-6) for draw in draws)
 
@@ -92,7 +92,7 @@ def test_frozen_text_tower_is_encoded_once_and_gives_the_same_features(monkeypat
     expected = bank_of(trained.eval(), texts).features()
     monkeypatch.setattr(frozen.text_tower, "forward", lambda **_: pytest.fail("encoded again"))
     torch.testing.assert_close(bank.features(), expected, atol=1e-6, rtol=1e-5)
-    bank.features_for_step(torch.Generator()).sum().backward()
+    frozen.encode_text(bank.for_step(torch.Generator())).sum().backward()
     assert frozen.text_projection.weight.grad is not None
 
 
@@ -106,7 +106,7 @@ def test_a_step_encodes_each_sentence_once_whatever_the_batch(monkeypatch):
         "forward",
         lambda **tokens: seen.append(len(tokens["input_ids"])) or forward(**tokens),
     )
-    bank.features_for_step(torch.Generator())
+    model.encode_text(bank.for_step(torch.Generator()))
     assert seen == [3]
 
 

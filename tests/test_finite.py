@@ -4,7 +4,7 @@ import pytest
 import torch
 from quick import train
 
-import training.fit as fit_module
+import training.step as step_module
 from common.errors import RunFailed
 from evaluation.checkpoints import read_checkpoint
 from training.finite import FiniteSteps
@@ -19,7 +19,7 @@ def bad_at(monkeypatch, numbers):
         loss, logged = contrastive_loss(kind, logits, labels)
         return (loss * float("nan"), logged) if next(count) in numbers else (loss, logged)
 
-    monkeypatch.setattr(fit_module, "contrastive_loss", loss)
+    monkeypatch.setattr(step_module, "contrastive_loss", loss)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
     train_one_epoch(
         state, sentences, loader, Augmentation("none", False, 0), hardware, Requests(0), lambda: None,
-        loss_kind="unicl", grad_clip=grad_clip, max_nonfinite_steps=1, seed=0,
+        micro_batch_size=None, loss_kind="unicl", grad_clip=grad_clip, max_nonfinite_steps=1,
+        seed=0,
     )  # fmt: skip
     gradients = [p.grad.double() for p in model.parameters() if p.grad is not None]
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))

@@ -11,6 +11,7 @@ import torch
 from quick import train
 
 import training.fit as fit_module
+import training.step as step_module
 from common.stopping import (
     Requests,
     Stoppable,
@@ -41,7 +42,7 @@ def signal_at_steps(monkeypatch, numbers: dict[int, int]):
                 os.kill(process, number)
         return contrastive_loss(*arguments)
 
-    monkeypatch.setattr(fit_module, "contrastive_loss", loss)
+    monkeypatch.setattr(step_module, "contrastive_loss", loss)
 
 
 def contents(run):

@@ -7,6 +7,7 @@ Nothing heavy is imported, so that `--help` answers at once.
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -136,7 +137,20 @@ class Config:
         on_resume="fixed",
     )
 
-    batch_size: int = option(32, "training", "images per step", low=2)
+    batch_size: int = option(32, "training", "images per step, over all processes", low=2)
+    micro_batch_size: int | None = option(
+        None,
+        "training",
+        "images whose activations are held at once, on each process; loss and gradients stay those of the "
+        "whole batch (default: all)",
+        low=1,
+    )
+    gradient_checkpointing: bool = option(
+        False, "training", "compute activations twice instead of holding them: a third more time, less memory"
+    )
+    sync_batchnorm: bool = option(
+        False, "training", "with torchrun: BatchNorm over the images of all processes, not of each by itself"
+    )
     epochs: int = option(100, "training", "passes over the training images", low=1)
     learning_rate: float = option(
         1e-4, "training", "peak learning rate of a pretrained image tower", above=0, high=1
@@ -359,9 +373,14 @@ def options_from_flags(arguments: Sequence[str]) -> dict[str, Any]:
 
 def resolve_auto(typed: Mapping[str, Any]) -> dict[str, Any]:
     """The typed options, where `--resume-from auto` is the checkpoint in the output folder, or nothing where
-    there is none. Cross-validations and comparisons continue without it.
+    there is none. Cross-validations and comparisons continue without it. What torchrun starts again goes on
+    so too, and does not throw away what it has done.
     """
     resolved = dict(typed)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        resolved.pop("overwrite", None)
+        resolved.setdefault("resume_from", "auto")
+        typed = dict(resolved)
     if typed.get("resume_from") == "auto":
         del resolved["resume_from"]
         saved = saved_in(Path(typed.get("output_dir") or ""))

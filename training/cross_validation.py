@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.device import choose_hardware
+from common.distributed import first_here_first, is_main, wait_for_all
 from common.files import MOST_OF_SPLITS, PREVIOUS, read_json, saved_in, write_json
 from data.findings import print_findings
 from data.scan import nfc
@@ -63,11 +64,12 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     going_on = continues(output_dir, config, texts)
 
     print(f"device: {hardware.description}")
-    model = build_model(config)
+    model = build_model(config, hardware)
     refuse_full_disk(output_dir, model, config)
     sentences = tokenise(model, texts)
     initial = copy.deepcopy(model.state_dict())
-    data = read_images(config, folder, None, patients, at_least=2)
+    with first_here_first():  # the others find the cache made
+        data = read_images(config, folder, None, patients, at_least=2)
     splits_file = output_dir / "splits.json"
     if going_on and splits_file.exists():
         splits = stored_splits(splits_file, data)
@@ -79,16 +81,20 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     findings = findings_of(data, splits)
     print_findings(findings)
     refuse_full_disk(output_dir, model, config)  # once more: decoded images may be kept on the same disk
-    with locked(output_dir, wait=True):  # jobs of other folds may be starting too
-        prepare_output_folder(output_dir, config.overwrite)
-        if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
-            of_all_folds = dataclasses.replace(config, fold=None)
-            record = run_record(of_all_folds, data, texts, hardware, n_parameters(model))
-            write_json(output_dir / "config.json", record)
-        if not splits_file.exists():
-            write_json(splits_file, record_of(config, data, splits))
-        write_json(output_dir / "data_check.json", {"findings": findings})
-        frozen = keep_frozen_towers(output_dir, model)
+    wait_for_all()  # the first process changes the folder, in which the others have looked
+    frozen = {}
+    if is_main():
+        with locked(output_dir, wait=True):  # jobs of other folds may be starting too
+            prepare_output_folder(output_dir, config.overwrite)
+            if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
+                of_all_folds = dataclasses.replace(config, fold=None)
+                record = run_record(of_all_folds, data, texts, hardware, n_parameters(model))
+                write_json(output_dir / "config.json", record)
+            if not splits_file.exists():
+                write_json(splits_file, record_of(config, data, splits))
+            write_json(output_dir / "data_check.json", {"findings": findings})
+            frozen = keep_frozen_towers(output_dir, model)
+    wait_for_all()
     for number, split in enumerate(splits, 1):
         if config.fold not in (None, number):
             continue
@@ -108,11 +114,15 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
                 config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
                 resumed_from=file, frozen=frozen, seed=config.random_state + number,
             )  # fmt: skip
+            if not is_main():
+                continue
             write_json(fold_dir / "result.json", fold_result(number, split, result))
             folds = np.full(len(split.val), number)
             (fold_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
             data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
 
+    if not is_main():
+        return
     missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:
         print(f"folds still to train before the summary: {', '.join(map(str, missing))}")

@@ -1,7 +1,6 @@
 """From options to a checked data set: class folders, sentences, patients, pixels, splits."""
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from common.errors import UserError, shorten
 from data.cache import default_cache_dir, inspect_cached
 from data.findings import quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
-from data.loader import refuse_small_shared_memory
+from data.loader import loading_processes, refuse_small_shared_memory
 from data.scan import (
     ImageFolder,
     check_class_sizes,
@@ -154,8 +153,8 @@ def read_images(
     """
     files = folder.files() + (val_folder.files() if val_folder else [])
     if len(files) * 3 * config.img_size**2 > MEMORY_FOR_IMAGES:  # processes will fetch them
-        workers = min(config.num_workers, os.cpu_count() or 1)
-        refuse_small_shared_memory(workers, 3 * config.batch_size * config.img_size**2)
+        workers = loading_processes(config.num_workers)
+        refuse_small_shared_memory(workers, config.batch_size, config.img_size)
     started = time.monotonic()
     inspection = inspect(config, [folder] + ([val_folder] if val_folder else []))
     bad = inspection.errors

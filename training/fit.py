@@ -1,7 +1,9 @@
 """The training loop: what happens to a batch, an epoch, a run, in the order it happens."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.device import Hardware, keep_freed_memory
+from common.distributed import is_main, maximum, rank
 from common.errors import RunFailed
 from common.files import write_json
 from common.stopping import Requests, Stoppable, Stopped
@@ -20,9 +23,9 @@ from evaluation.metrics import classification_metrics
 from evaluation.predict import predict_probs
 from models.clip import ClassSentences
 from training.finite import FiniteSteps
-from training.losses import contrastive_loss
 from training.optim import lr_factor
-from training.state import CheckpointWriter, InEpoch, TrainState
+from training.state import CheckpointWriter, InEpoch, TrainState, send_statistics
+from training.step import loss_and_gradients, parts_of
 
 HINT_AFTER_EPOCHS = 5
 
@@ -36,14 +39,16 @@ def train_one_epoch(
     requests: Requests,
     save: Callable[[], None],
     *,
+    micro_batch_size: int | None,
     loss_kind: str,
     grad_clip: float,
     max_nonfinite_steps: int,
     seed: int,
 ) -> dict[str, float]:
-    """One pass over the training images, each through the image tower once, or what is left of a pass that
-    was begun before. Means over images, accuracy over classes.
+    """One pass over the training images, or what is left of a pass that was begun before. Means over images,
+    accuracy over classes.
 
+    A batch goes through the image tower at once, or in parts of at most `micro_batch_size` images.
     Raises RunFailed naming the batch's files when `max_nonfinite_steps` in a row had a loss or gradient that
     is not finite; what was saved before stays. Raises Stopped, after saving, when `requests` ask for it.
     """
@@ -60,34 +65,34 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
+        # of several processes each has its share of the images, and all labels and indices (B,)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = augment(images, state.epoch, indices)  # (B, 3, S, S)
-        with hardware.autocast():
-            image_features = model.encode_image(images)  # (B, D)
-            draw = torch.Generator().manual_seed(seed * 1_000_003 + state.step)
-            text_features = sentences.features_for_step(draw)  # (C, D)
-        logits = model.logit_scale.exp() * image_features @ text_features.T  # (B, C)
-        loss, loss_image_to_text = contrastive_loss(loss_kind, logits, labels)
+        if rank():  # else all processes would drop the same units
+            torch.manual_seed(seed + 1_000_003 * (state.total_steps * rank() + state.step))
+        parts = parts_of(images, indices, micro_batch_size)
+        views = [partial(augment, own, state.epoch, own_indices) for own, own_indices in parts]
+        texts = sentences.for_step(torch.Generator().manual_seed(seed * 1_000_003 + state.step))
 
         optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
+        loss, loss_image_to_text, logits = loss_and_gradients(
+            state.towers, views, texts, labels, loss_kind, state.scaler, hardware.autocast
+        )
         state.scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if grad_clip and (device.type != "cpu" or norm > grad_clip):  # to look at it would make a GPU wait
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
-        finite = torch.isfinite(loss.detach() if state.scaler.is_enabled() else loss.detach() + norm)
+        finite = torch.isfinite(loss if state.scaler.is_enabled() else loss + norm)
         steps.allow(finite, indices)
         state.scaler.step(optimizer)
         state.scaler.update()
         model.clamp_logit_scale()
 
-        with torch.no_grad():
-            correct = (logits.argmax(dim=1) == labels).sum()
-            n = torch.full_like(loss, len(labels), dtype=torch.float64)
-            sums = torch.stack([loss * n, loss_image_to_text * n, correct.double(), n])
-            done.sums += torch.where(finite, sums, 0)
+        correct = (logits.argmax(dim=1) == labels).sum()
+        n = torch.full_like(loss, len(labels), dtype=torch.float64)
+        sums = torch.stack([loss * n, loss_image_to_text * n, correct.double(), n])
+        done.sums += torch.where(finite, sums, 0)
         steps.check()
         state.step += 1
         done.steps += 1
@@ -114,6 +119,7 @@ def validate(
     behind them.
     """
     model = state.model.eval()
+    send_statistics(model)
     with hardware.autocast():
         class_features = sentences.features()
     probs, labels = predict_probs(
@@ -139,6 +145,7 @@ def fit(
     output_dir: Path,
     facts: Mapping[str, Any],
     epochs: int,
+    micro_batch_size: int | None,
     loss_kind: str,
     grad_clip: float,
     max_nonfinite_steps: int,
@@ -156,27 +163,31 @@ def fit(
     batches = train_loader.batch_sampler
     assert isinstance(batches, EpochBatches)
     started, first, probs = time.monotonic(), state.epoch, None
-    if state.epoch:  # the run may have been killed between its checkpoint and its history
+    if state.epoch and is_main():  # the run may have been killed between its checkpoint and its history
         write_json(output_dir / "history.json", state.history)
     if hardware.device.type == "cpu":
         keep_freed_memory()
-    with CheckpointWriter(output_dir) as writer, Requests(60 * save_every_minutes) as requests:
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(CheckpointWriter(output_dir)) if is_main() else None
+        requests = stack.enter_context(Requests(60 * save_every_minutes, maximum, is_main()))
 
         def save(class_features: torch.Tensor | None = None, is_best: bool = False) -> None:
             """`class_features`: of a validated epoch, so that images need no text tower later."""
             if requests.stop and class_features is None:
                 steps = f"step {state.in_epoch.steps} of {state.steps_per_epoch}"
                 tqdm.write(f"stopping: saving after {steps} of epoch {state.epoch + 1}")
-            features = None if class_features is None else class_features.cpu()
-            writer.write(state.checkpoint({**facts, "class_features": features}), is_best)
+            if writer:
+                features = None if class_features is None else class_features.cpu()
+                writer.write(state.checkpoint({**facts, "class_features": features}), is_best)
             requests.saved()
 
         while state.epoch < epochs and not state.stopped_early:
             requests.end_if_asked()
             batches.epoch, batches.start = state.epoch, state.in_epoch.steps
             row = train_one_epoch(
-                state, sentences, train_loader, augment, hardware, requests, save, loss_kind=loss_kind,
-                grad_clip=grad_clip, max_nonfinite_steps=max_nonfinite_steps, seed=seed,
+                state, sentences, train_loader, augment, hardware, requests, save,
+                micro_batch_size=micro_batch_size, loss_kind=loss_kind, grad_clip=grad_clip,
+                max_nonfinite_steps=max_nonfinite_steps, seed=seed,
             )  # fmt: skip
             validation_started = time.monotonic()
             try:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.distributed import is_main, n_processes
 from common.errors import UserError, first_line
 from common.files import read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder, scan_folder
@@ -136,9 +137,11 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        with locked(output_dir, wait=True):  # jobs of other entries may be ending too
-            ranked = write_leaderboard(output_dir, entries)
-    print_leaderboard(ranked, output_dir)
+        if is_main():
+            with locked(output_dir, wait=True):  # jobs of other entries may be ending too
+                ranked = write_leaderboard(output_dir, entries)
+    if is_main():
+        print_leaderboard(ranked, output_dir)
     if failed:
         print(
             f"failed: {', '.join(failed)}; the same command again tries them anew and skips the finished ones"
@@ -162,13 +165,17 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
     """
     config, typed = entry.config, {}
     failure = entry.folder / FAILURE
-    failure.unlink(missing_ok=True)
+    if is_main():
+        failure.unlink(missing_ok=True)
     if not config.use_cv and begun:
         saved = saved_in(entry.folder)
         # killed before its first checkpoint: nothing is lost by starting anew
         change = {"resume_from": str(saved)} if saved else {"overwrite": True}
         config = dataclasses.replace(config, **change)
         typed = {key: getattr(config, key) for key in FREE_ON_CONTINUE - {"resume_from", "overwrite"}}
+    if n_processes() > 1:  # of which one may have failed alone, so the others could not go on
+        train(config, typed)
+        return True
     try:
         train(config, typed)
     except UserError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.device import Hardware
+from common.distributed import is_main
 from common.errors import UserError
 from common.files import BEST, LATEST, MOST_OF_SPLITS, PREVIOUS, read_json, unwritable
 from data.scan import ImageFolder, nfc
@@ -202,8 +203,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
     The lock is the system's, which lets go of it however the process ends (Linux, macOS; elsewhere there is
     none). Raises UserError when another process keeps the folder. With `wait` this one waits instead: that is
-    for a folder which jobs share, each for a moment.
+    for a folder which jobs share, each for a moment. Of the processes of one run the first keeps it.
     """
+    if not is_main():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
         if fcntl:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from common.device import Hardware, choose_hardware
+from common.distributed import first_here_first, is_main, n_processes, wait_for_all
 from common.errors import UserError
 from common.files import BEST, LATEST, PREVIOUS, write_json, write_whole
 from data.augment import Augmentation
@@ -23,6 +24,7 @@ from evaluation.checkpoints import DAMAGED
 from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
+from models.sync_batchnorm import synchronise_batchnorm
 from training.config import FIELDS, Config, check_options, contradictions, flag_of
 from training.dataset import (
     DataSet,
@@ -67,6 +69,11 @@ def run(config: Config, typed: Mapping[str, Any]) -> int:
 
     Returns the exit code.
     """
+    if config.batch_size < n_processes():
+        raise UserError(
+            f"--batch-size {config.batch_size} is for all {n_processes()} processes together, and each needs "
+            "an image; raise it, or start fewer processes"
+        )
     if config.multi_config:
         from training.multi_config import train_entries
 
@@ -110,10 +117,11 @@ def train_single(
         check_same_classes(checkpoint, f"--resume-from {config.resume_from}", folder.classes, texts)
 
     print(f"device: {hardware.description}")
-    model = build_model(config, checkpoint)
+    model = build_model(config, hardware, checkpoint)
     refuse_full_disk(output_dir, model, config)
     sentences = tokenise(model, texts)
-    data = read_images(config, folder, val_folder, patients, at_least=2 if val_folder is None else 1)
+    with first_here_first():  # the others find the cache made
+        data = read_images(config, folder, val_folder, patients, at_least=2 if val_folder is None else 1)
     split = split_of(config, data)
     if checkpoint:
         check_same_data(checkpoint, data, split)
@@ -122,10 +130,12 @@ def train_single(
     print_findings(findings)
 
     refuse_full_disk(output_dir, model, config)  # once more: decoded images may be kept on the same disk
+    wait_for_all()  # the first process changes the folder, in which the others have looked
     with locked(output_dir):
-        refuse_results(output_dir, config)  # another run may have used the folder while images were read
-        # what was killed before its first checkpoint left nothing to go on from
-        prepare_output_folder(output_dir, overwrite=not resumes_in(output_dir, config))
+        if is_main():
+            refuse_results(output_dir, config)  # another run may have used the folder while images were read
+            # what was killed before its first checkpoint left nothing to go on from
+            prepare_output_folder(output_dir, overwrite=not resumes_in(output_dir, config))
         records = {
             "config.json": run_record(config, data, texts, hardware, n_parameters(model)),
             "splits.json": record_of(config, data, [split]),
@@ -145,6 +155,8 @@ def train_single(
             frozen=None,
             seed=config.random_state,
         )
+        if not is_main():
+            return result
         metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
         print(f"last epoch: {headline(metrics)}")
         # it draws: two seconds of imports that training can do without
@@ -234,7 +246,7 @@ def check_same_data(checkpoint: Mapping[str, Any], data: DataSet, split: Split) 
         )
 
 
-def build_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> CLIPModel:
+def build_model(config: Config, hardware: Hardware, checkpoint: Mapping[str, Any] | None = None) -> CLIPModel:
     """Both towers, seeded. Where a checkpoint will fill them, published weights are not fetched again."""
     check_image_encoder(config.image_encoder_name)
     torch.manual_seed(config.random_state)
@@ -248,7 +260,10 @@ def build_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> 
         text_weights="none" if checkpoint else config.text_weights,
         freeze_image=config.freeze_image_encoder,
         freeze_text=config.freeze_text_encoder,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
+    if config.sync_batchnorm and n_processes() > 1:
+        synchronise_batchnorm(model, on_gpu=hardware.device.type == "cuda")
     if checkpoint:
         model.image_tower.pretrained = frozenset(checkpoint["pretrained"]["image"])
         model.text_tower.pretrained = frozenset(checkpoint["pretrained"]["text"])
@@ -301,6 +316,11 @@ def train_on_split(
     random.seed(seed)
     model.to(device, memory_format=torch.channels_last)
     train_batches = EpochBatches(split.train, config.batch_size, seed)
+    if train_batches.smallest() < n_processes():
+        raise UserError(
+            f"a step has as few as {train_batches.smallest()} of the {len(split.train)} training images, and "
+            f"each of the {n_processes()} processes needs one; start fewer processes"
+        )
     warmup_epochs = 0.05 * config.epochs if config.warmup_epochs is None else config.warmup_epochs
     state = TrainState(
         model=model,
@@ -323,23 +343,19 @@ def train_on_split(
         warmup_steps=round(warmup_epochs * len(train_batches)),
     )
     images = ImageDataset(data.files, data.labels, config.img_size, data.squares)
-    workers = min(config.num_workers, os.cpu_count() or 1)
     pin_memory = device.type == "cuda"
-    train_loader = build_loader(images, train_batches, workers, pin_memory)
+    train_loader = build_loader(images, train_batches, config.num_workers, pin_memory)
     val_batches = EpochBatches(split.val, config.batch_size, None)
-    val_loader = build_loader(images, val_batches, workers, pin_memory)
+    val_loader = build_loader(images, val_batches, config.num_workers, pin_memory)
     if checkpoint:
         state.restore(checkpoint, resumed_from)
         steps = (
             f" and {state.in_epoch.steps} of {state.steps_per_epoch} steps" if state.in_epoch.steps else ""
         )
         print(f"resuming after epoch {state.epoch} of {config.epochs}{steps}")
-        latest = output_dir / LATEST
-        if resumed_from.resolve() == (output_dir / PREVIOUS).resolve():
-            if latest.exists():
-                os.replace(latest, output_dir / DAMAGED)
-            os.replace(resumed_from, latest)
-        bring_best(config, output_dir)
+        wait_for_all()  # else another process might not find what this one moves
+        if is_main():
+            take_over(config, resumed_from, output_dir)
     sentences.prepare(device, center=checkpoint is None)
 
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
@@ -358,11 +374,12 @@ def train_on_split(
         },
         "dataset_fingerprint": data.fingerprint,
         "split_fingerprint": split_fingerprint(data, split),
-        "frozen": keep_frozen_towers(output_dir, model) if frozen is None else frozen,
     }
-    remove_results(output_dir)
-    for name, record in records.items():  # only now that nothing can be refused any more
-        write_json(output_dir / name, record)
+    if is_main():
+        facts["frozen"] = keep_frozen_towers(output_dir, model) if frozen is None else frozen
+        remove_results(output_dir)
+        for name, record in records.items():  # only now that nothing can be refused any more
+            write_json(output_dir / name, record)
     shares = np.bincount(data.labels[split.train]) / len(split.train)
     probs = fit(
         state,
@@ -374,6 +391,7 @@ def train_on_split(
         output_dir=output_dir,
         facts=facts,
         epochs=config.epochs,
+        micro_batch_size=config.micro_batch_size,
         loss_kind=config.loss,
         grad_clip=config.grad_clip,
         max_nonfinite_steps=config.max_nonfinite_steps,
@@ -387,8 +405,15 @@ def train_on_split(
     return result
 
 
-def bring_best(config: Config, output_dir: Path) -> None:
-    """A run that goes on in another folder brings its best epoch along."""
+def take_over(config: Config, resumed_from: Path, output_dir: Path) -> None:
+    """The checkpoint that a run goes on from becomes its latest; one that goes on in another folder brings
+    its best epoch along.
+    """
+    latest = output_dir / LATEST
+    if resumed_from.resolve() == (output_dir / PREVIOUS).resolve():
+        if latest.exists():
+            os.replace(latest, output_dir / DAMAGED)
+        os.replace(resumed_from, latest)
     target = output_dir / BEST
     best = Path(config.resume_from).with_name(target.name) if config.resume_from else target
     if config.save_best and best.exists() and not target.exists():

@@ -10,6 +10,7 @@
 | options | the checkpoint's, where the command line does not say otherwise; the model's shape must match |
 """
 
+import functools
 import os
 import random
 import shutil
@@ -21,7 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from common.distributed import n_processes
 from common.errors import UserError, first_line
 from common.files import BEST, LATEST, PREVIOUS, whole_file, write_json
 from evaluation.checkpoints import (
@@ -33,6 +37,7 @@ from evaluation.checkpoints import (
     write_frozen_tower,
 )
 from models.clip import CLIPModel
+from training.step import share_gradients
 
 HISTORY_KEYS = (
     "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
@@ -96,6 +101,11 @@ class TrainState:
     best_epoch: int = 0
     stopped_early: bool = False
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
+
+    @functools.cached_property
+    def towers(self) -> torch.nn.Module:
+        """The model as a step calls it."""
+        return share_gradients(self.model)
 
     def checkpoint(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """All of it at this moment, copied to the CPU, so that training may go on while it is written.
@@ -182,6 +192,17 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(own) for key, own in value.items()}
     return [_copied(own) for own in value] if isinstance(value, list) else value
+
+
+def send_statistics(model: CLIPModel) -> None:
+    """With several processes BatchNorm's running statistics are the first one's, which are those that are
+    saved.
+    """
+    if n_processes() > 1:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                for statistic in (module.running_mean, module.running_var):
+                    dist.broadcast(statistic, 0)
 
 
 def frozen_towers(model: CLIPModel) -> list[str]:

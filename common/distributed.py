@@ -1,0 +1,147 @@
+"""The processes of one training that torchrun started, and what they tell each other.
+
+Without torchrun nothing of PyTorch's distributed engine is initialised: there is one process, and every
+function here returns at once. CPU tensors go through gloo, a GPU's through NCCL.
+"""
+
+import contextlib
+import datetime
+import os
+import platform
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+# The first process of a machine may decode a million images while the others wait. One that dies ends the
+# wait at once, so it need not be short.
+LONGEST_WAIT = datetime.timedelta(days=2)
+_CONNECTION_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl error")
+_store: dist.Store | None = None
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def rank_here() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+def n_processes_here() -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def joined(on_gpu: bool) -> Iterator[None]:
+    """In the block, the processes of this torchrun are one group, of which all but the first are silent."""
+    global _store
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    _store, number, count = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu and torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore("group", _store), rank=number, world_size=count, timeout=LONGEST_WAIT,
+    )  # fmt: skip
+    with contextlib.ExitStack() as silence:
+        if number:
+            nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()  # not after an error: it would wait for what never comes
+
+
+def who_says(message: str) -> str | None:
+    """What to put before an error: "" in a run of one process, else who this is. None where another process
+    has said the same already.
+    """
+    if _store is None:
+        return ""
+    if _store.add(f"said: {message}", 1) > 1:
+        return None
+    return f"process {rank()} of {n_processes()}, on {platform.node()}: "
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` means that another process of the run has ended."""
+    text = str(error).lower()
+    return dist.is_initialized() and any(words in text for words in _CONNECTION_LOST)
+
+
+def maximum(numbers: Sequence[int]) -> list[int]:
+    """Of each number, the largest that a process gives. All wait for each other."""
+    if n_processes() == 1:
+        return list(numbers)
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def wait_for_all() -> None:
+    maximum([0])
+
+
+@contextlib.contextmanager
+def first_here_first() -> Iterator[None]:
+    """The block is run by the first process of each machine, and by its others once that one is through."""
+    if rank_here() > 0:
+        wait_for_all()
+    yield
+    if rank_here() == 0:
+        wait_for_all()
+
+
+def share(n: int, number: int, count: int) -> slice:
+    """Which of n rows are those of process `number` of `count`: sizes differ by one at most, the first ones
+    take more.
+    """
+    size, more = divmod(n, count)
+    start = number * size + min(number, more)
+    return slice(start, start + size + (number < more))
+
+
+def own_share(n: int) -> slice:
+    return share(n, rank(), n_processes())
+
+
+def gathered(own: torch.Tensor, n: int) -> torch.Tensor:
+    """The (n, D) rows of which each process has its share, in order; on every process.
+
+    The gradient is right where each process computes the same loss from them and DistributedDataParallel then
+    takes the mean of the processes' parameter gradients.
+    """
+    return own if n_processes() == 1 else _Gather.apply(own, n)
+
+
+class _Gather(torch.autograd.Function):
+    """Every process has the loss's whole gradient, so each keeps that of its own rows and nothing is sent. It
+    is multiplied by their number because the mean over processes, taken later, must be the sum over rows.
+    """
+
+    @staticmethod
+    def forward(ctx, own: torch.Tensor, n: int) -> torch.Tensor:
+        count = n_processes()
+        shares = [share(n, number, count) for number in range(count)]
+        longest = shares[0].stop
+        padded = own.new_zeros(longest, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in shares]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, shares, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return n_processes() * gradient[own_share(len(gradient))], None

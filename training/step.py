@@ -1,0 +1,126 @@
+"""Loss and gradients of one batch, at once or in parts, on one process or several."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from common.distributed import gathered, n_processes, own_share
+from models.clip import CLIPModel, Texts
+from training.losses import contrastive_loss
+
+
+def share_gradients(model: CLIPModel) -> nn.Module:
+    """The model as the step calls it: with several processes, one whose gradients are the mean of theirs."""
+    if n_processes() == 1:
+        return model
+    # What is frozen needs no exchange, and a frozen text tower may stay on the CPU. Running statistics are
+    # the first process's; they are sent when they are used, not at every step.
+    left_out = [name for name, p in model.named_parameters() if not p.requires_grad]
+    left_out += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_out)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def parts_of(
+    images: torch.Tensor, indices: torch.Tensor, most: int | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's `images` (b, 3, S, S), and which of the batch's `indices` (B,) they are, in even parts
+    of at most `most`; as many on every process, which exchange the statistics of each.
+    """
+    longest, shortest = -(-len(indices) // n_processes()), len(indices) // n_processes()
+    n_parts = min(-(-longest // (most or longest)), shortest)
+    own = indices[own_share(len(indices))]
+    return list(zip(images.tensor_split(n_parts), own.tensor_split(n_parts), strict=True))
+
+
+def loss_and_gradients(
+    towers: nn.Module,
+    views: Sequence[Callable[[], torch.Tensor]],
+    texts: Texts,
+    labels: torch.Tensor,
+    loss_kind: str,
+    scaler: torch.amp.GradScaler,
+    autocast: Callable[[], torch.autocast],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, its image-to-text part over all classes, and logits (B, C) of a batch, none with gradient; the
+    gradients are left in the parameters, scaled by `scaler`.
+
+    towers: what `share_gradients` gives. views: each gives the images of one part, the same ones whenever it
+    is called; together this process's share of the batch. labels (B,): of the whole batch.
+
+    With one part, forward and backward. With several, gradient caching (Gao et al. 2021, arXiv 2101.06983):
+    features without activations, the loss's gradient with respect to them, then each part once more with
+    its activations. What is exact about it: loss and gradients, dropout and random depth included. BatchNorm
+    normalises within a part, as it does within a process.
+    """
+    model = towers.module if isinstance(towers, DistributedDataParallel) else towers
+    of_part = [None] * (len(views) - 1) + [texts]  # sentences are encoded once, with the last part
+    states = []
+    if len(views) == 1:
+        with autocast():
+            image_features, *others = towers(views[0](), texts)
+    else:
+        features = []
+        with torch.no_grad(), statistics_kept(model):
+            for view, own_texts in zip(views, of_part, strict=True):
+                states.append(_random_states(labels.device))
+                with autocast():
+                    own, *others = model(view(), own_texts)
+                features.append(own)
+        image_features = torch.cat(features).requires_grad_()
+        others = [value.requires_grad_() for value in others]
+
+    text_features, scale = others
+    logits = scale * gathered(image_features, len(labels)) @ text_features.T  # (B, C)
+    loss, over_classes = contrastive_loss(loss_kind, logits, labels)
+    with statistics_kept(model):  # checkpointed activations are computed again
+        scaler.scale(loss).backward()
+
+    if states:
+        gradients = image_features.grad.split([len(own) for own in features])
+        for view, own_texts, state, gradient in zip(views, of_part, states, gradients, strict=True):
+            of_others = [] if own_texts is None else [value.grad for value in others]
+            with _random_states_of(state, labels.device), _exchanged(towers, own_texts is not None):
+                with autocast():
+                    outputs = towers(view(), own_texts)
+                with statistics_kept(model):
+                    torch.autograd.backward(outputs, [gradient, *of_others])
+    return loss.detach(), over_classes.detach(), logits.detach()
+
+
+def _exchanged(towers: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+    """Gradients are exchanged with the last part, when they are complete."""
+    return contextlib.nullcontext() if now or n_processes() == 1 else towers.no_sync()
+
+
+@contextlib.contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """In the block BatchNorm normalises as ever and its running statistics stay: they count an image once."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def _random_states_of(states: Sequence[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """In the block random numbers are those that were drawn from `states` on; afterwards as without it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
