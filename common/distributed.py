@@ -50,10 +50,12 @@ def joined(on_gpu: bool) -> Iterator[None]:
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    _store, number, count = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    store, number, count = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    # torchrun keeps its store over a restart, and the dead processes' addresses in it
+    _store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu and torch.cuda.is_available() else "gloo",
-        store=dist.PrefixStore("group", _store), rank=number, world_size=count, timeout=LONGEST_WAIT,
+        store=_store, rank=number, world_size=count, timeout=LONGEST_WAIT,
     )  # fmt: skip
     with contextlib.ExitStack() as silence:
         if number:

@@ -87,18 +87,19 @@ class GlobalStage(nn.Module):
         self.attention_norm, self.attention = nn.LayerNorm(dim), PooledAttention(dim, heads, pool)
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
-        self._codes: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+        self._codes: dict[tuple, torch.Tensor] = {}
 
-    def _code(self, height: int, width: int, device: torch.device) -> torch.Tensor:
-        key = (height, width, device)
+    def _code(self, height: int, width: int) -> torch.Tensor:
+        weight = self.position.weight
+        key = (height, width, weight.device, weight.dtype)
         if key not in self._codes:
             code = sincos_position_code(height, width, self.position.in_features)
-            self._codes[key] = code.view(height, width, -1).to(device)
+            self._codes[key] = code.view(height, width, -1).to(weight)
         return self._codes[key]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.downsample(x).permute(0, 2, 3, 1)  # (B, H, W, C); a view where memory is channels_last
-        code = self.position(self._code(*tokens.shape[1:3], tokens.device))  # (H, W, C)
+        code = self.position(self._code(*tokens.shape[1:3]))  # (H, W, C)
         tokens = wide(self.norm, tokens + code)
         tokens = tokens + self.attention(wide(self.attention_norm, tokens))
         tokens = tokens + self.mlp(wide(self.mlp_norm, tokens))

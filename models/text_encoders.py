@@ -82,8 +82,10 @@ class TextTower(nn.Module):
 
     def checkpoint_gradients(self, name: str) -> None:
         """As `ImageTower.checkpoint_gradients`."""
+        encoder = self.encoder
+        enable = getattr(encoder, "activation_checkpointing_enable", None)  # its name since transformers 5.23
         try:
-            self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
         except ValueError:
             raise UserError(f"--gradient-checkpointing: the text encoder {name} has no form of it") from None
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.device import Hardware, keep_freed_memory
-from common.distributed import is_main, maximum, rank
+from common.distributed import is_main, maximum, rank, wait_for_all
 from common.errors import RunFailed
 from common.files import write_json
 from common.stopping import Requests, Stoppable, Stopped
@@ -134,6 +134,16 @@ def validate(
     return percent, probs, class_features
 
 
+@contextlib.contextmanager
+def stopping_together() -> Iterator[None]:
+    """torchrun ends all processes with the first that ends, and another may still be writing."""
+    try:
+        yield
+    except Stopped:
+        wait_for_all()
+        raise
+
+
 def fit(
     state: TrainState,
     sentences: ClassSentences,
@@ -168,6 +178,7 @@ def fit(
     if hardware.device.type == "cpu":
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(stopping_together())
         writer = stack.enter_context(CheckpointWriter(output_dir)) if is_main() else None
         requests = stack.enter_context(Requests(60 * save_every_minutes, maximum, is_main()))
 

@@ -1,0 +1,103 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import UserError
+from models.clip import ClassSentences, build_clip
+from training.losses import contrastive_loss
+from training.step import loss_and_gradients, parts_of
+
+LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 1])
+TEXTS = {"正常": ["正常"], "肺炎": ["肺炎"], "气胸": ["气胸"]}
+SCALER = torch.amp.GradScaler(enabled=False)
+
+
+def a_model(encoder, size, **options):
+    """In float64, with dropout in the text tower, and the class sentences."""
+    torch.manual_seed(1)
+    options |= {"img_size": size, "embed_dim": 16, "temperature": 0.1, "image_weights": "none"}
+    model = build_clip(encoder, "bert-tiny-bytes", **options).double()
+    for module in model.text_tower.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    sentences = ClassSentences(model, TEXTS)
+    sentences.prepare(torch.device("cpu"), center=True)
+    return model.train(), sentences.for_step(torch.Generator())
+
+
+def images_of(size):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, 256, (len(LABELS), 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def state_of(model):
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return gradients, {name: value for name, value in model.named_buffers() if "running" in name}
+
+
+def of_the_step(encoder, size, kind, most, **options):
+    model, texts = a_model(encoder, size, **options)
+    torch.manual_seed(3)
+    parts = parts_of(images_of(size), torch.arange(len(LABELS)), most)
+    assert most is None or max(len(own) for own, _ in parts) <= most
+    loss, over_classes, logits = loss_and_gradients(
+        model, [lambda own=own: own for own, _ in parts], texts, LABELS, kind, SCALER,
+        lambda: torch.autocast("cpu", enabled=False),
+    )  # fmt: skip
+    return loss, over_classes, logits, *state_of(model), torch.rand(2)
+
+
+def by_the_formula(encoder, size, kind, part_sizes, **options):
+    """Everything held at once; only BatchNorm and the random numbers know of parts."""
+    model, texts = a_model(encoder, size, **options)
+    torch.manual_seed(3)
+    features = [model.image_projection(model.image_tower(p)) for p in images_of(size).split(part_sizes)]
+    images = F.normalize(torch.cat(features), dim=1)
+    pooled = texts["pooled"] if "pooled" in texts else model.text_tower(**texts)
+    sentences = F.normalize(model.text_projection(pooled), dim=1)
+    logits = model.logit_scale.exp() * images @ sentences.T
+    loss, over_classes = contrastive_loss(kind, logits, LABELS)
+    loss.backward()
+    return loss.detach(), over_classes.detach(), logits.detach(), *state_of(model), torch.rand(2)
+
+
+@pytest.mark.parametrize("kind", ["unicl", "clip", "ce"])
+@pytest.mark.parametrize(("most", "part_sizes"), [(None, [7]), (3, [3, 2, 2]), (1, [1] * 7)])
+def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(kind, most, part_sizes):
+    found = of_the_step("timm:test_vit", 160, kind, most)
+    expected = by_the_formula("timm:test_vit", 160, kind, part_sizes)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze_image": True}, {"freeze_text": True}])
+def test_random_depth_and_batch_statistics_of_a_part_are_the_same_both_times(options):
+    """And the running statistics count each part once."""
+    found = of_the_step("starnet_dual_pyramid_rcf", 64, "unicl", 4, **options)
+    expected = by_the_formula("starnet_dual_pyramid_rcf", 64, "unicl", [4, 3], **options)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("most", [None, 4])
+@pytest.mark.parametrize("encoder", ["starnet_dual_pyramid_rcf", "resnet18", "efficientnet-b0"])
+def test_gradient_checkpointing_changes_nothing_but_the_memory(encoder, most):
+    """Random depth and dropout included; an image is counted once in the running statistics."""
+    found = of_the_step(encoder, 64, "unicl", most, gradient_checkpointing=True)
+    expected = by_the_formula(encoder, 64, "unicl", [7] if most is None else [4, 3])
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+
+
+def test_gradient_checkpointing_holds_fewer_activations():
+    def held(**options):
+        model, _ = a_model("starnet_dual_pyramid_rcf", 64, **options)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model.encode_image(images_of(64))
+        return sum(sizes)
+
+    assert held(gradient_checkpointing=True) < held() / 4
+
+
+def test_an_encoder_without_gradient_checkpointing_is_refused():
+    with pytest.raises(UserError, match="timm:dla34"):
+        a_model("timm:dla34", 64, gradient_checkpointing=True)
