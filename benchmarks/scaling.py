@@ -1,6 +1,6 @@
 """One training on several processes, and a large batch in little memory; figures as Markdown rows.
 
-    python -m benchmarks.scaling --what speed           # some 10 minutes on two cores, with nothing else running
+    python -m benchmarks.scaling --what speed   # with nothing else running
     python -m benchmarks.scaling --what memory
 
 Each figure is of train_clip.py itself, on random images that are decoded already. Speed: images/s of the last
@@ -122,9 +122,8 @@ CASES = {"speed": speed, "memory": memory}
 def read_arguments(arguments: Sequence[str]):
     parser = Parser(prog="benchmarks.scaling", description=__doc__)
     parser.add_argument("--what", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument(
-        "--encoders", nargs="+", default=["resnet18", "starnet_dual_pyramid_rcf"], metavar="NAME"
-    )
+    encoders = ["resnet18", "starnet_dual_pyramid_rcf"]
+    parser.add_argument("--encoders", nargs="+", default=encoders, metavar="NAME")
     parser.add_argument("--processes", nargs="+", type=int, default=[2], metavar="N")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 64, 128, 256], metavar="N")
     parser.add_argument("--images", type=int, default=400, metavar="N")

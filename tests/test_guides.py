@@ -42,6 +42,7 @@ from training.config import (
     options_from_flags,
     read_config_file,
     refuse_without_effect,
+    resolve_auto,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,9 +120,14 @@ class Call(NamedTuple):
     arguments: list[str]
 
 
+def words_of(line: str) -> list[str]:
+    """As the shell takes them, with 1 for what a variable or a sum would be."""
+    return [re.sub(r"\$\(\(.*?\)\)|\$\w+", "1", word) for word in shlex.split(line, comments=True)]
+
+
 def call_of(line: str) -> Call | None:
     """None where no program of ours is called. "..." stands for more arguments."""
-    words = shlex.split(line, comments=True)
+    words = words_of(line)
     at = [
         i
         for i, word in enumerate(words)
@@ -144,7 +150,7 @@ def calls(path: Path) -> list[Call]:
 
 
 def read_training(arguments: Sequence[str]) -> None:
-    typed = options_from_flags(arguments)
+    typed = resolve_auto(options_from_flags(arguments))
     config = make_config(typed)
     refuse_without_effect(typed, config)
     if config.text_template:
@@ -191,7 +197,9 @@ READERS: dict[str, Callable[[Sequence[str]], object]] = {
     "evaluation.report": evaluation.report.read_arguments,
     "tests/run.sh": read_tests,
 }
-LIBRARIES_READ = {"HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
+LIBRARIES_READ = {"HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"}
+_NOT_OURS = ("standalone", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts", "array")
+OF_OTHERS = {f"--{name}" for name in _NOT_OURS}  # torchrun's and Slurm's
 
 
 def script_variables() -> set[str]:
@@ -247,20 +255,20 @@ def flags_of(program: str) -> set[str]:
 @documents
 def test_inline_flags_and_variables(path):
     flags = {program: flags_of(program) for program in READERS if program != "tests/run.sh"}
-    anywhere = set().union(*flags.values())
+    anywhere = OF_OTHERS.union(*flags.values())
     assert {"--data-dir", "--interactive", "--heatmaps"} <= anywhere
     wrong = []
     for code in inline_code(path):
         if name := re.match(r"([A-Z_]{2,})=", code):
             wrong += [code] if name[1] not in script_variables() | LIBRARIES_READ else []
         elif re.search(r"(^|\s)--[a-z]", code) and not code.startswith(("python", "bash", "hf ")):
-            words = shlex.split(code)
+            words = words_of(code)
             named = {word.split("=")[0] for word in words if word.startswith("--")}
             if not named <= flags.get(words[0], anywhere):
                 wrong.append(code)
             elif words[0].startswith("--") and len(words) > 1 and named <= flags["train_clip.py"]:
                 try:
-                    options_from_flags(["1" if word in ("K", "N", "X") else word for word in words])
+                    options_from_flags(["1" if word in ("K", "M", "N", "X") else word for word in words])
                 except UserError as error:
                     wrong.append(f"{code}: {error}")
     assert not wrong
