@@ -101,3 +101,15 @@ def test_gradient_checkpointing_holds_fewer_activations():
 def test_an_encoder_without_gradient_checkpointing_is_refused():
     with pytest.raises(UserError, match="timm:dla34"):
         a_model("timm:dla34", 64, gradient_checkpointing=True)
+
+
+def test_every_process_has_as_many_parts_and_none_is_empty(monkeypatch):
+    """Shares of 3, 2 and 2 images: with parts of one image the first process takes two together."""
+    monkeypatch.setattr("training.step.n_processes", lambda: 3)
+    for most, sizes in ((1, [[2, 1], [1, 1], [1, 1]]), (2, [[2, 1], [1, 1], [1, 1]]), (3, [[3], [2], [2]])):
+        for number, own in enumerate(sizes):
+            share = slice(*[(0, 3), (3, 5), (5, 7)][number])
+            monkeypatch.setattr("training.step.own_share", lambda n, share=share: share)
+            parts = parts_of(images_of(32)[share], torch.arange(7), most)
+            assert [len(images) for images, _ in parts] == own
+            assert torch.equal(torch.cat([indices for _, indices in parts]), torch.arange(7)[share])
