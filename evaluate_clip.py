@@ -91,7 +91,7 @@ def match_classes(
     """
     import numpy as np
 
-    from data.scan import ImageFolder, nfc
+    from data.scan import nfc
 
     def sides_of(pair: str) -> tuple[str, str]:
         """Names may hold "=" themselves: the split at which both sides are known, else the first."""
@@ -138,9 +138,7 @@ def match_classes(
     if not len(kept):
         raise UserError(f"--data-dir {folder.root} has no images of the model's classes {', '.join(classes)}")
     order = kept[np.argsort(new[kept], kind="stable")]
-    return ImageFolder(
-        folder.root, tuple(classes), tuple(folder.paths[i] for i in order), new[order], folder.notes
-    )
+    return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order])
 
 
 def evaluate(typed: Sequence[str]) -> int:

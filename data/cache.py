@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common.files import write_whole
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
-from data.scan import ImageFolder
+from data.scan import ImageFolder, files_of
 
 # What makes a square besides the file itself: another way of making it must not find the old ones.
 MADE_BY = "whole image to a square, bicubic; 2; " + ", ".join(
@@ -72,7 +72,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     Says what it does. Without room or right to write there, the squares are kept in memory, or the files read
     every epoch.
     """
-    files = [file for folder in folders for file in folder.files()]
+    files = files_of(folders)
     keys = [f"{i}/{path}" for i, folder in enumerate(folders) for path in folder.paths]
     path = cache_file(cache_dir, size, [folder.root for folder in folders])
     stamps = [_stamp(file) for file in files]
@@ -111,7 +111,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
             print(f"note: no cache in {cache_dir}: {problem}")
             return inspect_images(files, size)
     squares = Squares(stored.array, np.array([row.number for row in rows]))
-    return Inspection.of([row.reading for row in rows], squares)
+    return Inspection.of((row.reading for row in rows), len(rows), squares)
 
 
 def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:

@@ -3,15 +3,17 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from data.names import all_but
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
@@ -20,6 +22,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's others, as PostScri
 AT_ONCE = 2**20  # pixels: numpy's copies of a large image would take several times its size
 # A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
 MOST_PIXELS = 2**30 // 4 // 3
+DIGEST_BYTES = 16
 MOST_BYTES = 2**29  # so many pixels of 32 bits, and headers
 
 
@@ -219,32 +222,39 @@ class Reading:
 class Inspection:
     """What one reading of N files found.
 
-    errors: index -> why the file cannot be read. digests: N hashes of the decoded pixels, "" where
-    unreadable. squares: N, or None when not asked for or when they would not fit MEMORY_FOR_IMAGES. facts:
-    N, None where unreadable. measured: N results of `measure`, None where unreadable; empty without it.
+    errors: index -> why the file cannot be read. digests (N,): hashes of the decoded pixels as 32 bytes of
+    text, b"" where unreadable. squares: N, or None when not asked for or when they would not fit
+    MEMORY_FOR_IMAGES. facts: N, None where unreadable; equal ones are one object. measured: N results of
+    `measure`, None where unreadable; empty without it.
     """
 
     errors: dict[int, str]
-    digests: list[str]
+    digests: np.ndarray
     squares: Squares | None
     facts: list[Facts | None] = field(default_factory=list)
     measured: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, readings: Sequence[Reading], squares: Squares | None, measured: bool = False) -> "Inspection":
-        return cls(
-            {i: reading.error for i, reading in enumerate(readings) if reading.error},
-            [reading.digest for reading in readings],
-            squares,
-            [reading.facts for reading in readings],
-            [reading.measured for reading in readings] if measured else [],
-        )
+    def of(
+        cls, readings: Iterable[Reading], n: int, squares: Squares | None, measured: bool = False
+    ) -> "Inspection":
+        """Of `n` readings, none of which is kept: of a million images they would take a gigabyte."""
+        found = cls({}, np.zeros(n, f"S{2 * DIGEST_BYTES}"), squares)
+        same: dict[Facts | None, Facts | None] = {}
+        for i, reading in enumerate(readings):
+            if reading.error:
+                found.errors[i] = reading.error
+            found.digests[i] = reading.digest
+            found.facts.append(same.setdefault(reading.facts, reading.facts))
+            if measured:
+                found.measured.append(reading.measured)
+        return found
 
     def without(self, dropped: set[int]) -> "Inspection":
-        keep = [i for i in range(len(self.digests)) if i not in dropped]
+        keep = all_but(dropped, len(self.digests)).tolist()
         return Inspection(
             {new: self.errors[i] for new, i in enumerate(keep) if i in self.errors},
-            [self.digests[i] for i in keep],
+            self.digests[keep],
             None if self.squares is None else Squares(self.squares.array, self.squares.rows[keep]),
             [self.facts[i] for i in keep] if self.facts else [],
             [self.measured[i] for i in keep] if self.measured else [],
@@ -266,7 +276,7 @@ def read_all(
         except UnreadableImage as error:
             return Reading(error=str(error))
         raw = image.tobytes()
-        digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=DIGEST_BYTES)
         digest.update(raw)
         # Every pixel equals the next; the comparison ends at the first that does not.
         depth = len(image.getbands())
@@ -298,9 +308,12 @@ def inspect_images(
     """
     keep = size is not None and len(files) * size * size * 3 <= MEMORY_FOR_IMAGES
     array = np.zeros((len(files), size, size, 3), np.uint8) if keep else None
-    readings = []
-    for i, reading in enumerate(read_all(files, size if keep else None, measure)):
-        if reading.square is not None:
-            array[i] = reading.square
-        readings.append(replace(reading, square=None))
-    return Inspection.of(readings, None if array is None else Squares(array), measure is not None)
+
+    def readings() -> Iterator[Reading]:
+        for i, reading in enumerate(read_all(files, size if keep else None, measure)):
+            if reading.square is not None:
+                array[i] = reading.square
+            yield reading
+
+    squares = None if array is None else Squares(array)
+    return Inspection.of(readings(), len(files), squares, measure is not None)

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.errors import UserError, did_you_mean, shorten
 from common.files import lines_of
+from data.names import Files, Names, all_but
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"))
 _LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
@@ -25,23 +26,31 @@ class ImageFolder:
     """N images in C class folders.
 
     classes: C names in NFC, sorted by code point. paths: N POSIX paths relative to root, sorted within a
-    class. labels: (N,) int64 indices into classes. notes: what was passed over, for the user to read.
+    class (Names, as `scan_folder` makes them). labels: (N,) int64 indices into classes. notes: what was
+    passed over, for the user to read.
     """
 
     root: Path
     classes: tuple[str, ...]
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: np.ndarray
     notes: tuple[str, ...]
 
-    def files(self) -> list[Path]:
-        return [self.root / path for path in self.paths]
+    def files(self) -> Files:
+        return files_of([self])
+
+    def take(self, indices: np.ndarray) -> "ImageFolder":
+        """The images of `indices` (n,), in that order."""
+        paths = Names(self.paths[i] for i in indices)
+        return ImageFolder(self.root, self.classes, paths, self.labels[indices], self.notes)
 
     def without(self, dropped: set[int]) -> "ImageFolder":
-        keep = [i for i in range(len(self.paths)) if i not in dropped]
-        return ImageFolder(
-            self.root, self.classes, tuple(self.paths[i] for i in keep), self.labels[keep], self.notes
-        )
+        return self.take(all_but(dropped, len(self.paths)))
+
+
+def files_of(folders: "Sequence[ImageFolder]") -> Files:
+    """The files of `folders`, one folder after the other."""
+    return Files(*((folder.root, folder.paths) for folder in folders))
 
 
 def nfc(text: str) -> str:
@@ -121,9 +130,19 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
         suffixes = [os.path.splitext(name)[1].lower() for name, is_folder in found if not is_folder]
         loose = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)
         ignored: Counter[str] = Counter()
-        per_class = {name: images_below(root / name, ignored) for name in names}
+        "\n".join(names).encode()
+        paths, counts = Names(), []
+        for name in names:
+            paths.extend(images_below(root / name, ignored))
+            counts.append(len(paths) - sum(counts))
     except PermissionError as error:
         raise UserError(f"{option}: no permission to read {error.filename}") from None
+    except UnicodeEncodeError as error:
+        line = error.object[: error.end].rsplit("\n", 1)[-1]
+        raise UserError(
+            f"{option} {root} has a name that is not UTF-8, such as {line!r}, perhaps unpacked from an "
+            "archive made with another encoding; unpack it with the right one, or rename it"
+        ) from None
 
     spelled: dict[str, str] = {}
     for name in names:
@@ -136,23 +155,14 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
     notes = []
     if loose:
         notes.append(f"{loose} images lie beside the class folders of {root} and are not used")
-    empty = [name for name in names if not per_class[name]]
+    empty = [name for name, n in zip(names, counts, strict=True) if not n]
     if empty:
         notes.append(f"folders without images are no classes: {', '.join(empty)}")
     if ignored:
         kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
         notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
 
-    try:
-        "\n".join([*names, *(path for own in per_class.values() for path in own)]).encode()
-    except UnicodeEncodeError as error:
-        line = error.object[: error.end].rsplit("\n", 1)[-1]
-        raise UserError(
-            f"{option} {root} has a name that is not UTF-8, such as {line!r}, perhaps unpacked from an "
-            "archive made with another encoding; unpack it with the right one, or rename it"
-        ) from None
-
-    used = [name for name in names if per_class[name]]
+    used = [name for name, n in zip(names, counts, strict=True) if n]
     if len(used) < at_least:
         have = f"only {used[0]!r}" if used else "none"
         hint = " (its images lie loose in the folder)" if loose and not used else ""
@@ -161,11 +171,8 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
             f"{option} {root} needs at least {wanted} with images, found {have}{hint}; "
             f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    paths = [path for name in used for path in per_class[name]]
-    labels = np.repeat(np.arange(len(used)), [len(per_class[name]) for name in used])
-    return ImageFolder(
-        root, tuple(nfc(name) for name in used), tuple(paths), labels.astype(np.int64), tuple(notes)
-    )
+    labels = np.repeat(np.arange(len(used), dtype=np.int64), [n for n in counts if n])
+    return ImageFolder(root, tuple(nfc(name) for name in used), paths, labels, tuple(notes))
 
 
 def check_class_sizes(folder: ImageFolder, at_least: int, why: str) -> None:
@@ -179,10 +186,12 @@ def check_class_sizes(folder: ImageFolder, at_least: int, why: str) -> None:
         )
 
 
-def fingerprint(folder: ImageFolder, digests: Sequence[str]) -> str:
-    """SHA-256 over classes, relative paths and pixel digests: the same for equal data on every machine."""
-    lines = [*folder.classes, *(f"{nfc(p)}\t{d}" for p, d in zip(folder.paths, digests, strict=True))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def fingerprint(folder: ImageFolder, digests: np.ndarray) -> str:
+    """SHA-256 over classes, relative paths and pixel digests (N,): equal data have the same everywhere."""
+    found = hashlib.sha256("\n".join(folder.classes).encode())
+    for path, digest in zip(folder.paths, digests, strict=True):
+        found.update(f"\n{nfc(path)}\t{digest.decode()}".encode())
+    return found.hexdigest()
 
 
 def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
@@ -193,15 +202,22 @@ def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
         raise UserError(f"--group-pattern '{pattern}' is not a regular expression: {error}") from None
     if regex.groups < 1:
         raise UserError(f"--group-pattern '{pattern}' needs a group in parentheses, such as '^(P\\d+)_'")
-    # An empty group would make one patient of all images that have none.
-    matches = [regex.search(nfc(path.rsplit("/", 1)[-1])) for path in folder.paths]
-    missed = [path for path, m in zip(folder.paths, matches, strict=True) if m is None or not m.group(1)]
+    groups, missed = [], []
+    of_name: dict[str, str] = {}
+    for path in folder.paths:
+        found = regex.search(nfc(path.rsplit("/", 1)[-1]))
+        # An empty group would make one patient of all images that have none.
+        if found is None or not found.group(1):
+            missed.append(path)
+        else:
+            groups.append(of_name.setdefault(found.group(1), found.group(1)))  # images share the object
     if missed:
+        n_images = len(folder.paths)
         raise UserError(
-            f"--group-pattern '{pattern}' matches no patient in {len(missed)} of {len(matches)} file names:\n"
+            f"--group-pattern '{pattern}' matches no patient in {len(missed)} of {n_images} file names:\n"
             + shorten(missed)
         )
-    return [m.group(1) for m in matches if m]
+    return groups
 
 
 def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
@@ -217,12 +233,14 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
                         f"{', '.join(header) or 'nothing'}{did_you_mean(column, header)}"
                     )
             group_of: dict[str, str] = {}
+            of_name: dict[str, str] = {}
             for row in reader:
                 line = reader.line_num
                 path = nfc((row["path"] or "").replace("\\", "/")).removeprefix("./")
                 group = nfc(row["group"] or "").strip()
                 if not path or not group:
                     raise UserError(f"--groups-file {csv_path}, line {line}: path or group is empty")
+                group = of_name.setdefault(group, group)  # images of one patient share the object
                 if group_of.setdefault(path, group) != group:
                     raise UserError(
                         f"--groups-file {csv_path}, line {line}: {path} is given two groups, "
@@ -242,12 +260,22 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
     return [group_of[nfc(path)] for path in folder.paths]
 
 
-def merge_groups(digests: Sequence[str], patients: Sequence[str] | None) -> np.ndarray | None:
+def first_alike(keys: Sequence[str | None] | np.ndarray) -> np.ndarray:
+    """(N,) of each key the index of the first that equals it."""
+    if isinstance(keys, np.ndarray):  # many different ones would take more memory in a dictionary
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        return first[which]
+    first_of: dict[str | None, int] = {}
+    return np.fromiter((first_of.setdefault(key, i) for i, key in enumerate(keys)), np.int64, len(keys))
+
+
+def merge_groups(digests: np.ndarray, patients: Sequence[str] | None) -> np.ndarray | None:
     """(N,) group index per image: images of one patient, or with identical pixels, share a group.
 
-    Returns None when nothing is known that ties images together.
+    digests (N,): a hash of each image's pixels. Returns None when nothing is known that ties images together.
     """
-    if patients is None and len(set(digests)) == len(digests):
+    same_pixels = first_alike(digests)
+    if patients is None and (same_pixels == np.arange(len(digests))).all():
         return None
     parent = list(range(len(digests)))
 
@@ -257,8 +285,7 @@ def merge_groups(digests: Sequence[str], patients: Sequence[str] | None) -> np.n
             i = parent[i]
         return i
 
-    for keys in (digests, patients or ()):
-        first: dict[str, int] = {}
-        for i, key in enumerate(keys):
-            parent[root_of(i)] = root_of(first.setdefault(key, i))
+    for first in (same_pixels, first_alike(patients or ())):
+        for i in np.flatnonzero(first != np.arange(len(first))).tolist():
+            parent[root_of(i)] = root_of(int(first[i]))
     return np.unique([root_of(i) for i in range(len(digests))], return_inverse=True)[1]

@@ -1,6 +1,7 @@
 """From options to a checked data set: class folders, sentences, patients, pixels, splits."""
 
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,11 @@ from data.cache import default_cache_dir, inspect_cached
 from data.findings import quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
 from data.loader import refuse_small_shared_memory
+from data.names import Files, Names
 from data.scan import (
     ImageFolder,
     check_class_sizes,
+    files_of,
     fingerprint,
     groups_by_pattern,
     groups_from_file,
@@ -42,7 +45,7 @@ class DataSet:
 
     folder: ImageFolder
     val_folder: ImageFolder | None
-    files: list[Path]
+    files: Files
     labels: np.ndarray
     inspection: Inspection
     patients: Sequence[str] | None
@@ -52,6 +55,13 @@ class DataSet:
     @property
     def n_own(self) -> int:
         return len(self.folder.paths)
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """N, relative to --data-dir, or to --val-dir for its images."""
+        if self.val_folder is None:
+            return self.folder.paths
+        return Names(itertools.chain(self.folder.paths, self.val_folder.paths))
 
     @property
     def squares(self) -> Squares | None:
@@ -67,7 +77,7 @@ class DataSet:
         self, indices: np.ndarray, probs: np.ndarray, folds: np.ndarray | None = None
     ) -> Predictions:
         """`probs` (n, C) of the images `indices` (n,), with what is known of them."""
-        paths = [*self.folder.paths, *(self.val_folder.paths if self.val_folder else ())]
+        paths = self.paths
         return Predictions(
             self.folder.classes,
             tuple(paths[i] for i in indices),
@@ -139,7 +149,7 @@ def inspect(config: Config, folders: Sequence[ImageFolder]) -> Inspection:
     if config.use_cache:
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
         return inspect_cached(folders, config.img_size, cache_dir)
-    return inspect_images([file for folder in folders for file in folder.files()], config.img_size)
+    return inspect_images(files_of(folders), config.img_size)
 
 
 def read_images(
@@ -152,12 +162,13 @@ def read_images(
     """Read every image once, those that the cache does not hold already. Raises UserError naming the
     unreadable ones, unless --skip-unreadable drops them and leaves every class of `folder` `at_least` images.
     """
-    files = folder.files() + (val_folder.files() if val_folder else [])
+    folders = [folder] + ([val_folder] if val_folder else [])
+    files = files_of(folders)
     if len(files) * 3 * config.img_size**2 > MEMORY_FOR_IMAGES:  # processes will fetch them
         workers = min(config.num_workers, os.cpu_count() or 1)
         refuse_small_shared_memory(workers, 3 * config.batch_size * config.img_size**2)
     started = time.monotonic()
-    inspection = inspect(config, [folder] + ([val_folder] if val_folder else []))
+    inspection = inspect(config, folders)
     bad = inspection.errors
     if bad:
         listing = shorten([f"{files[i]}: {why}" for i, why in bad.items()], 50)
@@ -179,8 +190,8 @@ def read_images(
         if not folder.paths:
             raise UserError(f"no image of --data-dir {config.data_dir} can be read")
         check_class_sizes(folder, at_least, "that can be read")
-        inspection = inspection.without(set(bad))
-        files, n_own = [file for i, file in enumerate(files) if i not in bad], len(folder.paths)
+        inspection, n_own = inspection.without(set(bad)), len(folder.paths)
+        files = files_of([folder] + ([val_folder] if val_folder else []))
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])
@@ -200,8 +211,7 @@ def findings_of(data: DataSet, splits: Sequence[Split]) -> list[dict[str, Any]]:
     """
     folder = data.folder
     if data.val_folder is not None:
-        paths = (*folder.paths, *data.val_folder.paths)
-        folder = ImageFolder(folder.root, folder.classes, paths, data.labels, ())
+        folder = ImageFolder(folder.root, folder.classes, data.paths, data.labels, ())
     return quick_findings(folder, data.inspection, data.patients, splits, for_training=bool(splits))
 
 
@@ -215,13 +225,12 @@ def split_of(config: Config, data: DataSet) -> Split:
 
 def record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> dict[str, Any]:
     """Content of splits.json. Paths are relative to --data-dir, or to --val-dir for its images."""
-    paths = [*data.folder.paths, *(data.val_folder.paths if data.val_folder else ())]
     made_by = {"n_splits": config.n_splits} if config.use_cv else {"val_ratio": config.val_ratio}
     if data.val_folder is not None:
         made_by = {"val_dir": config.val_dir}
     grouped_by = config.group_pattern or config.groups_file
     return splits_record(
-        splits, paths, random_state=config.random_state, **made_by, grouped_by=grouped_by,
+        splits, data.paths, random_state=config.random_state, **made_by, grouped_by=grouped_by,
         n_groups=None if data.groups is None else int(data.groups.max()) + 1,
         dataset_fingerprint=data.fingerprint,
     )  # fmt: skip
@@ -229,5 +238,7 @@ def record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> dict[st
 
 def split_fingerprint(data: DataSet, split: Split) -> str:
     """SHA-256 of the data and of which of its images validate; equal on every operating system."""
-    names = [nfc(data.folder.paths[i]) for i in split.val if i < data.n_own]
-    return hashlib.sha256("\n".join([data.fingerprint, *names]).encode()).hexdigest()
+    found = hashlib.sha256(data.fingerprint.encode())
+    for i in split.val[split.val < data.n_own]:
+        found.update(f"\n{nfc(data.folder.paths[i])}".encode())
+    return found.hexdigest()
