@@ -20,14 +20,17 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from common.files import write_whole
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
-from data.scan import ImageFolder, files_of
+from data.scan import Files, ImageFolder
+
+if TYPE_CHECKING:
+    from data.shards import Member
 
 # What makes a square besides the file itself: another way of making it must not find the old ones.
 MADE_BY = "whole image to a square, bicubic; 2; " + ", ".join(
@@ -72,7 +75,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     Says what it does. Without room or right to write there, the squares are kept in memory, or the files read
     every epoch.
     """
-    files = files_of(folders)
+    files = Files(folders)
     keys = [f"{i}/{path}" for i, folder in enumerate(folders) for path in folder.paths]
     path = cache_file(cache_dir, size, [folder.root for folder in folders])
     stamps = [_stamp(file) for file in files]
@@ -141,7 +144,7 @@ def _drop_damaged(stored: _Stored | None, rows: list[_Row | None]) -> int:
     return sum(damaged)
 
 
-def _stamp(file: Path) -> Stamp | None:
+def _stamp(file: "Path | Member") -> Stamp | None:
     try:
         status = file.stat()
     except OSError:
@@ -156,7 +159,7 @@ def _still_there(
     kept = {}
     for key, row in stored.rows.items() if stored else ():
         number, path = key.split("/", 1)
-        stamp = _stamp(folders[int(number)].root / path)
+        stamp = _stamp(folders[int(number)].root / path)  # of shards none is found
         if key not in wanted and stamp == row.stamp:
             kept[key] = (stamp, row)
     return kept

@@ -3,17 +3,21 @@
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.names import all_but
+
+if TYPE_CHECKING:
+    from data.shards import Member
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
@@ -107,12 +111,19 @@ def _refuse_too_many_pixels(width: int, height: int) -> None:
         raise UnreadableImage(f"holds {width} x {height} pixels, more than {MOST_PIXELS} in all; shrink it")
 
 
-def _is_dicom(path: Path) -> bool:
+def _is_dicom(path: "Path | Member") -> bool:
     if path.suffix.lower() in (".dcm", ".dicom"):
         return True
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(128)
         return file.read(4) == b"DICM"
+
+
+def _read_dicom_member(member: "Member") -> tuple[Image.Image, _Stored]:
+    with tempfile.NamedTemporaryFile(suffix=".dcm") as copy:  # pydicom reads a head by the file's name only
+        copy.write(member.open("rb").read())
+        copy.flush()
+        return _read_dicom(Path(copy.name))
 
 
 def _has_16_bit_colour(image: Image.Image) -> bool:
@@ -138,7 +149,7 @@ def _grey_if_grey(image: Image.Image) -> Image.Image:
     return image.getchannel(0)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: "Path | Member") -> Image.Image:
     """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit image: L where it is grey, else RGB.
 
     16-bit and float images are scaled by their own range; EXIF orientation is applied; transparency is
@@ -147,16 +158,21 @@ def read_image(path: Path) -> Image.Image:
     return _read(path)[0]
 
 
-def _read(path: Path) -> tuple[Image.Image, _Stored]:
+def _read(path: "Path | Member") -> tuple[Image.Image, _Stored]:
+    opened = path
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage("is no file but a pipe, a device or the like")
         if status.st_size > MOST_BYTES:
             raise UnreadableImage(f"holds {status.st_size} bytes, more than {MOST_BYTES}; shrink it")
+        if not status.st_size:
+            raise UnreadableImage("the file is empty (0 bytes)")
         if _is_dicom(path):
-            return _read_dicom(path)
-        image = Image.open(path, formats=FORMATS)
+            return _read_dicom(path) if isinstance(path, Path) else _read_dicom_member(path)
+        if not isinstance(path, Path):
+            opened = path.open("rb")
+        image = Image.open(opened, formats=FORMATS)
         _refuse_too_many_pixels(image.width, image.height)
         # MPO is a camera's JPEG with further pictures behind the photograph, such as its preview.
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
@@ -177,9 +193,10 @@ def _read(path: Path) -> tuple[Image.Image, _Stored]:
     except UnreadableImage:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything from OSError to IndexError
-        if path.exists() and path.stat().st_size == 0:
-            raise UnreadableImage("the file is empty (0 bytes)") from None
-        raise UnreadableImage(f"{type(error).__name__}: {error}".replace(str(path), path.name)) from None
+        said = f"{type(error).__name__}: {error}"
+        for written in (repr(opened), str(path)):
+            said = said.replace(written, path.name)
+        raise UnreadableImage(said) from None
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:

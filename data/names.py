@@ -1,8 +1,7 @@
-"""The names of a million images in little memory, and as files."""
+"""The names of a million images in little memory."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -54,23 +53,3 @@ class Names(Sequence[str]):
 def all_but(dropped: set[int], n: int) -> np.ndarray:
     """0..n-1 without those in `dropped`, ascending."""
     return np.delete(np.arange(n), list(dropped))
-
-
-class Files(Sequence[Path]):
-    """The files of the names of one folder after the other: `folders` are pairs of root and names."""
-
-    def __init__(self, *folders: tuple[Path, Sequence[str]]):
-        self.folders = folders
-
-    def __len__(self) -> int:
-        return sum(len(names) for _, names in self.folders)
-
-    def __getitem__(self, index: int | slice) -> Path | list[Path]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = index + len(self) if index < 0 else index
-        for root, names in self.folders:
-            if 0 <= i < len(names):
-                return root / names[i]
-            i -= len(names)
-        raise IndexError(f"no file {index} of {len(self)}")

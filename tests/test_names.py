@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data.images import Facts, Inspection, Reading
 from data.loader import ImageDataset
-from data.names import Files, Names, all_but
-from data.scan import ImageFolder, groups_by_pattern, merge_groups
+from data.names import Names, all_but
+from data.scan import Files, ImageFolder, groups_by_pattern, merge_groups
 from data.splits import splits_record
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -46,7 +46,8 @@ def test_bytes_that_are_no_text_are_refused():
 
 
 def test_files_of_two_folders_follow_each_other():
-    files = Files((Path("x"), Names(["a/1", "b/2"])), (Path("y"), ("a/1",)), (Path("z"), ()))
+    of = ((Path("x"), Names(["a/1", "b/2"])), (Path("y"), ("a/1",)), (Path("z"), ()))
+    files = Files([ImageFolder(root, ("a", "b"), paths, np.arange(len(paths)), ()) for root, paths in of])
     expected = [Path("x/a/1"), Path("x/b/2"), Path("y/a/1")]
     assert list(files) == expected and files[1:] == expected[1:] and files[-1] == expected[-1]
     for index in (3, -4):

@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,18 @@ from data.cache import default_cache_dir, inspect_cached
 from data.findings import quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
 from data.loader import refuse_small_shared_memory
-from data.names import Files, Names
+from data.names import Names
 from data.scan import (
+    Files,
     ImageFolder,
     check_class_sizes,
-    files_of,
     fingerprint,
     groups_by_pattern,
     groups_from_file,
     merge_groups,
     nfc,
-    scan_folder,
 )
+from data.shards import scan_images
 from data.splits import Split, hold_out, splits_record
 from data.texts import class_sentences
 from evaluation.results import Predictions
@@ -90,11 +90,12 @@ class DataSet:
 
 def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
     """The class folders of --data-dir and --val-dir, checked; both label by the first's classes."""
-    folder = scan_folder(Path(config.data_dir))
+    cache_dir = Path(config.cache_dir) if config.cache_dir else None
+    folder = scan_images(config.data_dir, cache_dir=cache_dir)
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
     if config.val_dir:
-        found = scan_folder(Path(config.val_dir), "--val-dir")
+        found = scan_images(config.val_dir, "--val-dir", cache_dir=cache_dir)
         extra = [name for name in found.classes if name not in folder.classes]
         if extra:
             raise UserError(
@@ -103,7 +104,7 @@ def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
         index = np.array([folder.classes.index(name) for name in found.classes])
         absent = [name for name in folder.classes if name not in found.classes]
         notes = (*found.notes, *(f"--val-dir has no images of class {name!r}" for name in absent))
-        val_folder = ImageFolder(found.root, folder.classes, found.paths, index[found.labels], notes)
+        val_folder = replace(found, classes=folder.classes, labels=index[found.labels], notes=notes)
     for note in (*folder.notes, *(val_folder.notes if val_folder else ())):
         print(f"note: {note}")
     return folder, val_folder
@@ -149,7 +150,7 @@ def inspect(config: Config, folders: Sequence[ImageFolder]) -> Inspection:
     if config.use_cache:
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
         return inspect_cached(folders, config.img_size, cache_dir)
-    return inspect_images(files_of(folders), config.img_size)
+    return inspect_images(Files(folders), config.img_size)
 
 
 def read_images(
@@ -163,7 +164,7 @@ def read_images(
     unreadable ones, unless --skip-unreadable drops them and leaves every class of `folder` `at_least` images.
     """
     folders = [folder] + ([val_folder] if val_folder else [])
-    files = files_of(folders)
+    files = Files(folders)
     if len(files) * 3 * config.img_size**2 > MEMORY_FOR_IMAGES:  # processes will fetch them
         workers = min(config.num_workers, os.cpu_count() or 1)
         refuse_small_shared_memory(workers, 3 * config.batch_size * config.img_size**2)
@@ -191,7 +192,7 @@ def read_images(
             raise UserError(f"no image of --data-dir {config.data_dir} can be read")
         check_class_sizes(folder, at_least, "that can be read")
         inspection, n_own = inspection.without(set(bad)), len(folder.paths)
-        files = files_of([folder] + ([val_folder] if val_folder else []))
+        files = Files([folder] + ([val_folder] if val_folder else []))
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])
