@@ -267,15 +267,25 @@ class Inspection:
                 found.measured.append(reading.measured)
         return found
 
-    def without(self, dropped: set[int]) -> "Inspection":
-        keep = all_but(dropped, len(self.digests)).tolist()
-        return Inspection(
-            {new: self.errors[i] for new, i in enumerate(keep) if i in self.errors},
-            self.digests[keep],
-            None if self.squares is None else Squares(self.squares.array, self.squares.rows[keep]),
-            [self.facts[i] for i in keep] if self.facts else [],
-            [self.measured[i] for i in keep] if self.measured else [],
+    def reading(self, index: int, square: np.ndarray) -> Reading:
+        error = self.errors.get(int(index), "")
+        return Reading(
+            self.digests[index].decode(), error, self.facts[index], square=None if error else square
         )
+
+    def take(self, indices: np.ndarray) -> "Inspection":
+        """Of the files `indices` (n,), in that order."""
+        kept = indices.tolist()
+        return Inspection(
+            {new: self.errors[i] for new, i in enumerate(kept) if i in self.errors},
+            self.digests[indices],
+            None if self.squares is None else Squares(self.squares.array, self.squares.rows[indices]),
+            [self.facts[i] for i in kept] if self.facts else [],
+            [self.measured[i] for i in kept] if self.measured else [],
+        )
+
+    def without(self, dropped: set[int]) -> "Inspection":
+        return self.take(all_but(dropped, len(self.digests)))
 
 
 def read_all(

@@ -20,6 +20,17 @@ class Names(Sequence[str]):
         self._text, self._ends = bytearray(), array("q")
         self.extend(names)
 
+    @classmethod
+    def of(cls, text: np.ndarray, ends: np.ndarray) -> "Names":
+        """What `arrays` gave."""
+        names = cls()
+        names._text, names._ends = bytearray(text.tobytes()), array("q", ends.tobytes())
+        return names
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All letters as uint8, and where each name ends (N,) int64, to be written to a file."""
+        return np.frombuffer(bytes(self._text), np.uint8), np.array(self._ends, np.int64)
+
     def extend(self, names: Iterable[str]) -> None:
         for name in names:
             self._text += name.encode()
@@ -47,6 +58,8 @@ class Names(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
+        if isinstance(other, Names):
+            return self._ends == other._ends and self._text == other._text
         return len(self) == len(other) and all(mine == its for mine, its in zip(self, other, strict=True))
 
 

@@ -77,6 +77,15 @@ class Files(Sequence["Path | Member"]):
             i -= len(folder.paths)
         raise IndexError(f"no file {index} of {len(self)}")
 
+    def take(self, indices: np.ndarray) -> "Files":
+        """Those of `indices` (n,), which ascend."""
+        parts, start = [], 0
+        for folder in self.folders:
+            end = start + len(folder.paths)
+            parts.append(folder.take(indices[(indices >= start) & (indices < end)] - start))
+            start = end
+        return Files(parts)
+
 
 def nfc(text: str) -> str:
     """One spelling per name: macOS stores "é" as two code points, other systems as one."""
