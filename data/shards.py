@@ -12,6 +12,7 @@ webdataset's readers are not used for the members: they take one of any size int
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -42,6 +44,7 @@ from data.scan import (
     spelling,
 )
 
+LISTED_BY = "1"  # another way of listing must not find the old lists
 MOST_SHARDS = 100_000
 MOST_HEADER = 2**20  # bytes of a long name or of pax records: tarfile takes them into memory
 PIECE = 2**22  # bytes fetched at a time
@@ -119,29 +122,33 @@ def scan_images(
 ) -> ImageFolder:
     """`scan_folder` for a folder; for shards the same of their members.
 
-    cache_dir: where shards that are fetched are kept; without `fetch` they must be there. Raises UserError as
+    cache_dir: where lists of shards, and those that are fetched, are kept; without `fetch` these must be
+    there. Raises UserError as
     `scan_folder` does, and where a shard is missing or damaged or cannot be fetched.
     """
     if not is_shards(source):
         return scan_folder(Path(source), option, at_least)
-    shards = tuple(_local_shards(str(source), option, cache_dir or default_cache_dir(), fetch))
+    cache_dir = cache_dir or default_cache_dir()
+    shards = tuple(_local_shards(str(source), option, cache_dir, fetch))
     stamps = tuple(_stamp(shard.stat()) for shard in shards)
     names, places, loose, ignored = Names(), array("q"), 0, Counter()
     rows_of: dict[str, array] = {}  # by class folder
     bar = tqdm(shards, desc="listing shards", unit="tar", leave=False, disable=None, delay=1)
     for number, shard in enumerate(bar):
         try:
-            for name, offset, size in _images_in(shard, ignored):
-                if "/" not in name:
-                    loose += 1
-                    continue
-                rows_of.setdefault(name.split("/")[0], array("q")).append(len(names))
-                names.extend([name])
-                places.extend((number, offset, size))
+            listed, pieces, others = _listed(shard, stamps[number], cache_dir)
         except UnicodeEncodeError as error:
             raise not_utf8(f"{option} {shard}", error) from None
         except Exception as error:  # a damaged file makes tarfile raise anything from OSError to ValueError
             raise UserError(f"{option}: the shard {shard} {_damage(shard, error)}") from None
+        ignored += others
+        for name, (offset, size) in zip(listed, pieces.tolist(), strict=True):
+            if "/" not in name:
+                loose += 1
+                continue
+            rows_of.setdefault(name.split("/")[0], array("q")).append(len(names))
+            names.extend([name])
+            places.extend((number, offset, size))
     classes = sorted(rows_of, key=spelling)
     order = np.array(
         [row for name in classes for row in sorted(rows_of[name], key=lambda i: spelling(names[i]))]
@@ -178,8 +185,11 @@ def _is_remote(source: str) -> bool:
 
 def _shards_in(folder: Path) -> list[Path]:
     """Its .tar files, sorted; none where it has sub-folders: then those are the classes."""
-    with os.scandir(folder) as entries:
-        found = [(entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name)]
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name)]
+    except OSError:  # `scan_folder` says so
+        return []
     if any(is_folder for _, is_folder in found):
         return []
     return [folder / name for name, _ in sorted(found) if name.endswith(".tar")]
@@ -256,6 +266,34 @@ class _Header(tarfile.TarInfo):
         if header.size < 0 or of_names or header.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError(f"a header of type {header.type} claims {header.size} bytes")
         return header
+
+
+def _listed(
+    shard: Path, stamp: tuple[int, int, int], cache_dir: Path
+) -> tuple[Names, np.ndarray, Counter[str]]:
+    """Names of the n images in a tar file, offsets and sizes (n, 2), and what else there is, by suffix.
+
+    Kept in the cache: to walk along a million headers takes a minute of processor time, and on a network
+    file system as many reads.
+    """
+    key = hashlib.sha256(f"{shard.resolve()}\n{stamp}\n{LISTED_BY}".encode(errors="surrogatepass"))
+    kept = cache_dir / "shards" / f"{key.hexdigest()[:16]}.list"
+    with suppress(OSError, ValueError), open(kept, "rb") as file:
+        text, ends, pieces, words = (np.lib.format.read_array(file, allow_pickle=False) for _ in range(4))
+        return Names.of(text, ends), pieces, Counter(json.loads(words.tobytes()))
+
+    names, places, ignored = Names(), array("q"), Counter()
+    for name, offset, size in _images_in(shard, ignored):
+        names.extend([name])
+        places.extend((offset, size))
+    pieces = np.array(places, np.int64).reshape(-1, 2)
+    with suppress(OSError):  # no room, or no right to write: it is listed again next time
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with whole_file(kept) as temporary, open(temporary, "wb") as file:
+            os.chmod(temporary, 0o600)  # names may be those of patients
+            for part in (*names.arrays(), pieces, np.frombuffer(json.dumps(ignored).encode(), np.uint8)):
+                np.lib.format.write_array(file, part, allow_pickle=False)
+    return names, pieces, ignored
 
 
 def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, int]]:

@@ -186,6 +186,32 @@ def test_dicom_in_shards_is_read_by_suffix_and_by_content(tmp_path):
     assert pydicom.dcmread(source).Rows == read_image(folder.file(0)).height
 
 
+def test_an_unchanged_shard_is_listed_once(packed, tmp_path, monkeypatch):
+    shutil.copytree(packed, tmp_path / "s")
+    walked, walk = [], tarfile.open
+    monkeypatch.setattr(
+        tarfile, "open", lambda path, *a, **k: (walked.append(path.name), walk(path, *a, **k))[1]
+    )
+
+    def scan():
+        walked.clear()
+        return scan_images(tmp_path / "s", cache_dir=tmp_path / "c")
+
+    first = scan()
+    assert len(walked) == 8
+    again = scan()
+    assert not walked and again.paths == first.paths and again.notes == first.notes
+    assert np.array_equal(again.members.places, first.members.places)
+    os.utime(tmp_path / "s" / "s-000003.tar", ns=(1, 1))
+    assert scan().paths == first.paths and walked == ["s-000003.tar"]
+    for file in (tmp_path / "c" / "shards").iterdir():
+        assert file.stat().st_mode & 0o077 == 0
+        file.write_bytes(file.read_bytes()[:-9])
+    assert scan().paths == first.paths and len(walked) == 8
+    (tmp_path / "no folder").write_bytes(b"")
+    assert scan_images(tmp_path / "s", cache_dir=tmp_path / "no folder").paths == first.paths
+
+
 # ---- where shards lie
 
 
@@ -220,7 +246,7 @@ def test_what_is_fetched_is_kept_and_not_fetched_again(packed, tmp_path):
     assert scan_images(source, cache_dir=tmp_path / "c", fetch=False).paths == folder.paths
     assert len((tmp_path / "fetched").read_text()) == 8
     kept = list((tmp_path / "c" / "shards").iterdir())
-    assert len(kept) == 8 and all(file.stat().st_mode & 0o077 == 0 for file in kept)
+    assert len(kept) == 16 and all(file.stat().st_mode & 0o077 == 0 for file in kept)
     assert "not kept" in refusal(source, cache_dir=tmp_path / "d", fetch=False)
 
 
