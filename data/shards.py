@@ -299,12 +299,10 @@ def _listed(
 def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each image in a tar file; what else there is goes to `ignored`, by suffix."""
     with tarfile.open(shard, "r:", tarinfo=_Header, encoding="utf-8") as tar:
-        offset = 0
         while member := tar.next():
             tar.members.clear()
-            if tar.offset <= offset:  # a negative size, which tarfile would follow for ever
+            if member.size < 0:  # pax records may say so, and tarfile would follow it for ever
                 raise tarfile.ReadError("a member ends before it begins")
-            offset = tar.offset
             name = re.sub("^(\\./)+", "", member.name)
             parts = name.split("/")
 
