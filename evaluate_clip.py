@@ -47,7 +47,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="trained model or models (required)",
     )
-    add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
+    add("--data-dir", help="folder with one sub-folder of images per class, or tar shards (required)")
     add("--output-dir", type=Path, help="folder for the results (required)")
     add("--group-pattern", help="regular expression on the file name whose first group is the patient")
     add("--groups-file", type=Path, help="CSV with columns path,group that names each image's patient")
@@ -91,7 +91,7 @@ def match_classes(
     """
     import numpy as np
 
-    from data.scan import ImageFolder, nfc
+    from data.scan import nfc
 
     def sides_of(pair: str) -> tuple[str, str]:
         """Names may hold "=" themselves: the split at which both sides are known, else the first."""
@@ -138,17 +138,15 @@ def match_classes(
     if not len(kept):
         raise UserError(f"--data-dir {folder.root} has no images of the model's classes {', '.join(classes)}")
     order = kept[np.argsort(new[kept], kind="stable")]
-    return ImageFolder(
-        folder.root, tuple(classes), tuple(folder.paths[i] for i in order), new[order], folder.notes
-    )
+    return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order])
 
 
 def evaluate(typed: Sequence[str]) -> int:
     """Check, load, read, predict, write. Returns the exit code (see --help)."""
     arguments = read_arguments(typed)
-    from data.scan import scan_folder
+    from data.shards import scan_images
 
-    folder = scan_folder(arguments.data_dir, at_least=1)
+    folder = scan_images(arguments.data_dir, at_least=1, cache_dir=arguments.cache_dir)
     for note in folder.notes:
         print(f"note: {note}")
 

@@ -21,7 +21,8 @@ import numpy as np
 from common.cli import Parser, exit_code_of
 from common.errors import UserError
 from common.files import MOST_WRITTEN_BY_HAND, read_json, unwritable, write_json
-from data.scan import ImageFolder, nfc, scan_folder
+from data.scan import ImageFolder, nfc
+from data.shards import scan_images
 from data.texts import check_template, class_sentences
 
 DEFAULT_TEMPLATE = "这是一张{class_name}的医学图像"
@@ -46,7 +47,7 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The typed options. Raises UserError naming every mistake."""
     parser = Parser(prog="generate_class_texts.py", description=__doc__, epilog=EPILOG)
     parser.add_argument(
-        "--data-dir", type=Path, help="folder with one sub-folder of images per class (required)"
+        "--data-dir", help="folder with one sub-folder of images per class, or tar shards (required)"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write (required)")
     parser.add_argument(
@@ -216,7 +217,7 @@ def generate(typed: Sequence[str]) -> int:
     arguments = read_arguments(typed)
     check_template(arguments.template, "--template")
     check_output(arguments.output, arguments.interactive, arguments.overwrite)
-    folder = scan_folder(arguments.data_dir)
+    folder = scan_images(arguments.data_dir)
     for note in folder.notes:
         print(f"note: {note}")
     if arguments.interactive:

@@ -69,8 +69,15 @@ def unwritable(folder: Path) -> Path | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+    """Readable UTF-8. Sequences of other kinds than list and tuple are written as lists."""
+    pieces = json.JSONEncoder(ensure_ascii=False, indent=2, allow_nan=False, default=list).iterencode(value)
+
+    def write(file: BinaryIO) -> None:
+        for piece in pieces:  # one by one: the text of a million names would be held twice
+            file.write(piece.encode())
+        file.write(b"\n")
+
+    write_whole(path, write)
 
 
 def saved_in(run_dir: Path) -> Path | None:

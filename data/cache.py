@@ -1,13 +1,16 @@
 """Images decoded once: a file of resized squares that later runs map into memory instead of reading images.
 
 One file for each data folder (or pair of them) and image size: an array in NumPy's .npy format, (N, S, S, 3)
-uint8, then a JSON record of which file each row was made from (by path, size and times of change), then the
-record's length in 8 bytes. It is written beside its name and renamed when it is whole, so runs may build it
-at the same time, and a run keeps what it has mapped when another replaces it (not on a network file system,
-where jobs on several machines are better given a --cache-dir each). It may be removed at any time.
+uint8, then a record of which file each row was made from (by path, size and times of change) as further such
+arrays, then the record's CRC-32 in 4 bytes. It is written beside its name and renamed when it is whole, so
+runs may build it at the same time, and a run keeps what it has mapped when another replaces it (not on a
+network file system, where jobs on several machines are better given a --cache-dir each). It may be removed at
+any time.
 """
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
@@ -20,23 +23,26 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from common.files import write_whole
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
-from data.scan import ImageFolder
+from data.names import Names
+from data.scan import Files, ImageFolder
+
+if TYPE_CHECKING:
+    from data.shards import Member
 
 # What makes a square besides the file itself: another way of making it must not find the old ones.
-MADE_BY = "whole image to a square, bicubic; 2; " + ", ".join(
+MADE_BY = "whole image to a square, bicubic; 3; " + ", ".join(
     f"{name} {metadata.version(name)}" for name in ("pillow", "pydicom")
 )
 FREE_DISK = 2**30  # bytes that stay free: the run has checkpoints to write
 DEAD_AFTER = 3600  # seconds without a write: whoever built it was killed
-
-Stamp = list[int]  # bytes, time of the last change of the content, of anything; both in ns
+NONE = -1  # no row
 
 
 def default_cache_dir() -> Path:
@@ -48,21 +54,18 @@ def default_cache_dir() -> Path:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """What is known of one file: its row of the array, and what the file was when that was made."""
-
-    number: int
-    stamp: Stamp
-    reading: Reading
-    crc: int  # of the square
-
-
-@dataclass(frozen=True)
 class _Stored:
-    """An open cache. rows: key of a file -> its row."""
+    """An open cache of M images.
+
+    array (M, S, S, 3): the squares. keys: of the files they were made from; stamps (M, 3) int64: what those
+    were then. crcs (M,) uint32: of the squares. found: what reading the files found, without squares.
+    """
 
     array: np.ndarray
-    rows: dict[str, _Row]
+    keys: Names
+    stamps: np.ndarray
+    crcs: np.ndarray
+    found: Inspection
 
 
 def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -> Inspection:
@@ -72,46 +75,47 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     Says what it does. Without room or right to write there, the squares are kept in memory, or the files read
     every epoch.
     """
-    files = [file for folder in folders for file in folder.files()]
-    keys = [f"{i}/{path}" for i, folder in enumerate(folders) for path in folder.paths]
+    files = Files(folders)
+    keys = Names(f"{i}/{path}" for i, folder in enumerate(folders) for path in folder.paths)
     path = cache_file(cache_dir, size, [folder.root for folder in folders])
-    stamps = [_stamp(file) for file in files]
+    stamps = _stamps(files)
 
     try:
         stored = _open(path, size)
     except PermissionError:
         print(f"note: no cache in {cache_dir}: {path.name} belongs to another user; give another --cache-dir")
         return inspect_images(files, size)
-    rows = _rows_of(stored, keys, stamps)
+    places = _places(stored, keys)
+    rows = _fitting(stored, places, stamps)
     if n_damaged := _drop_damaged(stored, rows):
         print(f"note: {n_damaged} images in the cache {path} are damaged and are decoded anew")
-    unread = [i for i, row in enumerate(rows) if row and row.reading.error]
+    errors = stored.found.errors if stored else {}
+    unread = np.array([i for i, row in enumerate(rows) if row in errors], np.int64)
     # whatever kept them from being read may be over
-    for i, reading in zip(unread, read_all([files[i] for i in unread], None), strict=True):
+    for i, reading in zip(unread, read_all(files.take(unread), None), strict=True):
         if not reading.error:
-            rows[i] = None
-    if None in rows:
-        others = _still_there(stored, folders, set(keys))
+            rows[i] = NONE
+    if (rows == NONE).any():
+        others = _still_there(stored, folders, places)
         n_bytes = (len(files) + len(others)) * size * size * 3
         problem = _no_room(path, n_bytes)
         if not problem:
             print(
-                f"decoding {rows.count(None)} images into the cache {path} ({n_bytes / 1e6:.0f} MB in all; "
-                "--cache-dir puts it elsewhere, --no-cache does without)",
+                f"decoding {(rows == NONE).sum()} images into the cache {path} ({n_bytes / 1e6:.0f} MB in "
+                "all; --cache-dir puts it elsewhere, --no-cache does without)",
                 flush=True,
             )
             try:
                 _build(path, files, keys, stamps, rows, others, stored, size)
                 stored = _open(path, size)  # another run may have put its own there meanwhile
-                rows = _rows_of(stored, keys, stamps)
-                problem = "another run changes it; try again" if None in rows else ""
+                rows = _fitting(stored, _places(stored, keys), stamps)
+                problem = "another run changes it; try again" if (rows == NONE).any() else ""
             except OSError as error:
                 problem = error.strerror or str(error)
         if problem:
             print(f"note: no cache in {cache_dir}: {problem}")
             return inspect_images(files, size)
-    squares = Squares(stored.array, np.array([row.number for row in rows]))
-    return Inspection.of([row.reading for row in rows], squares)
+    return replace(stored.found.take(rows), squares=Squares(stored.array, rows))
 
 
 def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
@@ -119,47 +123,65 @@ def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
     return cache_dir / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}_{size}px.npy"
 
 
-def _rows_of(
-    stored: _Stored | None, keys: Sequence[str], stamps: Sequence[Stamp | None]
-) -> list[_Row | None]:
-    """The row of each file that has not changed since, None for the others."""
-    found = [stored.rows.get(key) if stored else None for key in keys]
-    return [row if row and row.stamp == stamp else None for row, stamp in zip(found, stamps, strict=True)]
+def _places(stored: _Stored | None, keys: Names) -> np.ndarray:
+    """(N,) the row of each file, whatever it was then; NONE where it has none."""
+    if stored is None:
+        return np.full(len(keys), NONE)
+    if stored.keys == keys:  # as nearly always; a million keys in a dictionary take 200 MB
+        return np.arange(len(keys))
+    row_of = {key: row for row, key in enumerate(stored.keys)}
+    return np.fromiter((row_of.get(key, NONE) for key in keys), np.int64, len(keys))
 
 
-def _drop_damaged(stored: _Stored | None, rows: list[_Row | None]) -> int:
-    """Put None in place of rows whose squares are not what was written; how many there were."""
+def _fitting(stored: _Stored | None, places: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+    """(N,) the row of each file that has not changed since, NONE for the others."""
+    rows = places.copy()
+    known = np.flatnonzero(places != NONE)
+    if len(known):
+        changed = (stored.stamps[places[known]] != stamps[known]).any(axis=1)
+        rows[known[changed]] = NONE
+    return rows
 
-    def is_damaged(row: _Row | None) -> bool:
-        return row is not None and zlib.crc32(np.ascontiguousarray(stored.array[row.number])) != row.crc
 
+def _drop_damaged(stored: _Stored | None, rows: np.ndarray) -> int:
+    """Put NONE in place of rows whose squares are not what was written; how many there were."""
+
+    def is_damaged(row: int) -> bool:
+        return zlib.crc32(np.ascontiguousarray(stored.array[row])) != stored.crcs[row]
+
+    known = np.flatnonzero(rows != NONE)
+    damaged = np.zeros(len(known), bool)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(is_damaged, rows)
-        damaged = list(tqdm(found, "checking the cache", len(rows), leave=False, disable=None, delay=1))
-    for i in np.flatnonzero(damaged):
-        rows[i] = None
-    return sum(damaged)
+        bar = range(0, len(known), 1024)  # what waits in a pool takes a kilobyte each
+        for start in tqdm(bar, "checking the cache", leave=False, disable=None, delay=1):
+            part = slice(start, start + 1024)
+            damaged[part] = list(pool.map(is_damaged, rows[known[part]]))
+    rows[known[damaged]] = NONE
+    return int(damaged.sum())
 
 
-def _stamp(file: Path) -> Stamp | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+def _stamps(files: Sequence["Path | Member"]) -> np.ndarray:
+    """(N, 3) int64: bytes, time of the last change of the content, of anything, both in ns; -1 where a file
+    is not there.
+    """
+    stamps = np.full((len(files), 3), -1, np.int64)
+    for stamp, file in zip(stamps, files, strict=True):
+        with suppress(OSError):
+            status = file.stat()
+            stamp[:] = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return stamps
 
 
-def _still_there(
-    stored: _Stored | None, folders: Sequence[ImageFolder], wanted: set[str]
-) -> dict[str, tuple[Stamp, _Row]]:
-    """Rows that this run does not need but another may: of files that are there as they were."""
-    kept = {}
-    for key, row in stored.rows.items() if stored else ():
-        number, path = key.split("/", 1)
-        stamp = _stamp(folders[int(number)].root / path)
-        if key not in wanted and stamp == row.stamp:
-            kept[key] = (stamp, row)
-    return kept
+def _still_there(stored: _Stored | None, folders: Sequence[ImageFolder], places: np.ndarray) -> np.ndarray:
+    """Rows that this run does not need but another may: of files that are there as they were (of shards
+    none).
+    """
+    if stored is None:
+        return np.zeros(0, np.int64)
+    others = np.setdiff1d(np.arange(len(stored.keys)), places)
+    split = [stored.keys[row].split("/", 1) for row in others]
+    now = _stamps([folders[int(number)].root / path for number, path in split])
+    return others[(now == stored.stamps[others]).all(axis=1) & (now[:, 0] >= 0)]
 
 
 def _no_room(path: Path, n_bytes: int) -> str:
@@ -185,42 +207,55 @@ def _no_room(path: Path, n_bytes: int) -> str:
 
 def _build(
     path: Path,
-    files: Sequence[Path],
-    keys: Sequence[str],
-    stamps: Sequence[Stamp | None],
-    rows: Sequence[_Row | None],
-    others: dict[str, tuple[Stamp, _Row]],
+    files: Files,
+    keys: Names,
+    stamps: np.ndarray,
+    rows: np.ndarray,
+    others: np.ndarray,
     stored: _Stored | None,
     size: int,
 ) -> None:
-    """Write the file: a row for each of `files`, black where one cannot be read, then the `others`."""
-    record: dict[str, list] = {}
+    """Write the file: a row for each of `files`, black where one cannot be read, then the rows `others`."""
+    keys = Names(itertools.chain(keys, (stored.keys[row] for row in others)))
+    if len(others):
+        stamps = np.concatenate([stamps, stored.stamps[others]])
+    from_rows = np.concatenate([rows, others])
+    crcs = np.zeros(len(keys), np.uint32)
 
-    def readings() -> Iterator[tuple[str, Stamp | None, Reading]]:
-        new = read_all([file for file, row in zip(files, rows, strict=True) if row is None], size)
-        for key, stamp, row in zip(keys, stamps, rows, strict=True):
-            yield key, stamp, next(new) if row is None else _with_square(stored, row)
-        for key, (stamp, row) in others.items():
-            yield key, stamp, _with_square(stored, row)
+    def readings(file: BinaryIO) -> Iterator[Reading]:
+        """Each written as it passes."""
+        new = read_all(files.take(np.flatnonzero(rows == NONE)), size)
+        for i, row in enumerate(from_rows):
+            reading = next(new) if row == NONE else stored.found.reading(row, stored.array[row])
+            square = bytes(size * size * 3) if reading.square is None else reading.square.tobytes()
+            file.write(square)
+            crcs[i] = zlib.crc32(square)
+            yield reading
 
     def write(file: BinaryIO) -> None:
         if os.chmod in os.supports_fd:
             os.chmod(file.fileno(), 0o600)  # patients' images: for this user alone
-        shape = (len(files) + len(others), size, size, 3)
+        shape = (len(keys), size, size, 3)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for number, (key, stamp, reading) in enumerate(readings()):
-            square = bytes(size * size * 3) if reading.square is None else reading.square.tobytes()
-            file.write(square)
-            facts = astuple(reading.facts) if reading.facts else None
-            record[key] = [number, stamp, reading.digest, reading.error, facts, zlib.crc32(square)]
-        text = json.dumps(record).encode()
-        file.write(text + len(text).to_bytes(8, "little"))
+        found = Inspection.of(readings(file), len(keys), None)
+        record = _packed(keys, stamps, crcs, found)
+        file.write(record + zlib.crc32(record).to_bytes(4, "little"))
 
     write_whole(path, write)
 
 
-def _with_square(stored: _Stored, row: _Row) -> Reading:
-    return row.reading if row.reading.error else replace(row.reading, square=stored.array[row.number])
+def _packed(keys: Names, stamps: np.ndarray, crcs: np.ndarray, found: Inspection) -> bytes:
+    """The record: arrays in the .npy format, one after the other; `_open` reads them back."""
+    number = {facts: i for i, facts in enumerate(dict.fromkeys(found.facts))}
+    words = {"errors": list(found.errors.items()), "facts": [f and astuple(f) for f in number]}
+    arrays = (
+        *keys.arrays(), stamps, crcs, found.digests, np.array([number[f] for f in found.facts], np.int32),
+        np.frombuffer(json.dumps(words).encode(), np.uint8),
+    )  # fmt: skip
+    record = io.BytesIO()
+    for array in arrays:
+        np.lib.format.write_array(record, array, allow_pickle=False)
+    return record.getvalue()
 
 
 def _open(path: Path, size: int) -> _Stored | None:
@@ -232,22 +267,27 @@ def _open(path: Path, size: int) -> _Stored | None:
             shape, _, _ = np.lib.format.read_array_header_1_0(file)
             if shape[1:] != (size, size, 3):
                 raise ValueError("squares of another size")
-            array = np.memmap(file, np.uint8, "r", file.tell(), shape)
-            file.seek(-8, os.SEEK_END)
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(-8 - length, os.SEEK_END)
-            record = json.loads(file.read(length))
-        rows = {
-            key: _Row(number, stamp, Reading(digest, error, Facts(*facts) if facts else None), crc)
-            for key, (number, stamp, digest, error, facts, crc) in record.items()
-        }
-        if sorted(row.number for row in rows.values()) != list(range(shape[0])):
+            start = file.tell()
+            array = np.memmap(file, np.uint8, "r", start, shape)
+            file.seek(start + array.nbytes)
+            content = file.read()
+        record = content[:-4]
+        if zlib.crc32(record) != int.from_bytes(content[-4:], "little"):
+            raise ValueError("the record is damaged")
+        packed = io.BytesIO(record)
+        text, ends, stamps, crcs, digests, which, words = (
+            np.lib.format.read_array(packed, allow_pickle=False) for _ in range(7)
+        )
+        words = json.loads(words.tobytes())
+        facts = [entry and Facts(*entry) for entry in words["facts"]]
+        found = Inspection(dict(words["errors"]), digests, None, [facts[i] for i in which])
+        if not len(ends) == len(stamps) == len(crcs) == len(digests) == len(which) == shape[0]:
             raise ValueError("not every row has its file")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         print(f"note: the cache {path} is damaged ({type(error).__name__}) and is made anew")
         return None
-    return _Stored(array, rows)
+    return _Stored(array, Names.of(text, ends), stamps, crcs, found)

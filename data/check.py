@@ -33,7 +33,8 @@ from data.findings import (
 )
 from data.images import Facts, inspect_images
 from data.looks import Look, look_at, near_pairs
-from data.scan import ImageFolder, groups_by_pattern, groups_from_file, merge_groups, nfc, scan_folder
+from data.scan import ImageFolder, groups_by_pattern, groups_from_file, merge_groups, nfc
+from data.shards import scan_images
 from data.shortcuts import FOLDS, Audit, audit_shortcuts
 from data.splits import Split
 
@@ -354,7 +355,7 @@ def _print_report(result: dict[str, Any], seconds: float) -> None:
 def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m data.check", description=__doc__)
     add = parser.add_argument
-    add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
+    add("--data-dir", help="folder with one sub-folder of images per class, or tar shards (required)")
     add("--groups-file", type=Path, help="CSV with columns path,group that names each image's patient")
     add("--group-pattern", help="regular expression on the file name whose first group is the patient")
     add("--splits", type=Path, help="splits.json of a run, to look for leaks between its sides")
@@ -370,7 +371,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
 def run(typed: Sequence[str]) -> int:
     args = read_arguments(typed)
     started = time.monotonic()
-    folder = scan_folder(args.data_dir)
+    folder = scan_images(args.data_dir)
     patients = None
     if args.groups_file:
         patients = groups_from_file(folder, args.groups_file)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.images import Inspection
-from data.scan import ImageFolder, merge_groups
+from data.scan import ImageFolder, first_alike, merge_groups
 from data.shortcuts import groups_per_class
 from data.splits import Split
 
@@ -60,21 +60,22 @@ def sides_of(splits: Sequence[Split] | None, n: int) -> np.ndarray:
     return sides
 
 
-def _members(keys: Iterable[str | None]) -> dict[str, list[int]]:
-    """Key -> indices that have it; None and "" are no key."""
-    members: dict[str, list[int]] = defaultdict(list)
-    for i, key in enumerate(keys):
-        if key:
-            members[key].append(i)
+def _shared(keys: Sequence[str | None] | np.ndarray) -> dict[Any, list[int]]:
+    """Key -> indices that have it, for keys of more than one; None and "" are no key."""
+    first = first_alike(keys)
+    members: dict[Any, list[int]] = defaultdict(list)
+    for i in np.flatnonzero(np.bincount(first, minlength=len(first))[first] > 1).tolist():
+        if keys[i]:
+            members[keys[i]].append(i)
     return members
 
 
-def _leaks(members: dict[str, list[int]], sides: np.ndarray) -> dict[str, int]:
+def _leaks(members: dict[Any, list[int]], sides: np.ndarray) -> dict[Any, int]:
     """Key -> the first fold (from 0) that has members on both sides, for the keys that have one."""
     found = {}
     for key, own in members.items():
-        both = (sides[:, own] == 1).any(1) & (sides[:, own] == 2).any(1) if len(own) > 1 else ()
-        if any(both):
+        both = (sides[:, own] == 1).any(1) & (sides[:, own] == 2).any(1)
+        if both.any():
             found[key] = int(np.argmax(both))
     return found
 
@@ -88,23 +89,25 @@ def _file_findings(paths: Sequence[str], inspection: Inspection) -> list[Finding
         )
         unreadable = [f"{paths[i]}: {why}" for i, why in inspection.errors.items()]
         findings.append(finding("warning", "unreadable", message, unreadable))
-    facts = [(path, f) for path, f in zip(paths, inspection.facts, strict=False) if f]
-    constant = [path for path, f in facts if f.constant]
+    facts = inspection.facts
+    constant = [i for i, f in enumerate(facts) if f and f.constant]
     if constant:
         shows = number(len(constant), "image shows", "images show")
         message = f"{shows} one colour and nothing else; remove what holds no picture"
-        findings.append(finding("warning", "constant", message, constant))
-    tiny = [f"{path}: {f.width} x {f.height}" for path, f in facts if min(f.width, f.height) < TINY]
+        examples = [paths[i] for i in constant[:MOST_EXAMPLES]]
+        findings.append(finding("warning", "constant", message, examples, len(constant)))
+    tiny = [i for i, f in enumerate(facts) if f and min(f.width, f.height) < TINY]
     if tiny:
         has = number(len(tiny), "image has", "images have")
         message = f"{has} a side shorter than {TINY} pixels; take the full images if these are previews"
-        findings.append(finding("warning", "tiny", message, tiny))
+        examples = [f"{paths[i]}: {facts[i].width} x {facts[i].height}" for i in tiny[:MOST_EXAMPLES]]
+        findings.append(finding("warning", "tiny", message, examples, len(tiny)))
     return findings
 
 
-def _identical_findings(folder: ImageFolder, digests: Sequence[str], sides: np.ndarray) -> list[Finding]:
+def _identical_findings(folder: ImageFolder, digests: np.ndarray, sides: np.ndarray) -> list[Finding]:
     paths, labels = folder.paths, folder.labels
-    members = {digest: own for digest, own in _members(digests).items() if len(own) > 1}
+    members = _shared(digests)
 
     def listed(own: Sequence[int]) -> str:
         return " = ".join(paths[i] for i in own[:4]) + (f" = {len(own) - 4} more" if len(own) > 4 else "")
@@ -147,12 +150,13 @@ def _identical_findings(folder: ImageFolder, digests: Sequence[str], sides: np.n
 def _patient_findings(
     folder: ImageFolder, patients: Sequence[str | None], sides: np.ndarray
 ) -> list[Finding]:
-    members = _members(patients)
+    members = _shared(patients)
+    n_patients = len({patient for patient in patients if patient})
     findings = []
     leaks = _leaks(members, sides)
     if leaks:
         message = (
-            f"{len(leaks)} of {len(members)} patients have images in training and in validation, which makes "
+            f"{len(leaks)} of {n_patients} patients have images in training and in validation, which makes "
             "the validation too good; split by patient"
         )
         examples = [f"{patient}: fold {fold + 1}" for patient, fold in leaks.items()]
@@ -164,7 +168,7 @@ def _patient_findings(
             several.append(f"{patient}: " + ", ".join(f"{name} x {n}" for name, n in counts.items()))
     if several:
         message = (
-            f"{len(several)} of {len(members)} patients have images in several classes; that is right where "
+            f"{len(several)} of {n_patients} patients have images in several classes; that is right where "
             "a disease came or went and else a wrong label, so look at them"
         )
         findings.append(finding("warning", "patient_in_several_classes", message, several))
@@ -172,13 +176,13 @@ def _patient_findings(
 
 
 def _class_findings(
-    folder: ImageFolder, digests: Sequence[str], patients: Sequence[str | None] | None
+    folder: ImageFolder, digests: np.ndarray, patients: Sequence[str | None] | None
 ) -> list[Finding]:
     """Sizes as the splits count them: patients where known, identical images as one, unreadable as none."""
-    readable = [i for i, digest in enumerate(digests) if digest]
+    readable = np.flatnonzero(digests != b"")
     labels = folder.labels[readable]
     known = None if patients is None else [patients[i] or f"\0{i}" for i in readable]
-    groups = merge_groups([digests[i] for i in readable], known) if readable else None
+    groups = merge_groups(digests[readable], known) if len(readable) else None
     images = np.bincount(labels, minlength=len(folder.classes))
     counts = images if groups is None else groups_per_class(labels, groups, len(folder.classes))
     unit = "different images" if patients is None else "patients"

@@ -3,15 +3,21 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from data.names import all_but
+
+if TYPE_CHECKING:
+    from data.shards import Member
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
@@ -20,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's others, as PostScri
 AT_ONCE = 2**20  # pixels: numpy's copies of a large image would take several times its size
 # A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
 MOST_PIXELS = 2**30 // 4 // 3
+DIGEST_BYTES = 16
 MOST_BYTES = 2**29  # so many pixels of 32 bits, and headers
 
 
@@ -104,12 +111,19 @@ def _refuse_too_many_pixels(width: int, height: int) -> None:
         raise UnreadableImage(f"holds {width} x {height} pixels, more than {MOST_PIXELS} in all; shrink it")
 
 
-def _is_dicom(path: Path) -> bool:
+def _is_dicom(path: "Path | Member") -> bool:
     if path.suffix.lower() in (".dcm", ".dicom"):
         return True
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(128)
         return file.read(4) == b"DICM"
+
+
+def _read_dicom_member(member: "Member") -> tuple[Image.Image, _Stored]:
+    with tempfile.NamedTemporaryFile(suffix=".dcm") as copy:  # pydicom reads a head by the file's name only
+        copy.write(member.open("rb").read())
+        copy.flush()
+        return _read_dicom(Path(copy.name))
 
 
 def _has_16_bit_colour(image: Image.Image) -> bool:
@@ -135,7 +149,7 @@ def _grey_if_grey(image: Image.Image) -> Image.Image:
     return image.getchannel(0)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: "Path | Member") -> Image.Image:
     """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit image: L where it is grey, else RGB.
 
     16-bit and float images are scaled by their own range; EXIF orientation is applied; transparency is
@@ -144,16 +158,21 @@ def read_image(path: Path) -> Image.Image:
     return _read(path)[0]
 
 
-def _read(path: Path) -> tuple[Image.Image, _Stored]:
+def _read(path: "Path | Member") -> tuple[Image.Image, _Stored]:
+    opened = path
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage("is no file but a pipe, a device or the like")
         if status.st_size > MOST_BYTES:
             raise UnreadableImage(f"holds {status.st_size} bytes, more than {MOST_BYTES}; shrink it")
+        if not status.st_size:
+            raise UnreadableImage("the file is empty (0 bytes)")
         if _is_dicom(path):
-            return _read_dicom(path)
-        image = Image.open(path, formats=FORMATS)
+            return _read_dicom(path) if isinstance(path, Path) else _read_dicom_member(path)
+        if not isinstance(path, Path):
+            opened = path.open("rb")
+        image = Image.open(opened, formats=FORMATS)
         _refuse_too_many_pixels(image.width, image.height)
         # MPO is a camera's JPEG with further pictures behind the photograph, such as its preview.
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
@@ -174,9 +193,10 @@ def _read(path: Path) -> tuple[Image.Image, _Stored]:
     except UnreadableImage:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything from OSError to IndexError
-        if path.exists() and path.stat().st_size == 0:
-            raise UnreadableImage("the file is empty (0 bytes)") from None
-        raise UnreadableImage(f"{type(error).__name__}: {error}".replace(str(path), path.name)) from None
+        said = f"{type(error).__name__}: {error}"
+        for written in (repr(opened), str(path)):
+            said = said.replace(written, path.name)
+        raise UnreadableImage(said) from None
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -219,36 +239,53 @@ class Reading:
 class Inspection:
     """What one reading of N files found.
 
-    errors: index -> why the file cannot be read. digests: N hashes of the decoded pixels, "" where
-    unreadable. squares: N, or None when not asked for or when they would not fit MEMORY_FOR_IMAGES. facts:
-    N, None where unreadable. measured: N results of `measure`, None where unreadable; empty without it.
+    errors: index -> why the file cannot be read. digests (N,): hashes of the decoded pixels as 32 bytes of
+    text, b"" where unreadable. squares: N, or None when not asked for or when they would not fit
+    MEMORY_FOR_IMAGES. facts: N, None where unreadable; equal ones are one object. measured: N results of
+    `measure`, None where unreadable; empty without it.
     """
 
     errors: dict[int, str]
-    digests: list[str]
+    digests: np.ndarray
     squares: Squares | None
     facts: list[Facts | None] = field(default_factory=list)
     measured: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, readings: Sequence[Reading], squares: Squares | None, measured: bool = False) -> "Inspection":
-        return cls(
-            {i: reading.error for i, reading in enumerate(readings) if reading.error},
-            [reading.digest for reading in readings],
-            squares,
-            [reading.facts for reading in readings],
-            [reading.measured for reading in readings] if measured else [],
+    def of(
+        cls, readings: Iterable[Reading], n: int, squares: Squares | None, measured: bool = False
+    ) -> "Inspection":
+        """Of `n` readings, none of which is kept: of a million images they would take a gigabyte."""
+        found = cls({}, np.zeros(n, f"S{2 * DIGEST_BYTES}"), squares)
+        same: dict[Facts | None, Facts | None] = {}
+        for i, reading in enumerate(readings):
+            if reading.error:
+                found.errors[i] = reading.error
+            found.digests[i] = reading.digest
+            found.facts.append(same.setdefault(reading.facts, reading.facts))
+            if measured:
+                found.measured.append(reading.measured)
+        return found
+
+    def reading(self, index: int, square: np.ndarray) -> Reading:
+        error = self.errors.get(int(index), "")
+        return Reading(
+            self.digests[index].decode(), error, self.facts[index], square=None if error else square
+        )
+
+    def take(self, indices: np.ndarray) -> "Inspection":
+        """Of the files `indices` (n,), in that order."""
+        kept = indices.tolist()
+        return Inspection(
+            {new: self.errors[i] for new, i in enumerate(kept) if i in self.errors},
+            self.digests[indices],
+            None if self.squares is None else Squares(self.squares.array, self.squares.rows[indices]),
+            [self.facts[i] for i in kept] if self.facts else [],
+            [self.measured[i] for i in kept] if self.measured else [],
         )
 
     def without(self, dropped: set[int]) -> "Inspection":
-        keep = [i for i in range(len(self.digests)) if i not in dropped]
-        return Inspection(
-            {new: self.errors[i] for new, i in enumerate(keep) if i in self.errors},
-            [self.digests[i] for i in keep],
-            None if self.squares is None else Squares(self.squares.array, self.squares.rows[keep]),
-            [self.facts[i] for i in keep] if self.facts else [],
-            [self.measured[i] for i in keep] if self.measured else [],
-        )
+        return self.take(all_but(dropped, len(self.digests)))
 
 
 def read_all(
@@ -266,7 +303,7 @@ def read_all(
         except UnreadableImage as error:
             return Reading(error=str(error))
         raw = image.tobytes()
-        digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=DIGEST_BYTES)
         digest.update(raw)
         # Every pixel equals the next; the comparison ends at the first that does not.
         depth = len(image.getbands())
@@ -298,9 +335,12 @@ def inspect_images(
     """
     keep = size is not None and len(files) * size * size * 3 <= MEMORY_FOR_IMAGES
     array = np.zeros((len(files), size, size, 3), np.uint8) if keep else None
-    readings = []
-    for i, reading in enumerate(read_all(files, size if keep else None, measure)):
-        if reading.square is not None:
-            array[i] = reading.square
-        readings.append(replace(reading, square=None))
-    return Inspection.of(readings, None if array is None else Squares(array), measure is not None)
+
+    def readings() -> Iterator[Reading]:
+        for i, reading in enumerate(read_all(files, size if keep else None, measure)):
+            if reading.square is not None:
+                array[i] = reading.square
+            yield reading
+
+    squares = None if array is None else Squares(array)
+    return Inspection.of(readings(), len(files), squares, measure is not None)

@@ -7,14 +7,19 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.errors import UserError, did_you_mean, shorten
 from common.files import lines_of
+from data.names import Names, all_but
+
+if TYPE_CHECKING:
+    from data.shards import Member, Members
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"))
 _LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
@@ -25,23 +30,61 @@ class ImageFolder:
     """N images in C class folders.
 
     classes: C names in NFC, sorted by code point. paths: N POSIX paths relative to root, sorted within a
-    class. labels: (N,) int64 indices into classes. notes: what was passed over, for the user to read.
+    class (Names, as `scan_folder` makes them). labels: (N,) int64 indices into classes. notes: what was
+    passed over, for the user to read. members: where the images lie, if not in files of their own (see
+    data/shards.py).
     """
 
     root: Path
     classes: tuple[str, ...]
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: np.ndarray
     notes: tuple[str, ...]
+    members: "Members | None" = None
 
-    def files(self) -> list[Path]:
-        return [self.root / path for path in self.paths]
+    def file(self, index: int) -> "Path | Member":
+        path = self.paths[index]
+        return self.root / path if self.members is None else self.members.member(index, path)
+
+    def files(self) -> "Files":
+        return Files([self])
+
+    def take(self, indices: np.ndarray) -> "ImageFolder":
+        """The images of `indices` (n,), in that order."""
+        paths, members = Names(self.paths[i] for i in indices), self.members and self.members.take(indices)
+        return ImageFolder(self.root, self.classes, paths, self.labels[indices], self.notes, members)
 
     def without(self, dropped: set[int]) -> "ImageFolder":
-        keep = [i for i in range(len(self.paths)) if i not in dropped]
-        return ImageFolder(
-            self.root, self.classes, tuple(self.paths[i] for i in keep), self.labels[keep], self.notes
-        )
+        return self.take(all_but(dropped, len(self.paths)))
+
+
+class Files(Sequence["Path | Member"]):
+    """The files of the images of `folders`, one folder after the other, each made when it is asked for."""
+
+    def __init__(self, folders: Sequence[ImageFolder]):
+        self.folders = folders
+
+    def __len__(self) -> int:
+        return sum(len(folder.paths) for folder in self.folders)
+
+    def __getitem__(self, index: int | slice) -> "Path | Member | list[Path | Member]":
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = index + len(self) if index < 0 else index
+        for folder in self.folders:
+            if 0 <= i < len(folder.paths):
+                return folder.file(i)
+            i -= len(folder.paths)
+        raise IndexError(f"no file {index} of {len(self)}")
+
+    def take(self, indices: np.ndarray) -> "Files":
+        """Those of `indices` (n,), which ascend."""
+        parts, start = [], 0
+        for folder in self.folders:
+            end = start + len(folder.paths)
+            parts.append(folder.take(indices[(indices >= start) & (indices < end)] - start))
+            start = end
+        return Files(parts)
 
 
 def nfc(text: str) -> str:
@@ -49,7 +92,7 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _is_litter(name: str) -> bool:
+def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
@@ -59,7 +102,17 @@ def _has_dicom_magic(path: str) -> bool:
         return file.read(4) == b"DICM"
 
 
-def _spelling(name: str) -> tuple[str, str]:
+def not_an_image(name: str, has_dicom_magic: Callable[[], bool]) -> str:
+    """ "" for a name of an image, else the suffix that says it is none. Asked of the content only where the
+    name says nothing: scanners name DICOM files without a suffix, or by a UID such as 1.2.840.10008.7.
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and has_dicom_magic()):
+        return ""
+    return suffix or "no suffix"
+
+
+def spelling(name: str) -> tuple[str, str]:
     """Sort key: by code point of the NFC form; two spellings of one name still have one order."""
     return nfc(name), name
 
@@ -83,7 +136,7 @@ def images_below(folder: Path, ignored: Counter[str]) -> list[str]:
         visited.add(target)
         with os.scandir(directory) as entries:
             for entry in entries:
-                if _is_litter(entry.name):
+                if is_litter(entry.name):
                     continue
                 if entry.is_dir():
                     below = (entry.path, f"{prefix}/{entry.name}")
@@ -92,19 +145,17 @@ def images_below(folder: Path, ignored: Counter[str]) -> list[str]:
                     else:
                         todo.append(below)
                     continue
-                suffix = os.path.splitext(entry.name)[1].lower()
-                # scanners name DICOM files without a suffix, or by a UID such as 1.2.840.10008.7
-                nameless = not suffix.strip(".0123456789") and entry.is_file()
-                if suffix in IMAGE_SUFFIXES or (nameless and _has_dicom_magic(entry.path)):
-                    found.append(f"{prefix}/{entry.name}")
+                if kind := not_an_image(entry.name, lambda e=entry: e.is_file() and _has_dicom_magic(e.path)):
+                    ignored[kind] += 1
                 else:
-                    ignored[suffix or "no suffix"] += 1
-    found.sort(key=_spelling)
+                    found.append(f"{prefix}/{entry.name}")
+    found.sort(key=spelling)
     return found
 
 
 def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> ImageFolder:
-    """List the images of every class folder, in an order that no file system changes.
+    """List the images of every class folder, in an order that no file system changes. Of shards see
+    `data.shards`.
 
     Hidden entries and system litter are passed over; other files that are no images are counted in `notes`.
     Raises UserError when the folder is missing, is empty, or holds fewer than `at_least` (1 or 2) classes
@@ -116,43 +167,59 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
         )
     try:
         with os.scandir(root) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries if not _is_litter(entry.name)]
-        names = sorted((name for name, is_folder in found if is_folder), key=_spelling)
+            found = [(entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name)]
+        names = sorted((name for name, is_folder in found if is_folder), key=spelling)
         suffixes = [os.path.splitext(name)[1].lower() for name, is_folder in found if not is_folder]
         loose = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)
         ignored: Counter[str] = Counter()
-        per_class = {name: images_below(root / name, ignored) for name in names}
+        "\n".join(names).encode()
+        paths, counts = Names(), {}
+        for name in names:
+            n_before = len(paths)
+            paths.extend(images_below(root / name, ignored))
+            counts[name] = len(paths) - n_before
     except PermissionError as error:
         raise UserError(f"{option}: no permission to read {error.filename}") from None
+    except UnicodeEncodeError as error:
+        raise not_utf8(f"{option} {root}", error) from None
+    return folder_of_classes(root, option, at_least, counts, paths, loose, ignored)
 
-    spelled: dict[str, str] = {}
-    for name in names:
-        if nfc(name) in spelled:
-            raise UserError(
-                f"{option} {root} has two folders that both read {nfc(name)!r}; rename or merge them"
-            )
-        spelled[nfc(name)] = name
+
+def not_utf8(where: str, error: UnicodeEncodeError) -> UserError:
+    line = error.object[: error.end].rsplit("\n", 1)[-1]
+    return UserError(
+        f"{where} has a name that is not UTF-8, such as {line!r}, perhaps unpacked from an archive made with "
+        "another encoding; unpack it with the right one, or rename it"
+    )
+
+
+def folder_of_classes(
+    root: Path,
+    option: str,
+    at_least: int,
+    counts: Mapping[str, int],
+    paths: Names,
+    loose: int,
+    ignored: Counter[str],
+) -> ImageFolder:
+    """What a scan found, checked. counts: of the images in `paths`, by class folder as it is spelled, sorted;
+    loose: images in none; ignored: files that are no images, by suffix.
+    """
+    twice = [name for name, n in Counter(map(nfc, counts)).items() if n > 1]
+    if twice:
+        raise UserError(f"{option} {root} has two folders that both read {twice[0]!r}; rename or merge them")
 
     notes = []
     if loose:
         notes.append(f"{loose} images lie beside the class folders of {root} and are not used")
-    empty = [name for name in names if not per_class[name]]
+    empty = [name for name, n in counts.items() if not n]
     if empty:
         notes.append(f"folders without images are no classes: {', '.join(empty)}")
     if ignored:
         kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
         notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
 
-    try:
-        "\n".join([*names, *(path for own in per_class.values() for path in own)]).encode()
-    except UnicodeEncodeError as error:
-        line = error.object[: error.end].rsplit("\n", 1)[-1]
-        raise UserError(
-            f"{option} {root} has a name that is not UTF-8, such as {line!r}, perhaps unpacked from an "
-            "archive made with another encoding; unpack it with the right one, or rename it"
-        ) from None
-
-    used = [name for name in names if per_class[name]]
+    used = [name for name, n in counts.items() if n]
     if len(used) < at_least:
         have = f"only {used[0]!r}" if used else "none"
         hint = " (its images lie loose in the folder)" if loose and not used else ""
@@ -161,11 +228,8 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
             f"{option} {root} needs at least {wanted} with images, found {have}{hint}; "
             f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    paths = [path for name in used for path in per_class[name]]
-    labels = np.repeat(np.arange(len(used)), [len(per_class[name]) for name in used])
-    return ImageFolder(
-        root, tuple(nfc(name) for name in used), tuple(paths), labels.astype(np.int64), tuple(notes)
-    )
+    labels = np.repeat(np.arange(len(used), dtype=np.int64), [counts[name] for name in used])
+    return ImageFolder(root, tuple(nfc(name) for name in used), paths, labels, tuple(notes))
 
 
 def check_class_sizes(folder: ImageFolder, at_least: int, why: str) -> None:
@@ -179,10 +243,12 @@ def check_class_sizes(folder: ImageFolder, at_least: int, why: str) -> None:
         )
 
 
-def fingerprint(folder: ImageFolder, digests: Sequence[str]) -> str:
-    """SHA-256 over classes, relative paths and pixel digests: the same for equal data on every machine."""
-    lines = [*folder.classes, *(f"{nfc(p)}\t{d}" for p, d in zip(folder.paths, digests, strict=True))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def fingerprint(folder: ImageFolder, digests: np.ndarray) -> str:
+    """SHA-256 over classes, relative paths and pixel digests (N,): equal data have the same everywhere."""
+    found = hashlib.sha256("\n".join(folder.classes).encode())
+    for path, digest in zip(folder.paths, digests, strict=True):
+        found.update(f"\n{nfc(path)}\t{digest.decode()}".encode())
+    return found.hexdigest()
 
 
 def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
@@ -193,15 +259,22 @@ def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
         raise UserError(f"--group-pattern '{pattern}' is not a regular expression: {error}") from None
     if regex.groups < 1:
         raise UserError(f"--group-pattern '{pattern}' needs a group in parentheses, such as '^(P\\d+)_'")
-    # An empty group would make one patient of all images that have none.
-    matches = [regex.search(nfc(path.rsplit("/", 1)[-1])) for path in folder.paths]
-    missed = [path for path, m in zip(folder.paths, matches, strict=True) if m is None or not m.group(1)]
+    groups, missed = [], []
+    of_name: dict[str, str] = {}
+    for path in folder.paths:
+        found = regex.search(nfc(path.rsplit("/", 1)[-1]))
+        # An empty group would make one patient of all images that have none.
+        if found is None or not found.group(1):
+            missed.append(path)
+        else:
+            groups.append(of_name.setdefault(found.group(1), found.group(1)))  # images share the object
     if missed:
+        n_images = len(folder.paths)
         raise UserError(
-            f"--group-pattern '{pattern}' matches no patient in {len(missed)} of {len(matches)} file names:\n"
+            f"--group-pattern '{pattern}' matches no patient in {len(missed)} of {n_images} file names:\n"
             + shorten(missed)
         )
-    return [m.group(1) for m in matches if m]
+    return groups
 
 
 def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
@@ -217,12 +290,14 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
                         f"{', '.join(header) or 'nothing'}{did_you_mean(column, header)}"
                     )
             group_of: dict[str, str] = {}
+            of_name: dict[str, str] = {}
             for row in reader:
                 line = reader.line_num
                 path = nfc((row["path"] or "").replace("\\", "/")).removeprefix("./")
                 group = nfc(row["group"] or "").strip()
                 if not path or not group:
                     raise UserError(f"--groups-file {csv_path}, line {line}: path or group is empty")
+                group = of_name.setdefault(group, group)  # images of one patient share the object
                 if group_of.setdefault(path, group) != group:
                     raise UserError(
                         f"--groups-file {csv_path}, line {line}: {path} is given two groups, "
@@ -242,12 +317,22 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
     return [group_of[nfc(path)] for path in folder.paths]
 
 
-def merge_groups(digests: Sequence[str], patients: Sequence[str] | None) -> np.ndarray | None:
+def first_alike(keys: Sequence[str | None] | np.ndarray) -> np.ndarray:
+    """(N,) of each key the index of the first that equals it."""
+    if isinstance(keys, np.ndarray):  # many different ones would take more memory in a dictionary
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        return first[which]
+    first_of: dict[str | None, int] = {}
+    return np.fromiter((first_of.setdefault(key, i) for i, key in enumerate(keys)), np.int64, len(keys))
+
+
+def merge_groups(digests: np.ndarray, patients: Sequence[str] | None) -> np.ndarray | None:
     """(N,) group index per image: images of one patient, or with identical pixels, share a group.
 
-    Returns None when nothing is known that ties images together.
+    digests (N,): a hash of each image's pixels. Returns None when nothing is known that ties images together.
     """
-    if patients is None and len(set(digests)) == len(digests):
+    same_pixels = first_alike(digests)
+    if patients is None and (same_pixels == np.arange(len(digests))).all():
         return None
     parent = list(range(len(digests)))
 
@@ -257,8 +342,7 @@ def merge_groups(digests: Sequence[str], patients: Sequence[str] | None) -> np.n
             i = parent[i]
         return i
 
-    for keys in (digests, patients or ()):
-        first: dict[str, int] = {}
-        for i, key in enumerate(keys):
-            parent[root_of(i)] = root_of(first.setdefault(key, i))
+    for first in (same_pixels, first_alike(patients or ())):
+        for i in np.flatnonzero(first != np.arange(len(first))).tolist():
+            parent[root_of(i)] = root_of(int(first[i]))
     return np.unique([root_of(i) for i in range(len(digests))], return_inverse=True)[1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import UserError, shorten
+from data.names import Names
 from data.scan import ImageFolder, nfc
 
 ATTEMPTS = 20  # a division that leaves a class in one part is tried again, so often at most
@@ -220,7 +221,7 @@ def hold_out(
 def splits_record(splits: Sequence[Split], paths: Sequence[str], **facts: object) -> dict[str, object]:
     """What splits.json holds: the facts of how it was made, and the image paths of every fold."""
     folds = [
-        {side: [paths[i] for i in getattr(split, side)] for side in ("train", "val")} for split in splits
+        {side: Names(paths[i] for i in getattr(split, side)) for side in ("train", "val")} for split in splits
     ]
     return {**facts, "folds": folds}
 

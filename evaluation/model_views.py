@@ -13,6 +13,7 @@ from PIL import Image
 from common.device import Hardware, choose_hardware
 from common.errors import UserError, first_line
 from data.images import UnreadableImage, read_image, to_square
+from data.shards import Member
 from evaluation.heatmaps import heat_maps, overlay
 from evaluation.results import Predictions
 from evaluation.run_folder import RunFolder
@@ -85,7 +86,7 @@ def look(run: RunFolder) -> Views:
         except UserError as error:
             problems.append(str(error))
             trained, features = None, None
-        mistakes += _with_pictures(run.images, own, trained, features, problems)
+        mistakes += _with_pictures(run, own, trained, features, problems)
         if trained is None:
             continue
         facts = facts or trained.facts
@@ -126,7 +127,7 @@ def space_map(
         rows = np.sort(np.random.default_rng(0).choice(rows, MOST_IN_MAP, replace=False))
     n_drawn = len(rows)
     hardware = _hardware(run, trained.facts["config"]["use_amp"])  # as it was validated
-    images, readable = _embed([run.images / p.paths[i] for i in rows], trained, hardware)
+    images, readable = _embed([run.image(p.paths[i]) for i in rows], trained, hardware)
     rows = rows[readable]
     if len(rows) < 3:
         problems.append(f"no map of embeddings: {len(rows)} of {n_images} images can be read in {run.images}")
@@ -145,14 +146,16 @@ def space_map(
     )
 
 
-def _embed(files: list[Path], trained: TrainedModel, hardware: Hardware) -> tuple[np.ndarray, np.ndarray]:
+def _embed(
+    files: list[Path | Member], trained: TrainedModel, hardware: Hardware
+) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors (n, D) of the n files that can be read, and which those are (N,) bool.
 
     On a CPU one thread per batch, not one batch on all threads: beside other work, threads that wait
     for each other at every layer were measured to take four times as long.
     """
 
-    def embed(batch: list[Path]) -> tuple[torch.Tensor, list[bool]]:
+    def embed(batch: list[Path | Member]) -> tuple[torch.Tensor, list[bool]]:
         squares = [_square(file, trained.img_size) for file in batch]
         read = [square for square in squares if square is not None]
         vectors = torch.empty(0, trained.class_features.shape[1])
@@ -190,7 +193,7 @@ def _hardware(run: RunFolder, use_amp: bool) -> Hardware:
 
 
 def _with_pictures(
-    root: Path,
+    run: RunFolder,
     mistakes: list[Mistake],
     trained: TrainedModel | None,
     features: torch.Tensor | None,
@@ -200,7 +203,7 @@ def _with_pictures(
     done, read = [], []
     for mistake in mistakes:
         try:
-            image = read_image(root / mistake.path)
+            image = read_image(run.image(mistake.path))
         except UnreadableImage as error:
             problems.append(f"{mistake.path} cannot be shown: {error}")
             done.append(mistake)
@@ -229,7 +232,7 @@ def _with_pictures(
     return done
 
 
-def _square(file: Path, size: int) -> np.ndarray | None:
+def _square(file: Path | Member, size: int) -> np.ndarray | None:
     try:
         return to_square(read_image(file), size)
     except UnreadableImage:

@@ -1,14 +1,16 @@
 """What a run, a cross-validation or an evaluation left in its folder, read back for the report."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import LATEST, read_json
 from data.scan import nfc
+from data.shards import Member, finder
 from evaluation.results import Predictions, read_predictions
 
 SINGLE, CROSS_VALIDATION, EVALUATION = "single", "cross-validation", "evaluation"
@@ -33,9 +35,15 @@ class RunFolder:
     check: Mapping[str, Any] | None
 
     @property
-    def images(self) -> Path:
-        """The folder that the paths of the predictions are relative to."""
-        return Path(self.config.get("val_dir") or self.config["data_dir"])
+    def images(self) -> str:
+        """The folder that the paths of the predictions are relative to, or the shards."""
+        return self.config.get("val_dir") or self.config["data_dir"]
+
+    @cached_property
+    def image(self) -> Callable[[str], Path | Member]:
+        """The file of an image, by its path in the predictions."""
+        cache_dir = self.config.get("cache_dir")
+        return finder(self.images, Path(cache_dir) if cache_dir else None)
 
     @property
     def by_patient(self) -> bool:

@@ -327,7 +327,7 @@ def test_the_splits_of_every_version_are_these():
 def test_record_holds_facts_and_paths():
     splits = [Split(np.array([1, 2]), np.array([0])), Split(np.array([0]), np.array([1, 2]))]
     record = splits_record(splits, ["a/1.png", "a/2.png", "肺/3.png"], random_state=42, n_splits=2)
-    assert json.loads(json.dumps(record)) == {
+    assert json.loads(json.dumps(record, default=list)) == {
         "random_state": 42,
         "n_splits": 2,
         "folds": [

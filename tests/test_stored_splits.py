@@ -1,6 +1,6 @@
 """A splits.json that was edited, or no longer fits the data, stops the run and says what is wrong."""
 
-import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,8 @@ SPLITS = k_folds(LABELS, PATIENTS, 5, 42, CLASSES)
 
 @pytest.fixture
 def record() -> dict:
-    return copy.deepcopy(splits_record(SPLITS, PATHS, n_splits=5, dataset_fingerprint="f" * 8))
+    made = splits_record(SPLITS, PATHS, n_splits=5, dataset_fingerprint="f" * 8)
+    return json.loads(json.dumps(made, default=list))
 
 
 def read(record, groups=PATIENTS, folder=FOLDER, fingerprint="f" * 8):

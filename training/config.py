@@ -53,13 +53,16 @@ class Config:
     """All options of a run. Field names are the JSON keys of the guide."""
 
     data_dir: str | None = option(
-        None, "data", "folder with one sub-folder of images per class (required)", on_resume="free"
+        None,
+        "data",
+        "folder with one sub-folder of images per class, or tar shards (required)",
+        on_resume="free",
     )
     output_dir: str | None = option(
         None, "data", "folder for everything the run writes (required)", on_resume="free"
     )
     val_dir: str | None = option(
-        None, "data", "a ready validation folder, instead of holding images out", on_resume="same"
+        None, "data", "a ready validation folder (or shards), instead of holding images out", on_resume="same"
     )
     val_ratio: float = option(
         0.2, "data", "share of images held out for validation", above=0, high=0.5, on_resume="same"

@@ -1,9 +1,10 @@
 """From options to a checked data set: class folders, sentences, patients, pixels, splits."""
 
 import hashlib
+import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from data.cache import default_cache_dir, inspect_cached
 from data.findings import quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
 from data.loader import loading_processes, refuse_small_shared_memory
+from data.names import Names
 from data.scan import (
+    Files,
     ImageFolder,
     check_class_sizes,
     fingerprint,
@@ -22,8 +25,8 @@ from data.scan import (
     groups_from_file,
     merge_groups,
     nfc,
-    scan_folder,
 )
+from data.shards import scan_images
 from data.splits import Split, hold_out, splits_record
 from data.texts import class_sentences
 from evaluation.results import Predictions
@@ -41,7 +44,7 @@ class DataSet:
 
     folder: ImageFolder
     val_folder: ImageFolder | None
-    files: list[Path]
+    files: Files
     labels: np.ndarray
     inspection: Inspection
     patients: Sequence[str] | None
@@ -51,6 +54,13 @@ class DataSet:
     @property
     def n_own(self) -> int:
         return len(self.folder.paths)
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """N, relative to --data-dir, or to --val-dir for its images."""
+        if self.val_folder is None:
+            return self.folder.paths
+        return Names(itertools.chain(self.folder.paths, self.val_folder.paths))
 
     @property
     def squares(self) -> Squares | None:
@@ -66,7 +76,7 @@ class DataSet:
         self, indices: np.ndarray, probs: np.ndarray, folds: np.ndarray | None = None
     ) -> Predictions:
         """`probs` (n, C) of the images `indices` (n,), with what is known of them."""
-        paths = [*self.folder.paths, *(self.val_folder.paths if self.val_folder else ())]
+        paths = self.paths
         return Predictions(
             self.folder.classes,
             tuple(paths[i] for i in indices),
@@ -79,11 +89,12 @@ class DataSet:
 
 def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
     """The class folders of --data-dir and --val-dir, checked; both label by the first's classes."""
-    folder = scan_folder(Path(config.data_dir))
+    cache_dir = Path(config.cache_dir) if config.cache_dir else None
+    folder = scan_images(config.data_dir, cache_dir=cache_dir)
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
     if config.val_dir:
-        found = scan_folder(Path(config.val_dir), "--val-dir")
+        found = scan_images(config.val_dir, "--val-dir", cache_dir=cache_dir)
         extra = [name for name in found.classes if name not in folder.classes]
         if extra:
             raise UserError(
@@ -92,7 +103,7 @@ def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
         index = np.array([folder.classes.index(name) for name in found.classes])
         absent = [name for name in folder.classes if name not in found.classes]
         notes = (*found.notes, *(f"--val-dir has no images of class {name!r}" for name in absent))
-        val_folder = ImageFolder(found.root, folder.classes, found.paths, index[found.labels], notes)
+        val_folder = replace(found, classes=folder.classes, labels=index[found.labels], notes=notes)
     for note in (*folder.notes, *(val_folder.notes if val_folder else ())):
         print(f"note: {note}")
     return folder, val_folder
@@ -138,7 +149,7 @@ def inspect(config: Config, folders: Sequence[ImageFolder]) -> Inspection:
     if config.use_cache:
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
         return inspect_cached(folders, config.img_size, cache_dir)
-    return inspect_images([file for folder in folders for file in folder.files()], config.img_size)
+    return inspect_images(Files(folders), config.img_size)
 
 
 def read_images(
@@ -151,12 +162,13 @@ def read_images(
     """Read every image once, those that the cache does not hold already. Raises UserError naming the
     unreadable ones, unless --skip-unreadable drops them and leaves every class of `folder` `at_least` images.
     """
-    files = folder.files() + (val_folder.files() if val_folder else [])
+    folders = [folder] + ([val_folder] if val_folder else [])
+    files = Files(folders)
     if len(files) * 3 * config.img_size**2 > MEMORY_FOR_IMAGES:  # processes will fetch them
         workers = loading_processes(config.num_workers)
         refuse_small_shared_memory(workers, config.batch_size, config.img_size)
     started = time.monotonic()
-    inspection = inspect(config, [folder] + ([val_folder] if val_folder else []))
+    inspection = inspect(config, folders)
     bad = inspection.errors
     if bad:
         listing = shorten([f"{files[i]}: {why}" for i, why in bad.items()], 50)
@@ -178,8 +190,8 @@ def read_images(
         if not folder.paths:
             raise UserError(f"no image of --data-dir {config.data_dir} can be read")
         check_class_sizes(folder, at_least, "that can be read")
-        inspection = inspection.without(set(bad))
-        files, n_own = [file for i, file in enumerate(files) if i not in bad], len(folder.paths)
+        inspection, n_own = inspection.without(set(bad)), len(folder.paths)
+        files = Files([folder] + ([val_folder] if val_folder else []))
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])
@@ -199,8 +211,7 @@ def findings_of(data: DataSet, splits: Sequence[Split]) -> list[dict[str, Any]]:
     """
     folder = data.folder
     if data.val_folder is not None:
-        paths = (*folder.paths, *data.val_folder.paths)
-        folder = ImageFolder(folder.root, folder.classes, paths, data.labels, ())
+        folder = ImageFolder(folder.root, folder.classes, data.paths, data.labels, ())
     return quick_findings(folder, data.inspection, data.patients, splits, for_training=bool(splits))
 
 
@@ -214,13 +225,12 @@ def split_of(config: Config, data: DataSet) -> Split:
 
 def record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> dict[str, Any]:
     """Content of splits.json. Paths are relative to --data-dir, or to --val-dir for its images."""
-    paths = [*data.folder.paths, *(data.val_folder.paths if data.val_folder else ())]
     made_by = {"n_splits": config.n_splits} if config.use_cv else {"val_ratio": config.val_ratio}
     if data.val_folder is not None:
         made_by = {"val_dir": config.val_dir}
     grouped_by = config.group_pattern or config.groups_file
     return splits_record(
-        splits, paths, random_state=config.random_state, **made_by, grouped_by=grouped_by,
+        splits, data.paths, random_state=config.random_state, **made_by, grouped_by=grouped_by,
         n_groups=None if data.groups is None else int(data.groups.max()) + 1,
         dataset_fingerprint=data.fingerprint,
     )  # fmt: skip
@@ -228,5 +238,7 @@ def record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> dict[st
 
 def split_fingerprint(data: DataSet, split: Split) -> str:
     """SHA-256 of the data and of which of its images validate; equal on every operating system."""
-    names = [nfc(data.folder.paths[i]) for i in split.val if i < data.n_own]
-    return hashlib.sha256("\n".join([data.fingerprint, *names]).encode()).hexdigest()
+    found = hashlib.sha256(data.fingerprint.encode())
+    for i in split.val[split.val < data.n_own]:
+        found.update(f"\n{nfc(data.folder.paths[i])}".encode())
+    return found.hexdigest()

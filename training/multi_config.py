@@ -16,7 +16,8 @@ import torch
 from common.distributed import is_main, n_processes
 from common.errors import UserError, first_line
 from common.files import read_json, saved_in, text_cell, write_csv, write_json
-from data.scan import ImageFolder, scan_folder
+from data.scan import ImageFolder
+from data.shards import scan_images
 from data.texts import class_sentences
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
@@ -122,7 +123,8 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
         )
     chosen = [entry for entry in entries if config.config_index in (None, entry.number)]
     # every folder is looked at before the first entry starts
-    images = scan_folder(Path(config.data_dir))
+    cache_dir = Path(config.cache_dir) if config.cache_dir else None
+    images = scan_images(config.data_dir, cache_dir=cache_dir)
     begun = [continues(entry.folder, entry.config, _texts(entry, images)) for entry in chosen]
     for entry, going_on in zip(chosen, begun, strict=True):
         if going_on and is_finished(entry):

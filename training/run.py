@@ -180,6 +180,11 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
             f"--resume-from {config.resume_from} is of a fold; a cross-validation continues by itself when "
             "its own command is given again"
         )
+    if (checkpoint["config"].get("val_dir") or "").startswith("pipe:") and "val_dir" not in typed:
+        problems.append(
+            f"--resume-from {config.resume_from} names a command to run as its --val-dir "
+            f"({checkpoint['config']['val_dir']}); type the option again to allow it"
+        )
     begun = checkpoint["epoch"] + (checkpoint["in_epoch"]["steps"] > 0)
     if typed.get("epochs", math.inf) < begun:
         problems.append(

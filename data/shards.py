@@ -1,0 +1,355 @@
+"""Images in tar files ("shards"), members class/key.jpg as webdataset names them: an image folder, packed.
+
+Nothing is unpacked. One walk along the headers notes where each member lies, and from then on an image is a
+piece of a file, read whenever a file of a folder would be: into the cache of squares, each epoch where there
+is none, for a report. Shards of an object store (https, gs, hf, pipe:COMMAND ...) are fetched through
+webdataset, once, each from beginning to end, and kept beside the cache.
+
+webdataset's readers are not used for the members: they take one of any size into memory, make one sample of
+1.2.dcm and 1.3.dcm, and know no place of an image to come back to. Nothing is unpickled or run.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tarfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import UserError, first_line, shorten
+from common.files import whole_file
+from data.cache import FREE_DISK, default_cache_dir
+from data.names import Names
+from data.scan import (
+    ImageFolder,
+    folder_of_classes,
+    is_litter,
+    not_an_image,
+    not_utf8,
+    scan_folder,
+    spelling,
+)
+
+LISTED_BY = "1"  # another way of listing must not find the old lists
+MOST_SHARDS = 100_000
+MOST_HEADER = 2**20  # bytes of a long name or of pax records: tarfile takes them into memory
+PIECE = 2**22  # bytes fetched at a time
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One image in a shard; what `data.images` asks of a Path it answers too.
+
+    path: class/key.jpg. offset, size: bytes. stamp: the shard's size and times of change.
+    """
+
+    shard: Path
+    path: str
+    offset: int
+    size: int
+    stamp: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.path}"
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    def stat(self) -> SimpleNamespace:
+        _, changed, touched = self.stamp
+        return SimpleNamespace(
+            st_mode=stat.S_IFREG, st_size=self.size, st_mtime_ns=changed, st_ctime_ns=touched
+        )
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        with open(self.shard, mode) as file:
+            if _stamp(os.fstat(file.fileno())) != self.stamp:
+                raise OSError(f"{self.shard.name} has changed since the run began")
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+
+@dataclass(frozen=True)
+class Members:
+    """Where N images lie: places (N, 3) int64 of shard, offset and size. stamps: of each shard."""
+
+    shards: tuple[Path, ...]
+    stamps: tuple[tuple[int, int, int], ...]
+    places: np.ndarray
+
+    def member(self, index: int, path: str) -> Member:
+        shard, offset, size = self.places[index].tolist()
+        return Member(self.shards[shard], path, offset, size, self.stamps[shard])
+
+    def take(self, indices: np.ndarray) -> "Members":
+        return replace(self, places=self.places[indices])
+
+
+def is_shards(source: str | Path) -> bool:
+    """Whether `source` stands for tar files (URLs, a pattern, a folder of them) and not for class folders."""
+    text = str(source)
+    if _is_remote(text) or (text.endswith(".tar") and not Path(text).is_dir()):
+        return True
+    return Path(text).is_dir() and bool(_shards_in(Path(text)))
+
+
+def scan_images(
+    source: str | Path,
+    option: str = "--data-dir",
+    at_least: int = 2,
+    cache_dir: Path | None = None,
+    fetch: bool = True,
+) -> ImageFolder:
+    """`scan_folder` for a folder; for shards the same of their members.
+
+    cache_dir: where lists of shards, and those that are fetched, are kept; without `fetch` these must be
+    there. Raises UserError as
+    `scan_folder` does, and where a shard is missing or damaged or cannot be fetched.
+    """
+    if not is_shards(source):
+        return scan_folder(Path(source), option, at_least)
+    cache_dir = cache_dir or default_cache_dir()
+    shards = tuple(_local_shards(str(source), option, cache_dir, fetch))
+    stamps = tuple(_stamp(shard.stat()) for shard in shards)
+    names, places, loose, ignored = Names(), array("q"), 0, Counter()
+    rows_of: dict[str, array] = {}  # by class folder
+    bar = tqdm(shards, desc="listing shards", unit="tar", leave=False, disable=None, delay=1)
+    for number, shard in enumerate(bar):
+        try:
+            listed, pieces, others = _listed(shard, stamps[number], cache_dir)
+        except UnicodeEncodeError as error:
+            raise not_utf8(f"{option} {shard}", error) from None
+        except Exception as error:  # a damaged file makes tarfile raise anything from OSError to ValueError
+            raise UserError(f"{option}: the shard {shard} {_damage(shard, error)}") from None
+        ignored += others
+        for name, (offset, size) in zip(listed, pieces.tolist(), strict=True):
+            if "/" not in name:
+                loose += 1
+                continue
+            rows_of.setdefault(name.split("/")[0], array("q")).append(len(names))
+            names.extend([name])
+            places.extend((number, offset, size))
+    classes = sorted(rows_of, key=spelling)
+    order = np.array(
+        [row for name in classes for row in sorted(rows_of[name], key=lambda i: spelling(names[i]))]
+    )
+    paths, found = names.take(order), np.array(places, np.int64).reshape(-1, 3)[order.astype(np.int64)]
+    _refuse_repeats(paths, [shards[number] for number in found[:, 0]], option)
+    counts = {name: len(rows_of[name]) for name in classes}
+    folder = folder_of_classes(Path(source), option, at_least, counts, paths, loose, ignored)
+    return replace(folder, members=Members(shards, stamps, found))
+
+
+def finder(source: str | Path, cache_dir: Path | None = None) -> Callable[[str], Path | Member]:
+    """What gives the image of a path that `scan_images` has listed; nothing is fetched. Where the shards
+    cannot be read any more the files it gives do not exist.
+    """
+    root = Path(source)
+    try:
+        if is_shards(source):
+            folder = scan_images(source, at_least=1, cache_dir=cache_dir, fetch=False)
+            row = {path: i for i, path in enumerate(folder.paths)}
+            return lambda path: folder.file(row[path]) if path in row else root / path
+    except UserError as error:
+        print(f"note: {error}")
+    return lambda path: root / path
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _is_remote(source: str) -> bool:
+    return source.startswith("pipe:") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", source) is not None
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """Its .tar files, sorted; none where it has sub-folders: then those are the classes."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name)]
+    except OSError:  # `scan_folder` says so
+        return []
+    if any(is_folder for _, is_folder in found):
+        return []
+    return [folder / name for name, _ in sorted(found) if name.endswith(".tar")]
+
+
+def _local_shards(source: str, option: str, cache_dir: Path, fetch: bool) -> list[Path]:
+    """The files of `source`, those of an object store fetched. Raises UserError naming what is missing."""
+    if Path(source).is_dir():
+        return _shards_in(Path(source))
+    if Path(source).is_file():
+        return [Path(source)]
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", source)  # braceexpand makes all before it gives the first
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MOST_SHARDS:
+        raise UserError(f"{option} {source} stands for more than {MOST_SHARDS} shards; make larger ones")
+    try:
+        parts = source.split("::")  # as webdataset writes several patterns
+        urls = [url.removeprefix("file://") for part in parts for url in braceexpand(part)]
+    except UnbalancedBracesError as error:
+        raise UserError(f"{option} {source}: the braces cannot be expanded: {error}") from None
+    missing = [url for url in urls if not _is_remote(url) and not Path(url).is_file()]
+    if missing:
+        raise UserError(f"{option}: {len(missing)} of {len(urls)} shards do not exist:\n{shorten(missing)}")
+    bar = tqdm(urls, desc="fetching shards", unit="tar", leave=False, disable=None, delay=1)
+    return [_fetched(url, option, cache_dir, fetch) if _is_remote(url) else Path(url) for url in bar]
+
+
+def _fetched(url: str, option: str, cache_dir: Path, fetch: bool) -> Path:
+    """The local copy of a shard, made where it is not there. Raises UserError."""
+    copy = cache_dir / "shards" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar"
+    if copy.exists():
+        return copy
+    if not fetch:
+        raise UserError(f"{option}: the shard {url} is not kept in {copy.parent} any more")
+    try:
+        from webdataset.gopen import gopen
+
+        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with whole_file(copy) as temporary, open(temporary, "wb") as file:
+            os.chmod(temporary, 0o600)  # patients' images: for this user alone
+            with gopen(url) as stream:
+                while piece := stream.read(PIECE):
+                    free = shutil.disk_usage(copy.parent).free
+                    if free < len(piece) + FREE_DISK:
+                        raise UserError(
+                            f"{option}: no room in {copy.parent} for the shard {url}: {free / 1e6:,.0f} MB "
+                            f"are free, and {FREE_DISK / 1e6:,.0f} MB are kept for the run's results; "
+                            "--cache-dir puts the shards elsewhere"
+                        )
+                    file.write(piece)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library or the program it calls runs into
+        s3 = "; for s3 give pipe:aws s3 cp s3://BUCKET/NAME.tar -" if url.startswith("s3:") else ""
+        raise UserError(f"{option}: the shard {url} cannot be fetched: {first_line(error)}{s3}") from None
+    return copy
+
+
+class _Header(tarfile.TarInfo):
+    """What tarfile makes of 512 bytes, less trusting: it takes a damaged header, or none, for the end, and
+    names of any length into memory.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the end as it should be
+                raise
+            raise tarfile.ReadError(f"no end where the last member ends, but {error}") from None
+        of_names = not header.isreg() and not header.isdir() and header.size > MOST_HEADER
+        if header.size < 0 or of_names or header.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"a header of type {header.type} claims {header.size} bytes")
+        return header
+
+
+def _listed(
+    shard: Path, stamp: tuple[int, int, int], cache_dir: Path
+) -> tuple[Names, np.ndarray, Counter[str]]:
+    """Names of the n images in a tar file, offsets and sizes (n, 2), and what else there is, by suffix.
+
+    Kept in the cache: to walk along a million headers takes a minute of processor time, and on a network
+    file system as many reads.
+    """
+    key = hashlib.sha256(f"{shard.resolve()}\n{stamp}\n{LISTED_BY}".encode(errors="surrogatepass"))
+    kept = cache_dir / "shards" / f"{key.hexdigest()[:16]}.list"
+    with suppress(OSError, ValueError), open(kept, "rb") as file:
+        text, ends, pieces, words = (np.lib.format.read_array(file, allow_pickle=False) for _ in range(4))
+        return Names.of(text, ends), pieces, Counter(json.loads(words.tobytes()))
+
+    names, places, ignored = Names(), array("q"), Counter()
+    for name, offset, size in _images_in(shard, ignored):
+        names.extend([name])
+        places.extend((offset, size))
+    pieces = np.array(places, np.int64).reshape(-1, 2)
+    with suppress(OSError):  # no room, or no right to write: it is listed again next time
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with whole_file(kept) as temporary, open(temporary, "wb") as file:
+            os.chmod(temporary, 0o600)  # names may be those of patients
+            for part in (*names.arrays(), pieces, np.frombuffer(json.dumps(ignored).encode(), np.uint8)):
+                np.lib.format.write_array(file, part, allow_pickle=False)
+    return names, pieces, ignored
+
+
+def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each image in a tar file; what else there is goes to `ignored`, by suffix."""
+    with tarfile.open(shard, "r:", tarinfo=_Header, encoding="utf-8") as tar:
+        while member := tar.next():
+            tar.members.clear()
+            if member.size < 0:  # pax records may say so, and tarfile would follow it for ever
+                raise tarfile.ReadError("a member ends before it begins")
+            name = re.sub("^(\\./)+", "", member.name)
+            parts = name.split("/")
+
+            def has_dicom_magic(start: int = member.offset_data + 128) -> bool:
+                tar.fileobj.seek(start)
+                return tar.fileobj.read(4) == b"DICM"
+
+            if member.isdir():
+                continue
+            if not member.isreg():
+                ignored["link or device"] += 1
+            elif "" in parts or ".." in parts:
+                ignored["absolute name or .."] += 1
+            elif any(map(is_litter, parts)):
+                continue
+            elif kind := not_an_image(parts[-1], has_dicom_magic):
+                ignored[kind] += 1
+            else:
+                yield name, member.offset_data, member.size
+
+
+def _damage(shard: Path, error: Exception) -> str:
+    """What is wrong with it, and what to do."""
+    try:
+        with open(shard, "rb") as file:
+            start = file.read(2)
+    except OSError as unreadable:
+        return f"cannot be read: {unreadable.strerror}"
+    if start in COMPRESSED:
+        return (
+            f"is compressed ({COMPRESSED[start]}), so no image in it can be read by itself; decompress it: "
+            "images hardly get smaller"
+        )
+    return (
+        f"is no whole tar file ({first_line(error)}); copy it again, or remove it (a copy in the cache, too)"
+    )
+
+
+def _refuse_repeats(paths: Names, shards: Sequence[Path], option: str) -> None:
+    """Raises UserError where two of the sorted `paths` are the same."""
+    repeated = [
+        f"{path} in {shards[i]} and {shards[i + 1]}"
+        for i, (path, after) in enumerate(itertools.pairwise(paths))
+        if path == after
+    ]
+    if repeated:
+        raise UserError(
+            f"{option}: {len(repeated)} names are in the shards twice; an image's name must be its own:\n"
+            + shorten(repeated)
+        )
