@@ -58,7 +58,8 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     """
     output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
-    folder, _ = scan(config)
+    with first_here_first():  # the others find the shards fetched
+        folder, _ = scan(config)
     texts = sentences_of(config, folder, class_texts)
     patients = patients_of(config, folder, None)
     going_on = continues(output_dir, config, texts)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.distributed import is_main, n_processes
+from common.distributed import first_here_first, is_main, n_processes
 from common.errors import UserError, first_line
 from common.files import read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder
@@ -83,6 +83,10 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
                 f"entry {number}: {', '.join(fixed)} cannot be set per entry; give it on the command line"
             )
             continue
+        if (options.get("val_dir") or "").startswith("pipe:") and "val_dir" not in typed:
+            # the file may be a stranger's
+            problems.append(f"entry {number}: val_dir names a command to run; type --val-dir to allow that")
+            continue
         for key, value in typed.items():
             if key in options and options[key] != value and key not in said:
                 said.add(key)
@@ -124,7 +128,8 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     chosen = [entry for entry in entries if config.config_index in (None, entry.number)]
     # every folder is looked at before the first entry starts
     cache_dir = Path(config.cache_dir) if config.cache_dir else None
-    images = scan_images(config.data_dir, cache_dir=cache_dir)
+    with first_here_first():  # the others find the shards fetched
+        images = scan_images(config.data_dir, cache_dir=cache_dir)
     begun = [continues(entry.folder, entry.config, _texts(entry, images)) for entry in chosen]
     for entry, going_on in zip(chosen, begun, strict=True):
         if going_on and is_finished(entry):

@@ -110,7 +110,8 @@ def train_single(
         with locked(output_dir):
             pass  # better refused now than after the images are read
     hardware = choose_hardware(config.gpu_id, config.use_amp)
-    folder, val_folder = scan(config)
+    with first_here_first():  # the others find the shards fetched
+        folder, val_folder = scan(config)
     texts = sentences_of(config, folder, class_texts)
     patients = patients_of(config, folder, val_folder)
     if checkpoint:
