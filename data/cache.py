@@ -216,8 +216,8 @@ def _build(
     size: int,
 ) -> None:
     """Write the file: a row for each of `files`, black where one cannot be read, then the rows `others`."""
-    keys = Names(itertools.chain(keys, (stored.keys[row] for row in others)))
     if len(others):
+        keys = Names(itertools.chain(keys, (stored.keys[row] for row in others)))
         stamps = np.concatenate([stamps, stored.stamps[others]])
     from_rows = np.concatenate([rows, others])
     crcs = np.zeros(len(keys), np.uint32)
@@ -239,12 +239,13 @@ def _build(
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         found = Inspection.of(readings(file), len(keys), None)
         record = _packed(keys, stamps, crcs, found)
-        file.write(record + zlib.crc32(record).to_bytes(4, "little"))
+        file.write(record)
+        file.write(zlib.crc32(record).to_bytes(4, "little"))
 
     write_whole(path, write)
 
 
-def _packed(keys: Names, stamps: np.ndarray, crcs: np.ndarray, found: Inspection) -> bytes:
+def _packed(keys: Names, stamps: np.ndarray, crcs: np.ndarray, found: Inspection) -> memoryview:
     """The record: arrays in the .npy format, one after the other; `_open` reads them back."""
     number = {facts: i for i, facts in enumerate(dict.fromkeys(found.facts))}
     words = {"errors": list(found.errors.items()), "facts": [f and astuple(f) for f in number]}
@@ -255,7 +256,7 @@ def _packed(keys: Names, stamps: np.ndarray, crcs: np.ndarray, found: Inspection
     record = io.BytesIO()
     for array in arrays:
         np.lib.format.write_array(record, array, allow_pickle=False)
-    return record.getvalue()
+    return record.getbuffer()
 
 
 def _open(path: Path, size: int) -> _Stored | None:
@@ -271,10 +272,9 @@ def _open(path: Path, size: int) -> _Stored | None:
             array = np.memmap(file, np.uint8, "r", start, shape)
             file.seek(start + array.nbytes)
             content = file.read()
-        record = content[:-4]
-        if zlib.crc32(record) != int.from_bytes(content[-4:], "little"):
+        if zlib.crc32(memoryview(content)[:-4]) != int.from_bytes(content[-4:], "little"):
             raise ValueError("the record is damaged")
-        packed = io.BytesIO(record)
+        packed = io.BytesIO(content)
         text, ends, stamps, crcs, digests, which, words = (
             np.lib.format.read_array(packed, allow_pickle=False) for _ in range(7)
         )

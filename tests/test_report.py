@@ -281,7 +281,7 @@ def test_the_map_is_the_principal_plane_of_the_embeddings(runs):
     problems = []
     space = model_views.space_map(folder, trained, trained.class_features, 0, problems)
     images = [
-        np.asarray(Image.open(folder.images / p).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
+        np.asarray(Image.open(folder.image(p)).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
         for p in folder.predictions.paths
     ]
     with torch.no_grad():
