@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Train a CLIP-style image classifier on a folder of class folders. `python train_clip.py --help`."""
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.cli import as_program, say
@@ -12,6 +13,8 @@ from common.errors import RunFailed, UserError
 from common.files import LATEST
 from common.stopping import exit_code
 from training.config import Config, make_config, options_from_flags, refuse_without_effect, resolve_auto
+
+OF_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,41 +28,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     started, config = time.time(), None
     try:
-        typed = resolve_auto(options_from_flags(arguments))
-        config = make_config(typed)
-        refuse_without_effect(typed, config)
-    except UserError as error:
-        # torchrun gives all processes of a machine the same options
-        return say(error, silent=os.environ.get("LOCAL_RANK", "0") != "0")
+        with _processes() as again:
+            typed = resolve_auto(options_from_flags(arguments), again)
+            config = make_config(typed)
+            refuse_without_effect(typed, config)
+            # the heavy libraries, only now that the options are known to be good
+            from training.run import run
 
-    # the heavy libraries, only now that the options are known to be good
-    from common.distributed import is_main, joined, lost_another, who_says
-    from training.device import explain_failure
-    from training.run import run
-
-    try:
-        with joined(on_gpu=config.gpu_id >= 0):
             return run(config, typed)
     except UserError as error:
-        who = who_says(str(error))
-        return say(error, who or "", silent=who is None)
+        return _say(error)
     except KeyboardInterrupt as stop:
-        if is_main():
-            print(f"\ninterrupted; {_how_to_continue(config, started)}", file=sys.stderr)
+        how = f"interrupted; {_how_to_continue(config, started)}"
+        if (who := _who(how)) is not None:
+            print(f"\n{who}{how}", file=sys.stderr)
         return exit_code(stop)
     except (RuntimeError, MemoryError, OSError) as error:
-        if lost_another(error):
-            if is_main():
-                print(
-                    f"error: another process of this run has ended; {_how_to_continue(config, started)}",
-                    file=sys.stderr,
-                )
-            return 1
+        from training.device import explain_failure
+
         explanation = explain_failure(error, config)
         if explanation is None:
             raise
-        how = f"{explanation}; {_how_to_continue(config, started)}"
-        return say(RunFailed(how), who_says(how) or "")
+        return _say(RunFailed(f"{explanation}; {_how_to_continue(config, started)}"))
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[bool]:
+    """In the block this process is one of those that torchrun started, or alone. Gives whether they were
+    started anew.
+    """
+    if not OF_TORCHRUN:
+        yield False
+        return
+    from common.distributed import joined
+
+    with joined() as again:
+        yield again
+
+
+def _say(error: UserError) -> int:
+    """Print it, unless another process has said the same. Returns the exit code that it stands for."""
+    who = _who(str(error))
+    return say(error, who or "", silent=who is None)
+
+
+def _who(message: str) -> str | None:
+    """Who says it, where there are several processes. None: another has said so."""
+    if not OF_TORCHRUN:
+        return ""
+    from common.distributed import who_says
+
+    return who_says(message)
 
 
 def _how_to_continue(config: Config | None, started: float) -> str:

@@ -73,6 +73,7 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
         sys.stdout.flush()
         started = time.monotonic()
 
+    from common.device import choose_hardware
     from common.files import write_json
     from data.loader import EpochBatches, ImageDataset, build_loader
     from training import run as steps
@@ -83,7 +84,7 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
         image_encoder_name="starnet_dual_pyramid_rcf", image_weights="none",
         text_encoder_name="bert-tiny-bytes",
     )  # fmt: skip
-    steps.build_model(config)
+    steps.build_model(config, choose_hardware(-1, True))
     say("libraries and models")
     folder, _ = steps.scan(config)
     say("scan")

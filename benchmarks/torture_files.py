@@ -42,7 +42,7 @@ from evaluation.checkpoints import checksum, read_checkpoint, write_file
 from evaluation.trained import load_trained
 from training.config import Config, make_config, read_config_file
 from training.optim import parameter_groups
-from training.run import config_of_resumed_run
+from training.resume import config_of_resumed_run
 from training.state import EarlyStopping, TrainState, read_to_resume
 
 SLOWEST_SECONDS, MOST_MEGABYTES = 10, 2000

@@ -51,7 +51,7 @@ def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
     if several and gpu_id >= 0:
         if gpu_id > 0:
             raise UserError(
-                f"--gpu-id {gpu_id}: torchrun gives each process a GPU of its own; leave the option out, and "
+                f"--gpu-id {gpu_id}: torchrun gives each process a GPU of its own; give --gpu-id 0, and "
                 "choose the GPUs with CUDA_VISIBLE_DEVICES"
             )
         if 0 < count < n_processes_here():

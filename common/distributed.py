@@ -6,18 +6,22 @@ function here returns at once. CPU tensors go through gloo, a GPU's through NCCL
 
 import contextlib
 import datetime
+import hashlib
 import os
 import platform
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
-# The first process of a machine may decode a million images while the others wait. One that dies ends the
-# wait at once, so it need not be short.
-LONGEST_WAIT = datetime.timedelta(days=2)
-_CONNECTION_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl error")
-_store: dist.Store | None = None
+LONGEST_WAIT = datetime.timedelta(days=2)  # the first process of a machine may decode millions of images
+_CONNECTION_LOST = ("connection closed by peer", "connection reset by peer", "remote process exited")
+_BEGUN = "the run has begun"
+_torchruns: dist.Store | None = None  # which outlives restarts
+_store: dist.Store | None = None  # of this start
+_patient: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -44,26 +48,63 @@ def n_processes_here() -> int:
 
 
 @contextlib.contextmanager
-def joined(on_gpu: bool) -> Iterator[None]:
-    """In the block, the processes of this torchrun are one group, of which all but the first are silent."""
-    global _store
+def joined() -> Iterator[bool]:
+    """In the block, the processes of this torchrun are one group, of which all but the first are silent.
+    Gives whether torchrun has started the run anew, after `begun`.
+    """
+    global _torchruns, _store, _patient
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        yield
+        yield False
         return
-    store, number, count = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
-    # torchrun keeps its store over a restart, and the dead processes' addresses in it
-    _store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu and torch.cuda.is_available() else "gloo",
-        store=_store, rank=number, world_size=count, timeout=LONGEST_WAIT,
-    )  # fmt: skip
+    _torchruns, number, count = next(dist.rendezvous("env://"))
+    _store = _of_this_start(_torchruns, number, count)
+    # NCCL does nothing before a tensor of a GPU is sent
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count)
+    _patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    (again,) = maximum([is_main() and _torchruns.check([_BEGUN])])
     with contextlib.ExitStack() as silence:
         if number:
             nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
             silence.enter_context(contextlib.redirect_stdout(nowhere))
             silence.enter_context(contextlib.redirect_stderr(nowhere))
-        yield
+        yield bool(again)
     dist.destroy_process_group()  # not after an error: it would wait for what never comes
+
+
+def _of_this_start(store: dist.Store, number: int, count: int) -> dist.Store:
+    """A part of `store` for the processes of this start. torchrun keeps its store when it starts them again,
+    with what the dead ones wrote there, and counts restarts on each machine by itself. So the first process
+    gives the part a name, and answers with it whoever asks, until all have come.
+    """
+    me = uuid.uuid4().hex
+    store.set(f"{number} asks", me)
+    if number:
+        name = store.get(f"answer to {me}").decode()
+        store.set(f"{number} has come to {name}", "")
+        return dist.PrefixStore(name, store)
+    answered, others = set(), range(1, count)
+    while not all(store.check([f"{other} has come to {me}"]) for other in others):
+        for other in others:
+            asker = store.get(f"{other} asks").decode()
+            if asker not in answered:
+                store.set(f"answer to {asker}", me)
+                answered.add(asker)
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
+
+
+def begun() -> None:
+    """From now on a start by torchrun goes on with what this one has done."""
+    if _torchruns is not None and is_main():
+        _torchruns.set(_BEGUN, "")
+
+
+def agree_on(facts: str) -> bool:
+    """Whether all processes give the same."""
+    digest = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:7], "big")
+    largest, negative = maximum([digest, -digest])
+    return largest == -negative
 
 
 def who_says(message: str) -> str | None:
@@ -80,20 +121,26 @@ def who_says(message: str) -> str | None:
 def lost_another(error: BaseException) -> bool:
     """Whether `error` means that another process of the run has ended."""
     text = str(error).lower()
-    return dist.is_initialized() and any(words in text for words in _CONNECTION_LOST)
+    of_engine = isinstance(error, RuntimeError) and dist.is_initialized()
+    return of_engine and any(words in text for words in _CONNECTION_LOST)
 
 
 def maximum(numbers: Sequence[int]) -> list[int]:
     """Of each number, the largest that a process gives. All wait for each other."""
+    return _largest(numbers, None)
+
+
+def _largest(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
     if n_processes() == 1:
         return list(numbers)
-    largest = torch.tensor(numbers)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    largest = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     return largest.tolist()
 
 
 def wait_for_all() -> None:
-    maximum([0])
+    """However long that takes."""
+    _largest([0], _patient)
 
 
 @contextlib.contextmanager
@@ -123,7 +170,8 @@ def gathered(own: torch.Tensor, n: int) -> torch.Tensor:
     """The (n, D) rows of which each process has its share, in order; on every process.
 
     The gradient is right where each process computes the same loss from them and DistributedDataParallel then
-    takes the mean of the processes' parameter gradients.
+    takes the mean of the processes' parameter gradients. (With dropout in the text tower each process has
+    other sentences, and the mean is over their losses.)
     """
     return own if n_processes() == 1 else _Gather.apply(own, n)
 

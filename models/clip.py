@@ -197,10 +197,10 @@ def build_clip(
     image_tower = build_image_tower(image_encoder, image_weights, img_size)
     text_tower = build_text_tower(text_encoder, text_weights) if text_encoder else None
     model = CLIPModel(image_tower, text_tower, embed_dim, temperature)
-    if gradient_checkpointing:
+    if gradient_checkpointing and not freeze_image:
         image_tower.checkpoint_gradients(image_encoder)
-        if text_tower:
-            text_tower.checkpoint_gradients(text_encoder)
+    if gradient_checkpointing and text_tower and not freeze_text:
+        text_tower.checkpoint_gradients(text_encoder)
     if freeze_image:
         model.freeze(model.image_tower)
     if freeze_text:

@@ -70,15 +70,17 @@ def steps(out):
 
 
 def train(what, arguments):
-    """train_clip, in which the second process does `what` at its sixth step, the first time it is started."""
+    """train_clip, in which the second process does `what` at its sixth step, once."""
     import train_clip
     import training.step as step_module
 
     loss, calls = step_module.contrastive_loss, []
+    happened = Path(arguments[arguments.index("--output-dir") + 1] + " happened")
 
     def at_a_step(*given):
         calls.append(1)
-        if len(calls) == 6 and rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if len(calls) == 6 and rank() == 1 and not happened.exists():
+            happened.touch()
             if what == "raise":
                 raise RuntimeError("CUDA out of memory")
             if what == "kill":
@@ -88,12 +90,14 @@ def train(what, arguments):
         return loss(*given)
 
     step_module.contrastive_loss = at_a_step
+    if what == "other" and os.environ["RANK"] == "1":
+        arguments = [*arguments, "--learning-rate", "0.5"]
     return train_clip.main(arguments)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "steps":
-        with joined(on_gpu=False):
+        with joined():
             steps(sys.argv[2])
     else:
         sys.exit(train(sys.argv[1], sys.argv[2:]))

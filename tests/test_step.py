@@ -78,6 +78,26 @@ def test_random_depth_and_batch_statistics_of_a_part_are_the_same_both_times(opt
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
 
 
+def test_both_times_a_part_is_computed_in_the_same_precision():
+    """In bf16 a CPU takes other operations where there is no gradient."""
+
+    def features_of(most):
+        model, texts = a_model("starnet_dual_pyramid_rcf", 64)
+        model.float()
+        seen, encode = [], model.encode_image
+        model.encode_image = lambda images: seen.append(encode(images)) or seen[-1]
+        texts = {key: value.float() if value.is_floating_point() else value for key, value in texts.items()}
+        torch.manual_seed(3)
+        loss_and_gradients(
+            model, [lambda own=own: own for own, _ in parts_of(images_of(64), torch.arange(7), most)], texts,
+            LABELS, "unicl", SCALER, lambda: torch.autocast("cpu", torch.bfloat16),
+        )  # fmt: skip
+        return seen
+
+    first, second, first_again, second_again = features_of(4)
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+
+
 @pytest.mark.parametrize("most", [None, 4])
 @pytest.mark.parametrize("encoder", ["starnet_dual_pyramid_rcf", "resnet18", "efficientnet-b0"])
 def test_gradient_checkpointing_changes_nothing_but_the_memory(encoder, most):

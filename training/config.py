@@ -7,7 +7,6 @@ Nothing heavy is imported, so that `--help` answers at once.
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 import types
 import typing
@@ -374,19 +373,19 @@ def options_from_flags(arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def resolve_auto(typed: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_auto(typed: Mapping[str, Any], again: bool = False) -> dict[str, Any]:
     """The typed options, where `--resume-from auto` is the checkpoint in the output folder, or nothing where
-    there is none. Cross-validations and comparisons continue without it. What torchrun starts again goes on
-    so too, and does not throw away what it has done.
+    there is none. Cross-validations and comparisons continue without it.
+
+    again: torchrun starts the run anew. It goes on with what is in its output folder, whatever was typed.
     """
     resolved = dict(typed)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    saved = saved_in(Path(typed.get("output_dir") or ""))
+    if again:
         resolved.pop("overwrite", None)
-        resolved.setdefault("resume_from", "auto")
-        typed = dict(resolved)
-    if typed.get("resume_from") == "auto":
+        resolved["resume_from"] = "auto" if saved else typed.get("resume_from", "auto")
+    if resolved.get("resume_from") == "auto":
         del resolved["resume_from"]
-        saved = saved_in(Path(typed.get("output_dir") or ""))
         if saved and not (typed.get("use_cv") or typed.get("multi_config")):
             resolved["resume_from"] = str(saved)
     return resolved

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from common.distributed import lost_another
 from common.errors import RunFailed, first_line, last_line
 from data.images import UnreadableImage
 from training.config import Config
@@ -19,7 +20,14 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
             f"out of memory; lower --batch-size or --img-size{now}, take a smaller encoder, or freeze one "
             "(--freeze-text-encoder, --freeze-image-encoder)"
         )
+    if lost_another(error):
+        return "another process of this run has ended"
     text = str(error)
+    if isinstance(error, RuntimeError) and "finished reduction in the prior iteration" in text:
+        return (
+            "an encoder has parameters that nothing uses, which several processes cannot train; start one "
+            "process, or take another encoder"
+        )
     if isinstance(error, RuntimeError) and ("is killed by signal" in text or "exited unexpectedly" in text):
         return (
             f"a process that loads images was killed ({first_line(error, 120)}); lower --num-workers, or "

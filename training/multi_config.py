@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.distributed import first_here_first, is_main, n_processes
+from common.distributed import first_here_first, is_main, maximum, n_processes, wait_for_all
 from common.errors import UserError, first_line
 from common.files import read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder
@@ -137,7 +137,9 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     failed = []
     for entry, going_on in zip(chosen, begun, strict=True):
         print(f"\n=== configuration {entry.number} of {len(entries)}: {entry.folder.name}", flush=True)
-        if going_on and is_finished(entry):
+        wait_for_all()  # the first process may still be writing the entry before
+        (finished,) = maximum([is_main() and going_on and is_finished(entry)])
+        if finished:
             print("finished already")
         elif not _train_entry(entry, going_on):
             failed.append(entry.folder.name)

@@ -156,9 +156,10 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
         )
     stored = read_json(output_dir / "config.json", "the run's config.json")
     differing = [
-        f"{flag_of(name)} {stored.get(name)} there, {getattr(config, name)} now"
+        f"{flag_of(name)} {stored.get(name, FIELDS[name].default)} there, {getattr(config, name)} now"
         for name in FIELDS
-        if name not in FREE_ON_CONTINUE and stored.get(name) != getattr(config, name)
+        # a run of an earlier version lacks options that have come since
+        if name not in FREE_ON_CONTINUE and stored.get(name, FIELDS[name].default) != getattr(config, name)
     ]
     if stored.get("class_texts") != texts:
         differing.append("the class sentences have changed")

@@ -1,8 +1,6 @@
 """One run from options to results: check, build, read, split, train, sum up."""
 
 import dataclasses
-import math
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +11,18 @@ import numpy as np
 import torch
 
 from common.device import Hardware, choose_hardware
-from common.distributed import first_here_first, is_main, n_processes, wait_for_all
+from common.distributed import agree_on, begun, first_here_first, is_main, n_processes, wait_for_all
 from common.errors import UserError
-from common.files import BEST, LATEST, PREVIOUS, write_json, write_whole
+from common.files import PREVIOUS, write_json
 from data.augment import Augmentation
 from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
-from evaluation.checkpoints import DAMAGED
 from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm
-from training.config import FIELDS, Config, check_options, contradictions, flag_of
+from training.config import FIELDS, Config
 from training.dataset import (
     DataSet,
     findings_of,
@@ -40,6 +37,7 @@ from training.dataset import (
 from training.fit import duration, fit
 from training.optim import parameter_groups
 from training.outputs import (
+    FREE_ON_CONTINUE,
     locked,
     prepare_output_folder,
     print_files,
@@ -49,9 +47,8 @@ from training.outputs import (
     resumes_in,
     run_record,
 )
+from training.resume import check_same_classes, check_same_data, config_of_resumed_run, take_over
 from training.state import EarlyStopping, TrainState, keep_frozen_towers, read_to_resume
-
-_NOT_FROM_CHECKPOINT = ("resume_from", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,13 @@ def run(config: Config, typed: Mapping[str, Any]) -> int:
             f"--batch-size {config.batch_size} is for all {n_processes()} processes together, and each needs "
             "an image; raise it, or start fewer processes"
         )
+    if n_processes() > 1 and config.multi_config and config.overwrite:
+        raise UserError(
+            "--overwrite with --multi-config and torchrun: should torchrun start it anew, finished entries "
+            "could not be told from older ones; remove the folder instead"
+        )
+    if config.sync_batchnorm and n_processes() == 1:
+        print("note: with one process --sync-batchnorm changes nothing")
     if config.multi_config:
         from training.multi_config import train_entries
 
@@ -124,6 +128,7 @@ def train_single(
     with first_here_first():  # the others find the cache made
         data = read_images(config, folder, val_folder, patients, at_least=2 if val_folder is None else 1)
     split = split_of(config, data)
+    refuse_few_images(config, split)
     if checkpoint:
         check_same_data(checkpoint, data, split)
 
@@ -168,88 +173,6 @@ def train_single(
         print_files(output_dir)
         print_use(output_dir)
     return result
-
-
-def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
-    """The checkpoint's options, overridden by typed ones.
-
-    Raises UserError when a typed one cannot change in mid-run.
-    """
-    problems, changed = [], []
-    if checkpoint["config"]["use_cv"]:
-        raise UserError(
-            f"--resume-from {config.resume_from} is of a fold; a cross-validation continues by itself when "
-            "its own command is given again"
-        )
-    if (checkpoint["config"].get("val_dir") or "").startswith("pipe:") and "val_dir" not in typed:
-        problems.append(
-            f"--resume-from {config.resume_from} names a command to run as its --val-dir "
-            f"({checkpoint['config']['val_dir']}); type the option again to allow it"
-        )
-    begun = checkpoint["epoch"] + (checkpoint["in_epoch"]["steps"] > 0)
-    if typed.get("epochs", math.inf) < begun:
-        problems.append(
-            f"--epochs {typed['epochs']}: --resume-from {config.resume_from} has {begun} epochs behind it"
-        )
-    options = {name: value for name, value in checkpoint["config"].items() if name in FIELDS}
-    for name, value in typed.items():
-        if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
-            continue
-        if FIELDS[name].metadata["on_resume"] == "fixed":
-            problems.append(
-                f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
-                f"which was trained with {options.get(name)}; leave the option out, or start a new run"
-            )
-        if FIELDS[name].metadata["on_resume"] in ("same", "said"):
-            shown = (
-                name if isinstance(value, bool) else flag_of(name)
-            )  # --no-amp False would say the opposite
-            changed.append(f"{shown} {options.get(name)} -> {value}")
-    if problems:
-        raise UserError(*problems)
-    if changed:
-        print("resuming with changed options: " + ", ".join(changed))
-    kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}
-    merged = {**options, **typed, **kept}
-    if typed.get("cache_dir"):
-        merged["use_cache"] = True
-    problems = check_options(options, f"--resume-from {config.resume_from}: ")
-    problems = problems or contradictions(dataclasses.replace(Config(**merged), resume_from=None))
-    if problems:
-        raise UserError(*problems)
-    return Config(**merged)
-
-
-def check_same_classes(
-    checkpoint: Mapping[str, Any], where: str, classes: Sequence[str], texts: Mapping[str, Sequence[str]]
-) -> None:
-    """A resumed run goes on with the classes and sentences it has learnt. `where` names the checkpoint."""
-    if tuple(checkpoint["classes"]) != tuple(classes):
-        raise UserError(
-            f"{where} was trained on the classes {', '.join(checkpoint['classes'])}; --data-dir has "
-            f"{', '.join(classes)}"
-        )
-    if checkpoint["class_texts"] != texts:
-        changed = [name for name in classes if checkpoint["class_texts"][name] != texts[name]]
-        raise UserError(
-            f"{where} was trained with other sentences for {', '.join(changed)}; give it the same ones, or "
-            "start a new run in another --output-dir"
-        )
-
-
-def check_same_data(checkpoint: Mapping[str, Any], data: DataSet, split: Split) -> None:
-    """A resumed run must not validate on images it has trained on."""
-    if checkpoint["dataset_fingerprint"] != data.fingerprint:
-        raise UserError(
-            "the images of --data-dir or --val-dir have changed since the checkpoint was written, so images "
-            "already "
-            "trained on could move to validation; restore them, or start a new run in another --output-dir"
-        )
-    if checkpoint["split_fingerprint"] != split_fingerprint(data, split):
-        raise UserError(
-            "the split differs from the checkpoint's; leave --val-ratio, --val-dir, --random-state, "
-            "--group-pattern and --groups-file as they were"
-        )
 
 
 def build_model(config: Config, hardware: Hardware, checkpoint: Mapping[str, Any] | None = None) -> CLIPModel:
@@ -322,11 +245,6 @@ def train_on_split(
     random.seed(seed)
     model.to(device, memory_format=torch.channels_last)
     train_batches = EpochBatches(split.train, config.batch_size, seed)
-    if train_batches.smallest() < n_processes():
-        raise UserError(
-            f"a step has as few as {train_batches.smallest()} of the {len(split.train)} training images, and "
-            f"each of the {n_processes()} processes needs one; start fewer processes"
-        )
     warmup_epochs = 0.05 * config.epochs if config.warmup_epochs is None else config.warmup_epochs
     state = TrainState(
         model=model,
@@ -359,9 +277,9 @@ def train_on_split(
             f" and {state.in_epoch.steps} of {state.steps_per_epoch} steps" if state.in_epoch.steps else ""
         )
         print(f"resuming after epoch {state.epoch} of {config.epochs}{steps}")
-        wait_for_all()  # else another process might not find what this one moves
-        if is_main():
-            take_over(config, resumed_from, output_dir)
+    refuse_disagreement(config, data, split, state, device)
+    if checkpoint and is_main():  # now that all have read it
+        take_over(config, resumed_from, output_dir)
     sentences.prepare(device, center=checkpoint is None)
 
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
@@ -384,6 +302,7 @@ def train_on_split(
     if is_main():
         facts["frozen"] = keep_frozen_towers(output_dir, model) if frozen is None else frozen
         remove_results(output_dir)
+        begun()
         for name, record in records.items():  # only now that nothing can be refused any more
             write_json(output_dir / name, record)
     shares = np.bincount(data.labels[split.train]) / len(split.train)
@@ -411,19 +330,27 @@ def train_on_split(
     return result
 
 
-def take_over(config: Config, resumed_from: Path, output_dir: Path) -> None:
-    """The checkpoint that a run goes on from becomes its latest; one that goes on in another folder brings
-    its best epoch along.
-    """
-    latest = output_dir / LATEST
-    if resumed_from.resolve() == (output_dir / PREVIOUS).resolve():
-        if latest.exists():
-            os.replace(latest, output_dir / DAMAGED)
-        os.replace(resumed_from, latest)
-    target = output_dir / BEST
-    best = Path(config.resume_from).with_name(target.name) if config.resume_from else target
-    if config.save_best and best.exists() and not target.exists():
-        write_whole(target, lambda file: file.write(best.read_bytes()))
+def refuse_few_images(config: Config, split: Split) -> None:
+    """Raises UserError when a step would leave a process without images."""
+    smallest = EpochBatches(split.train, config.batch_size, None).smallest()
+    if smallest < n_processes():
+        raise UserError(
+            f"a step has as few as {smallest} of the {len(split.train)} training images, and each of the "
+            f"{n_processes()} processes needs one; raise --batch-size, or start fewer processes"
+        )
+
+
+def refuse_disagreement(
+    config: Config, data: DataSet, split: Split, state: TrainState, device: torch.device
+) -> None:
+    """Raises UserError when the processes of the run would not train the same model."""
+    options = {name: getattr(config, name) for name in FIELDS if name not in FREE_ON_CONTINUE}
+    facts = (options, split_fingerprint(data, split), state.epoch, state.in_epoch.steps, device.type)
+    if not agree_on(repr(facts)):
+        raise UserError(
+            "the processes of this run do not see the same: give all machines the same command, the same "
+            "images, an --output-dir that they share, and a working GPU each, or none"
+        )
 
 
 def _grouping(config: Config) -> str:

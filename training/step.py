@@ -29,7 +29,8 @@ def parts_of(
     images: torch.Tensor, indices: torch.Tensor, most: int | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This process's `images` (b, 3, S, S), and which of the batch's `indices` (B,) they are, in even parts
-    of at most `most`; as many on every process, which exchange the statistics of each.
+    of at most `most`; as many on every process, which exchange the statistics of each (so one may hold an
+    image more than `most` where another has none left).
     """
     longest, shortest = -(-len(indices) // n_processes()), len(indices) // n_processes()
     n_parts = min(-(-longest // (most or longest)), shortest)
@@ -65,12 +66,11 @@ def loss_and_gradients(
             image_features, *others = towers(views[0](), texts)
     else:
         features = []
-        with torch.no_grad(), statistics_kept(model):
-            for view, own_texts in zip(views, of_part, strict=True):
-                states.append(_random_states(labels.device))
-                with autocast():
-                    own, *others = model(view(), own_texts)
-                features.append(own)
+        for view, own_texts in zip(views, of_part, strict=True):
+            states.append(_random_states(labels.device))
+            with activations_forgotten(), statistics_kept(model), autocast():
+                own, *others = (value.detach() for value in model(view(), own_texts))
+            features.append(own)
         image_features = torch.cat(features).requires_grad_()
         others = [value.requires_grad_() for value in others]
 
@@ -97,9 +97,18 @@ def _exchanged(towers: nn.Module, now: bool) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if now or n_processes() == 1 else towers.no_sync()
 
 
+def activations_forgotten() -> contextlib.AbstractContextManager:
+    """In the block everything is computed as in training (without gradients a CPU takes other operations for
+    some), but nothing is held for a backward pass.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+
+
 @contextlib.contextmanager
 def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """In the block BatchNorm normalises as ever and its running statistics stay: they count an image once."""
+    """In the block BatchNorm normalises as ever and its running mean and variance stay: they count an image
+    once.
+    """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     momenta = [norm.momentum for norm in norms]
     try:

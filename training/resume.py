@@ -1,0 +1,114 @@
+"""A run that goes on from a checkpoint: what may have changed since, and what must not."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import BEST, LATEST, PREVIOUS, write_whole
+from data.splits import Split
+from evaluation.checkpoints import DAMAGED
+from training.config import FIELDS, Config, check_options, contradictions, flag_of
+from training.dataset import DataSet, split_fingerprint
+
+_NOT_FROM_CHECKPOINT = ("resume_from", "overwrite")
+
+
+def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
+    """The checkpoint's options, overridden by typed ones.
+
+    Raises UserError when a typed one cannot change in mid-run.
+    """
+    problems, changed = [], []
+    if checkpoint["config"]["use_cv"]:
+        raise UserError(
+            f"--resume-from {config.resume_from} is of a fold; a cross-validation continues by itself when "
+            "its own command is given again"
+        )
+    if (checkpoint["config"].get("val_dir") or "").startswith("pipe:") and "val_dir" not in typed:
+        problems.append(
+            f"--resume-from {config.resume_from} names a command to run as its --val-dir "
+            f"({checkpoint['config']['val_dir']}); type the option again to allow it"
+        )
+    begun = checkpoint["epoch"] + (checkpoint["in_epoch"]["steps"] > 0)
+    if typed.get("epochs", math.inf) < begun:
+        problems.append(
+            f"--epochs {typed['epochs']}: --resume-from {config.resume_from} has {begun} epochs behind it"
+        )
+    options = {name: value for name, value in checkpoint["config"].items() if name in FIELDS}
+    for name, value in typed.items():
+        if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
+            continue
+        if FIELDS[name].metadata["on_resume"] == "fixed":
+            problems.append(
+                f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
+                f"which was trained with {options.get(name)}; leave the option out, or start a new run"
+            )
+        if FIELDS[name].metadata["on_resume"] in ("same", "said"):
+            shown = (
+                name if isinstance(value, bool) else flag_of(name)
+            )  # --no-amp False would say the opposite
+            changed.append(f"{shown} {options.get(name)} -> {value}")
+    if problems:
+        raise UserError(*problems)
+    if changed:
+        print("resuming with changed options: " + ", ".join(changed))
+    kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}
+    merged = {**options, **typed, **kept}
+    if typed.get("cache_dir"):
+        merged["use_cache"] = True
+    problems = check_options(options, f"--resume-from {config.resume_from}: ")
+    problems = problems or contradictions(dataclasses.replace(Config(**merged), resume_from=None))
+    if problems:
+        raise UserError(*problems)
+    return Config(**merged)
+
+
+def check_same_classes(
+    checkpoint: Mapping[str, Any], where: str, classes: Sequence[str], texts: Mapping[str, Sequence[str]]
+) -> None:
+    """A resumed run goes on with the classes and sentences it has learnt. `where` names the checkpoint."""
+    if tuple(checkpoint["classes"]) != tuple(classes):
+        raise UserError(
+            f"{where} was trained on the classes {', '.join(checkpoint['classes'])}; --data-dir has "
+            f"{', '.join(classes)}"
+        )
+    if checkpoint["class_texts"] != texts:
+        changed = [name for name in classes if checkpoint["class_texts"][name] != texts[name]]
+        raise UserError(
+            f"{where} was trained with other sentences for {', '.join(changed)}; give it the same ones, or "
+            "start a new run in another --output-dir"
+        )
+
+
+def check_same_data(checkpoint: Mapping[str, Any], data: DataSet, split: Split) -> None:
+    """A resumed run must not validate on images it has trained on."""
+    if checkpoint["dataset_fingerprint"] != data.fingerprint:
+        raise UserError(
+            "the images of --data-dir or --val-dir have changed since the checkpoint was written, so images "
+            "already "
+            "trained on could move to validation; restore them, or start a new run in another --output-dir"
+        )
+    if checkpoint["split_fingerprint"] != split_fingerprint(data, split):
+        raise UserError(
+            "the split differs from the checkpoint's; leave --val-ratio, --val-dir, --random-state, "
+            "--group-pattern and --groups-file as they were"
+        )
+
+
+def take_over(config: Config, resumed_from: Path, output_dir: Path) -> None:
+    """The checkpoint that a run goes on from becomes its latest; one that goes on in another folder brings
+    its best epoch along.
+    """
+    latest = output_dir / LATEST
+    if resumed_from.resolve() == (output_dir / PREVIOUS).resolve():
+        if latest.exists():
+            os.replace(latest, output_dir / DAMAGED)
+        os.replace(resumed_from, latest)
+    target = output_dir / BEST
+    best = Path(config.resume_from).with_name(target.name) if config.resume_from else target
+    if config.save_best and best.exists() and not target.exists():
+        write_whole(target, lambda file: file.write(best.read_bytes()))
