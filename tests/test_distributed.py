@@ -109,6 +109,7 @@ def assert_close(one, other):
 def of_one(quick_report, class_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "run"
     assert train_clip.main([str(o) for o in options(class_folder, out)]) == 0
+    assert not torch.distributed.is_initialized()
     return end_of(out)
 
 

@@ -198,7 +198,15 @@ READERS: dict[str, Callable[[Sequence[str]], object]] = {
     "tests/run.sh": read_tests,
 }
 LIBRARIES_READ = {"HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"}
-_NOT_OURS = ("standalone", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts", "array")
+_NOT_OURS = (
+    "standalone",
+    "nproc_per_node",
+    "nnodes",
+    "rdzv-backend",
+    "rdzv-endpoint",
+    "max-restarts",
+    "array",
+)
 OF_OTHERS = {f"--{name}" for name in _NOT_OURS}  # torchrun's and Slurm's
 
 
