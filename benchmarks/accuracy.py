@@ -296,11 +296,11 @@ def altered_copy(options: argparse.Namespace) -> Path:
             new.symlink_to(source)
             continue
         image = read_image(source)
-        side = (1 - 2 * options.border_crop) * min(image.size)
-        left, top = ((length - side) / 2 for length in image.size)
-        square = (CROPPED_SIDE, CROPPED_SIDE)
-        box = (left, top, left + side, top + side)
-        image.resize(square, Image.Resampling.BICUBIC, box=box).save(new, "PNG")
+        side = max(1, round((1 - 2 * options.border_crop) * min(image.size)))
+        left, top = ((length - side) // 2 for length in image.size)
+        # cropped before it is resized, which would mix in what lies outside
+        image = image.crop((left, top, left + side, top + side))
+        image.resize((CROPPED_SIDE, CROPPED_SIDE), Image.Resampling.BICUBIC).save(new, "PNG")
     write_json(stored, record)
     return target
 
