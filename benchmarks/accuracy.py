@@ -43,6 +43,7 @@ from data.images import read_image
 from data.scan import ImageFolder, groups_from_file, scan_folder
 from data.splits import Split, k_folds, splits_from_record
 from evaluation.results import read_predictions
+from models.clip import build_image_tower
 from training.config import Config, check_options, contradictions
 from training.dataset import DataSet, patients_of, read_images, record_of, scan
 from training.fit import duration
@@ -161,7 +162,8 @@ def refuse_changed(out: Path, recipes: Sequence[Recipe], seeds: Sequence[int]) -
     for recipe in recipes:
         for stored in (run_folder(out, recipe, seed) / RECIPE for seed in seeds):
             if stored.exists():
-                now, had = recipe.record(), read_json(stored, "the recipe")
+                # an option that came with a newer version had its default
+                now, had = recipe.record(), {**asdict(Config()), **read_json(stored, "the recipe")}
                 changed = [f"{k} {had.get(k)} there, {v} now" for k, v in now.items() if had.get(k) != v]
                 problems += [f"{stored.parent} holds another recipe: {'; '.join(changed)}"] if changed else []
     if problems:
@@ -210,11 +212,27 @@ def read_results(out: Path, recipes: Sequence[Recipe], seeds: Sequence[int], fol
     return found
 
 
+def facts_of(options: argparse.Namespace, data: DataSet, hardware: Hardware) -> str:
+    """What the tables are of, in a sentence."""
+    sizes = ", ".join(f"{name} {n}" for name, n in data.images_per_class().items())
+    by = "patient" if options.groups_file else "image"
+    crop = "" if options.border_crop is None else f", {options.border_crop:g} cropped off each edge"
+    commits = {read_json(path, "the recipe")["git_commit"] for path in options.out.glob(f"seed_*/*/{RECIPE}")}
+    return (
+        f"{len(data.labels)} images ({sizes}){crop}; {options.n_splits} folds by {by}, of which "
+        f"{', '.join(map(str, options.folds))}; seeds {', '.join(map(str, options.seeds))}; {options.epochs} "
+        f"epochs at {options.img_size} px unless a recipe says otherwise; {hardware.description}; program "
+        f"{', '.join(sorted(str(commit)[:12] for commit in commits))}"
+    )
+
+
 def run_all(options: argparse.Namespace, recipes: Sequence[Recipe]) -> int:
     """Train what is not finished, fold by fold, so that there is soon something to compare. The exit code."""
     out, seeds, folds, failures = options.out, options.seeds, options.folds, {}
     hardware = choose_hardware(options.gpu_id, True)
     refuse_changed(out, recipes, seeds)
+    for encoder, size in {(recipe.config.image_encoder_name, recipe.config.img_size) for recipe in recipes}:
+        build_image_tower(encoder, "none", size)  # what it refuses is better known now than hours later
     todo = [
         (recipe, seed, fold)
         for seed in seeds
@@ -223,14 +241,11 @@ def run_all(options: argparse.Namespace, recipes: Sequence[Recipe]) -> int:
         if not (run_folder(out, recipe, seed) / f"fold_{fold}" / PREDICTIONS).exists()
     ]
     data, _ = folds_of_seed(replace(recipes[0].config, random_state=seeds[0]), out / f"seed_{seeds[0]}")
-    sizes = ", ".join(f"{name} {n}" for name, n in data.images_per_class().items())
-    facts = (
-        f"{len(data.labels)} images ({sizes}), split by {'patient' if options.groups_file else 'image'} into "
-        f"{options.n_splits} folds, of which {', '.join(map(str, folds))}; seeds "
-        f"{', '.join(map(str, seeds))}; "
-        f"{options.epochs} epochs at {options.img_size} px unless a recipe says otherwise; "
-        f"{hardware.description}; commit {library_versions()['git_commit']}"
-    )
+
+    def written() -> str:
+        results = read_results(out, recipes, seeds, folds)
+        return write_tables(out, recipes[0].name, results, failures, facts_of(options, data, hardware))
+
     started = time.monotonic()
     for i, (recipe, seed, fold) in enumerate(todo):
         left = duration((time.monotonic() - started) / i * (len(todo) - i)) if i else "not known yet"
@@ -243,9 +258,8 @@ def run_all(options: argparse.Namespace, recipes: Sequence[Recipe]) -> int:
         except RunFailed as error:
             failures[recipe.name] = str(error)
             print(f"failed: {error}", file=sys.stderr)
-        write_tables(out, recipes[0].name, read_results(out, recipes, seeds, folds), failures, facts)
-    text = write_tables(out, recipes[0].name, read_results(out, recipes, seeds, folds), failures, facts)
-    print(f"\n{text}\nwritten to {out / 'results.md'} and results.json")
+        written()
+    print(f"\n{written()}\nwritten to {out / 'results.md'} and results.json")
     return 1 if failures else 0
 
 
