@@ -102,7 +102,7 @@ def make_recipe(
             for key, default in PEERS[peer].own.items()
             if isinstance(own[key], bool) or not isinstance(own[key], (int, float, type(default)))
         ]
-    fixed = sorted(options.keys() & (base.keys() - {"epochs", "img_size", "gpu_id"}))
+    fixed = sorted({**common, **options}.keys() & (base.keys() - {"epochs", "img_size", "gpu_id"}))
     problems += [f"{where}{key!r} is the same for all recipes; give it on the command line" for key in fixed]
     problems += check_options(options, where)
     merged = {**base, **common, **options}
@@ -123,6 +123,8 @@ def read_recipes(options: argparse.Namespace, base: Mapping[str, Any]) -> list[R
             raise UserError(f'{where} must hold a JSON object such as {{"slow": {{"learning_rate": 1e-5}}}}')
         common = found.pop("common", {})
     problems = check_options(common, f"{where}, 'common': ")
+    for seed in options.seeds:
+        problems += check_options({**base, "random_state": seed}, "")
     names = options.recipes or list(found)
     problems += [f"--recipes {n}: not in {where}{did_you_mean(n, found)}" for n in names if n not in found]
     recipes = []

@@ -80,17 +80,17 @@ def summary_of(runs: Sequence[FoldResult]) -> dict[str, Any]:
     chunks = [metrics(weights) for weights in bootstrap_weights(units, RESAMPLES, seed=0)]
     whole = measures(everything)
 
-    def entry(key: str, column: int | None = None) -> dict[str, float | None]:
-        of_folds = np.array([one[key].reshape(-1)[column or 0] for one in each])
-        of_folds = 100 * of_folds[~np.isnan(of_folds)]  # a fold without the class says nothing of it
-        samples = np.concatenate(
-            [chunk[key].reshape(len(chunk[key]), -1)[:, column or 0] for chunk in chunks]
-        )
-        low, high = percentile_interval(100 * samples) or (None, None)
+    def entry(key: str, column: int = 0) -> dict[str, float | None]:
+        def of(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
+            return 100 * metrics[key].reshape(len(metrics["accuracy"]), -1)[:, column]
+
+        of_folds = np.concatenate([of(one) for one in each])
+        of_folds = of_folds[~np.isnan(of_folds)]  # a fold without the class says nothing of it
+        low, high = percentile_interval(np.concatenate([of(chunk) for chunk in chunks])) or (None, None)
         return {
-            "mean": float(of_folds.mean()),
+            "mean": float(of_folds.mean()) if len(of_folds) else None,
             "std_sample": float(of_folds.std(ddof=1)) if len(of_folds) > 1 else None,
-            "value": 100 * float(whole[key].reshape(-1)[column or 0]),
+            "value": float(of(whole)[0]) if len(of_folds) else None,
             "low": low,
             "high": high,
         }
@@ -137,6 +137,8 @@ def against(first: str, results: Results) -> list[dict[str, Any]]:
 
 
 def _score(entry: Mapping[str, Any]) -> str:
+    if entry["mean"] is None:
+        return "–"
     spread = "" if entry["std_sample"] is None else f" ± {entry['std_sample']:.1f}"
     interval = "" if entry["low"] is None else f" ({entry['low']:.1f} to {entry['high']:.1f})"
     return f"{entry['mean']:.1f}{spread}{interval}"

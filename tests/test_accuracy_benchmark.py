@@ -88,6 +88,16 @@ def test_the_summary_is_over_folds_in_percent():
     assert summary["recall"]["0"]["mean"] == 100 and summary["recall"]["1"]["mean"] == pytest.approx(75)
 
 
+def test_a_class_without_images_has_no_recall():
+    one = fold_result([1, 0, 1, 1])
+    zeros = Predictions(
+        ("0", "1", "2"), one.predictions.paths, one.predictions.labels, np.eye(3)[[0, 1, 0, 1]]
+    )
+    summary = summary_of([FoldResult(42, 1, zeros, 16, 1.0)])
+    assert summary["recall"]["2"] == dict.fromkeys(("mean", "std_sample", "value", "low", "high"))
+    json.dumps(summary, allow_nan=False)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
@@ -241,6 +251,8 @@ def test_mistakes_are_said_together(tmp_path, capsys):
     assert main(["--data-dir", str(tmp_path)]) == 2 and "--out is required" in capsys.readouterr().err
     given = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]
     assert main([*given, "--folds", "6"]) == 2 and main([*given, "--keep", "a"]) == 2
+    assert main([*given, "--n-splits", "1", "--folds", "1", "--seeds", "-1"]) == 2
+    assert "'n_splits' must be at least 2" in capsys.readouterr().err
     capsys.readouterr()
     assert main([*given, "--recipes", "our-rcf"]) == 2
     assert "did you mean 'ours-rcf'" in capsys.readouterr().err
