@@ -40,16 +40,18 @@ def _main(arguments: Sequence[str]) -> int:
         return _say(error)
     except KeyboardInterrupt as stop:
         how = f"interrupted; {_how_to_continue(config, started)}"
-        if (who := _who(how)) is not None:
+        if (who := _who(how, if_nothing_else=True)) is not None:
             print(f"\n{who}{how}", file=sys.stderr)
         return exit_code(stop)
     except (RuntimeError, MemoryError, OSError) as error:
+        from common.distributed import lost_another
         from training.device import explain_failure
 
         explanation = explain_failure(error, config)
         if explanation is None:
             raise
-        return _say(RunFailed(f"{explanation}; {_how_to_continue(config, started)}"))
+        failed = RunFailed(f"{explanation}; {_how_to_continue(config, started)}")
+        return _say(failed, if_nothing_else=lost_another(error))
 
 
 @contextlib.contextmanager
@@ -66,19 +68,21 @@ def _processes() -> Iterator[bool]:
         yield again
 
 
-def _say(error: UserError) -> int:
+def _say(error: UserError, if_nothing_else: bool = False) -> int:
     """Print it, unless another process has said the same. Returns the exit code that it stands for."""
-    who = _who(str(error))
+    who = _who(str(error), if_nothing_else)
     return say(error, who or "", silent=who is None)
 
 
-def _who(message: str) -> str | None:
-    """Who says it, where there are several processes. None: another has said so."""
+def _who(message: str, if_nothing_else: bool = False) -> str | None:
+    """Who says it, where there are several processes. None: another has said so, or (`if_nothing_else`) has
+    said why the run ends.
+    """
     if not OF_TORCHRUN:
         return ""
     from common.distributed import who_says
 
-    return who_says(message)
+    return who_says(message, if_nothing_else)
 
 
 def _how_to_continue(config: Config | None, started: float) -> str:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 LONGEST_WAIT = datetime.timedelta(days=2)  # the first process of a machine may decode millions of images
 _CONNECTION_LOST = ("connection closed by peer", "connection reset by peer", "remote process exited")
-_BEGUN = "the run has begun"
+_BEGUN, _SAID = "the run has begun", "an error was said"
 _torchruns: dist.Store | None = None  # which outlives restarts
 _store: dist.Store | None = None  # of this start
 _patient: dist.ProcessGroup | None = None
@@ -107,12 +107,15 @@ def agree_on(facts: str) -> bool:
     return largest == -negative
 
 
-def who_says(message: str) -> str | None:
+def who_says(message: str, if_nothing_else: bool = False) -> str | None:
     """What to put before an error: "" in a run of one process, else who this is. None where another process
-    has said the same already.
+    has said the same already, or, with `if_nothing_else`, anything.
     """
     if _store is None:
         return ""
+    if if_nothing_else and _store.check([_SAID]):
+        return None
+    _store.set(_SAID, "")
     if _store.add(f"said: {message}", 1) > 1:
         return None
     return f"process {rank()} of {n_processes()}, on {platform.node()}: "

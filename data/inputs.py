@@ -36,6 +36,8 @@ def list_images(source: Path) -> ImageList:
     """
     if source.is_dir():
         return _of_folder(source)
+    if ".tar" in source.suffixes:
+        raise UserError(f"--input {source} is a tar file, which is read for training only; unpack it")
     if not source.exists():
         raise UserError(f"--input {source} does not exist; give an image, a folder, or a list (.txt, .csv)")
     if source.suffix.lower() not in LIST_SUFFIXES:
@@ -54,7 +56,8 @@ def _of_folder(folder: Path) -> ImageList:
     except PermissionError as error:
         raise UserError(f"--input: no permission to read {error.filename}") from None
     if not found:
-        raise UserError(f"--input {folder} holds no images, nor do the folders below it")
+        tars = "; tar files are read for training only: unpack them" if ignored[".tar"] else ""
+        raise UserError(f"--input {folder} holds no images, nor do the folders below it{tars}")
     notes = []
     if ignored:
         kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))

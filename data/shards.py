@@ -47,6 +47,7 @@ from data.scan import (
 LISTED_BY = "1"  # another way of listing must not find the old lists
 MOST_SHARDS = 100_000
 MOST_HEADER = 2**20  # bytes of a long name or of pax records: tarfile takes them into memory
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 PIECE = 2**22  # bytes fetched at a time
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -108,7 +109,7 @@ class Members:
 def is_shards(source: str | Path) -> bool:
     """Whether `source` stands for tar files (URLs, a pattern, a folder of them) and not for class folders."""
     text = str(source)
-    if _is_remote(text) or (text.endswith(".tar") and not Path(text).is_dir()):
+    if _is_remote(text) or (TAR.search(text) and not Path(text).is_dir()):
         return True
     return Path(text).is_dir() and bool(_shards_in(Path(text)))
 
@@ -129,9 +130,12 @@ def scan_images(
     if not is_shards(source):
         return scan_folder(Path(source), option, at_least)
     cache_dir = cache_dir or default_cache_dir()
-    shards = tuple(_local_shards(str(source), option, cache_dir, fetch))
-    stamps = tuple(_stamp(shard.stat()) for shard in shards)
     names, places, loose, ignored = Names(), array("q"), 0, Counter()
+    if Path(source).is_dir():
+        shards = tuple(_shards_in(Path(source), ignored))
+    else:
+        shards = tuple(_local_shards(str(source), option, cache_dir, fetch))
+    stamps = tuple(_stamp(shard.stat()) for shard in shards)
     rows_of: dict[str, array] = {}  # by class folder
     bar = tqdm(shards, desc="listing shards", unit="tar", leave=False, disable=None, delay=1)
     for number, shard in enumerate(bar):
@@ -183,8 +187,10 @@ def _is_remote(source: str) -> bool:
     return source.startswith("pipe:") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", source) is not None
 
 
-def _shards_in(folder: Path) -> list[Path]:
-    """Its .tar files, sorted; none where it has sub-folders: then those are the classes."""
+def _shards_in(folder: Path, others: Counter[str] | None = None) -> list[Path]:
+    """Its tar files, sorted (compressed ones too, which are refused when they are read); none where it has
+    sub-folders: then those are the classes. What else there is goes to `others`, by suffix.
+    """
     try:
         with os.scandir(folder) as entries:
             found = [(entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name)]
@@ -192,13 +198,15 @@ def _shards_in(folder: Path) -> list[Path]:
         return []
     if any(is_folder for _, is_folder in found):
         return []
-    return [folder / name for name, _ in sorted(found) if name.endswith(".tar")]
+    if others is not None:
+        others.update(Path(name).suffix or "no suffix" for name, _ in found if not TAR.search(name))
+    return [folder / name for name, _ in sorted(found) if TAR.search(name)]
 
 
 def _local_shards(source: str, option: str, cache_dir: Path, fetch: bool) -> list[Path]:
-    """The files of `source`, those of an object store fetched. Raises UserError naming what is missing."""
-    if Path(source).is_dir():
-        return _shards_in(Path(source))
+    """The files of `source`, which is no folder, those of an object store fetched. Raises UserError naming
+    what is missing.
+    """
     if Path(source).is_file():
         return [Path(source)]
     from braceexpand import UnbalancedBracesError, braceexpand

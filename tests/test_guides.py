@@ -199,14 +199,9 @@ READERS: dict[str, Callable[[Sequence[str]], object]] = {
 }
 LIBRARIES_READ = {"HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"}
 _NOT_OURS = (
-    "standalone",
-    "nproc_per_node",
-    "nnodes",
-    "rdzv-backend",
-    "rdzv-endpoint",
-    "max-restarts",
-    "array",
-)
+    "standalone", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts",
+    "array", "nodes", "ntasks-per-node", "gres", "requeue",
+)  # fmt: skip
 OF_OTHERS = {f"--{name}" for name in _NOT_OURS}  # torchrun's and Slurm's
 
 

@@ -1,5 +1,6 @@
 """Tar shards: all that a folder gives they give, whatever is in them, and what is wrong is said."""
 
+import gzip
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from data import images
 from data.cache import inspect_cached
 from data.check import main as check_main
 from data.images import UnreadableImage, inspect_images, read_image
+from data.inputs import list_images
 from data.scan import fingerprint, groups_by_pattern, groups_from_file, scan_folder
 from data.shards import finder, is_shards, scan_images
 from evaluation.report import write_report
@@ -445,3 +447,24 @@ def test_through_the_command_line(packed, tmp_path, capsys):
     other = tar_of(tmp_path / "v.tar", ("另/1.png", picture()), ("正常/1.png", picture()))
     assert train(packed, tmp_path / "o", "--val-dir", other) == 2
     assert "has classes that --data-dir lacks: 另" in capsys.readouterr().err
+
+
+def test_nothing_beside_shards_is_left_out_in_silence(packed, tmp_path):
+    """Not a compressed shard, nor what is no shard; and a folder beside them is named as the reason."""
+    folder = tmp_path / "shards"
+    shutil.copytree(packed, folder)
+    (folder / "notes.txt").write_text("-")
+    assert any(".txt x 1" in note for note in scan_images(folder).notes)
+    last = sorted(folder.glob("*.tar"))[-1]
+    Path(f"{last}.gz").write_bytes(gzip.compress(last.read_bytes()))
+    last.unlink()
+    assert "is compressed" in refusal(folder)
+    assert "is compressed" in refusal(f"{last}.gz")
+    (folder / "empty").mkdir()
+    assert "tar shards are read where no folder lies beside them" in refusal(folder)
+
+
+def test_tar_files_to_predict_on_are_refused_in_words(packed):
+    for source in (packed, next(iter(sorted(packed.glob("*.tar"))))):
+        with pytest.raises(UserError, match="for training only"):
+            list_images(source)

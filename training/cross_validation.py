@@ -130,7 +130,7 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         return
     missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:
-        print(f"folds still to train before the summary: {', '.join(map(str, missing))}")
+        print(f"folds not finished, before the summary: {', '.join(map(str, missing))}")
         return
     # it draws: imports that training can do without
     from evaluation.report import write_report

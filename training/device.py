@@ -21,7 +21,7 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
             "(--freeze-text-encoder, --freeze-image-encoder)"
         )
     if lost_another(error):
-        return "another process of this run has ended"
+        return "another process of this run was ended, perhaps for want of memory"
     text = str(error)
     if isinstance(error, RuntimeError) and "finished reduction in the prior iteration" in text:
         return (
