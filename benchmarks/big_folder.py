@@ -100,7 +100,9 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
         write_json(Path(temporary) / "splits.json", steps.record_of(config, data, [split]))
     steps.split_fingerprint(data, split)
     say("splits.json")
-    chosen = np.random.default_rng(0).choice(split.train, n_read, replace=False)  # of all over the folder
+    chosen = np.random.default_rng(0).choice(
+        split.train, min(n_read, len(split.train)), replace=False
+    )  # of all over the folder
     images = ImageDataset(data.files, data.labels, img_size, data.squares)
     batches = EpochBatches(chosen, BATCH, 0)
     loader = build_loader(images, batches, WORKERS, pin_memory=False)

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -118,8 +119,13 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     return replace(stored.found.take(rows), squares=Squares(stored.array, rows))
 
 
+def _whole(root: Path) -> str:
+    """The same from every working folder: of a path the whole of it; an address or a command is no path."""
+    return str(root) if re.match(r"pipe:|[a-zA-Z][\w+.-]+:/", str(root)) else str(root.resolve())
+
+
 def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
-    key = "\n".join([*(str(root.resolve()) for root in roots), MADE_BY])
+    key = "\n".join([*(_whole(root) for root in roots), MADE_BY])
     return cache_dir / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}_{size}px.npy"
 
 

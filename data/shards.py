@@ -16,9 +16,11 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import stat
 import tarfile
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +46,7 @@ from data.scan import (
     spelling,
 )
 
-LISTED_BY = "1"  # another way of listing must not find the old lists
+LISTED_BY = "2"  # another way of listing must not find the old lists
 MOST_SHARDS = 100_000
 MOST_HEADER = 2**20  # bytes of a long name or of pax records: tarfile takes them into memory
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -106,12 +108,19 @@ class Members:
         return replace(self, places=self.places[indices])
 
 
+def may_run_a_command(source: str | None) -> bool:
+    """Whether `source`, from a file that may be a stranger's, could be a command (`pipe:`, however it is
+    written) or an address to fetch from.
+    """
+    return source is not None and ":" in source and not os.path.exists(source)
+
+
 def is_shards(source: str | Path) -> bool:
     """Whether `source` stands for tar files (URLs, a pattern, a folder of them) and not for class folders."""
     text = str(source)
     if _is_remote(text) or (TAR.search(text) and not Path(text).is_dir()):
         return True
-    return Path(text).is_dir() and bool(_shards_in(Path(text)))
+    return os.path.isdir(text) and bool(_shards_in(Path(text)))
 
 
 def scan_images(
@@ -124,14 +133,14 @@ def scan_images(
     """`scan_folder` for a folder; for shards the same of their members.
 
     cache_dir: where lists of shards, and those that are fetched, are kept; without `fetch` these must be
-    there. Raises UserError as
-    `scan_folder` does, and where a shard is missing or damaged or cannot be fetched.
+    there, and nothing is written. Raises UserError as `scan_folder` does, and where a shard is missing or
+    damaged or cannot be fetched.
     """
     if not is_shards(source):
         return scan_folder(Path(source), option, at_least)
     cache_dir = cache_dir or default_cache_dir()
     names, places, loose, ignored = Names(), array("q"), 0, Counter()
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         shards = tuple(_shards_in(Path(source), ignored))
     else:
         shards = tuple(_local_shards(str(source), option, cache_dir, fetch))
@@ -140,7 +149,7 @@ def scan_images(
     bar = tqdm(shards, desc="listing shards", unit="tar", leave=False, disable=None, delay=1)
     for number, shard in enumerate(bar):
         try:
-            listed, pieces, others = _listed(shard, stamps[number], cache_dir)
+            listed, pieces, others = _listed(shard, stamps[number], cache_dir, keep=fetch)
         except UnicodeEncodeError as error:
             raise not_utf8(f"{option} {shard}", error) from None
         except Exception as error:  # a damaged file makes tarfile raise anything from OSError to ValueError
@@ -184,7 +193,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _is_remote(source: str) -> bool:
-    return source.startswith("pipe:") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", source) is not None
+    return source.startswith("pipe:") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source) is not None
 
 
 def _shards_in(folder: Path, others: Counter[str] | None = None) -> list[Path]:
@@ -207,16 +216,19 @@ def _local_shards(source: str, option: str, cache_dir: Path, fetch: bool) -> lis
     """The files of `source`, which is no folder, those of an object store fetched. Raises UserError naming
     what is missing.
     """
-    if Path(source).is_file():
+    if os.path.isfile(source):
         return [Path(source)]
     from braceexpand import UnbalancedBracesError, braceexpand
 
-    ranges = re.findall(r"\{(\d+)\.\.(\d+)", source)  # braceexpand makes all before it gives the first
-    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MOST_SHARDS:
+    parts, count = source.split("::"), 0  # as webdataset writes several patterns
+    for part in parts:
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", part)  # braceexpand makes all before it gives the first
+        count += math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
+    if count > MOST_SHARDS:
         raise UserError(f"{option} {source} stands for more than {MOST_SHARDS} shards; make larger ones")
     try:
-        parts = source.split("::")  # as webdataset writes several patterns
-        urls = [url.removeprefix("file://") for part in parts for url in braceexpand(part)]
+        of_parts = (braceexpand(part, escape=os.sep == "/") for part in parts)
+        urls = [url.removeprefix("file://") for urls in of_parts for url in urls]
     except UnbalancedBracesError as error:
         raise UserError(f"{option} {source}: the braces cannot be expanded: {error}") from None
     missing = [url for url in urls if not _is_remote(url) and not Path(url).is_file()]
@@ -233,28 +245,49 @@ def _fetched(url: str, option: str, cache_dir: Path, fetch: bool) -> Path:
         return copy
     if not fetch:
         raise UserError(f"{option}: the shard {url} is not kept in {copy.parent} any more")
+    part = copy.with_name(f".{copy.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    full = None
     try:
         from webdataset.gopen import gopen
 
         copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_file(copy) as temporary, open(temporary, "wb") as file:
-            os.chmod(temporary, 0o600)  # patients' images: for this user alone
+        with open(part, "wb") as file:
+            os.chmod(part, 0o600)  # patients' images: for this user alone
             with gopen(url) as stream:
-                while piece := stream.read(PIECE):
+                while full is None and (piece := stream.read(PIECE)):
                     free = shutil.disk_usage(copy.parent).free
                     if free < len(piece) + FREE_DISK:
-                        raise UserError(
+                        full = UserError(
                             f"{option}: no room in {copy.parent} for the shard {url}: {free / 1e6:,.0f} MB "
                             f"are free, and {FREE_DISK / 1e6:,.0f} MB are kept for the run's results; "
                             "--cache-dir puts the shards elsewhere"
                         )
-                    file.write(piece)
-    except UserError:
-        raise
+                    else:
+                        file.write(piece)
+            os.fsync(file.fileno())
+        if full is None:
+            _keep(part, copy)
     except Exception as error:  # whatever the library or the program it calls runs into
+        if full is not None:  # then the command may complain that nobody reads on
+            raise full from None
         s3 = "; for s3 give pipe:aws s3 cp s3://BUCKET/NAME.tar -" if url.startswith("s3:") else ""
         raise UserError(f"{option}: the shard {url} cannot be fetched: {first_line(error)}{s3}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    if full is not None:
+        raise full
     return copy
+
+
+def _keep(part: Path, copy: Path) -> None:
+    """Name the fetched `part`, unless another run has done so meanwhile: it is using its own already."""
+    try:
+        os.link(part, copy)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not copy.exists():
+            os.replace(part, copy)
 
 
 class _Header(tarfile.TarInfo):
@@ -277,31 +310,43 @@ class _Header(tarfile.TarInfo):
 
 
 def _listed(
-    shard: Path, stamp: tuple[int, int, int], cache_dir: Path
+    shard: Path, stamp: tuple[int, int, int], cache_dir: Path, keep: bool
 ) -> tuple[Names, np.ndarray, Counter[str]]:
     """Names of the n images in a tar file, offsets and sizes (n, 2), and what else there is, by suffix.
 
-    Kept in the cache: to walk along a million headers takes a minute of processor time, and on a network
-    file system as many reads.
+    Kept in the cache, with `keep`: to walk along a million headers takes a minute of processor time, and on
+    a network file system as many reads.
     """
     key = hashlib.sha256(f"{shard.resolve()}\n{stamp}\n{LISTED_BY}".encode(errors="surrogatepass"))
     kept = cache_dir / "shards" / f"{key.hexdigest()[:16]}.list"
     with suppress(OSError, ValueError), open(kept, "rb") as file:
-        text, ends, pieces, words = (np.lib.format.read_array(file, allow_pickle=False) for _ in range(4))
-        return Names.of(text, ends), pieces, Counter(json.loads(words.tobytes()))
+        parts = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(5)]
+        text, ends, pieces, words, crc = parts
+        if len(ends) == len(pieces) and crc == _crc(parts[:4]):
+            return Names.of(text, ends), pieces, Counter(json.loads(words.tobytes()))
 
     names, places, ignored = Names(), array("q"), Counter()
     for name, offset, size in _images_in(shard, ignored):
         names.extend([name])
         places.extend((offset, size))
     pieces = np.array(places, np.int64).reshape(-1, 2)
+    if not keep:
+        return names, pieces, ignored
     with suppress(OSError):  # no room, or no right to write: it is listed again next time
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with whole_file(kept) as temporary, open(temporary, "wb") as file:
             os.chmod(temporary, 0o600)  # names may be those of patients
-            for part in (*names.arrays(), pieces, np.frombuffer(json.dumps(ignored).encode(), np.uint8)):
+            parts = [*names.arrays(), pieces, np.frombuffer(json.dumps(ignored).encode(), np.uint8)]
+            for part in (*parts, np.array(_crc(parts))):
                 np.lib.format.write_array(file, part, allow_pickle=False)
     return names, pieces, ignored
+
+
+def _crc(parts: Sequence[np.ndarray]) -> int:
+    total = 0
+    for part in parts:
+        total = zlib.crc32(np.ascontiguousarray(part), total)
+    return total
 
 
 def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, int]]:
@@ -311,8 +356,10 @@ def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, i
             tar.members.clear()
             if member.size < 0:  # pax records may say so, and tarfile would follow it for ever
                 raise tarfile.ReadError("a member ends before it begins")
-            name = re.sub("^(\\./)+", "", member.name)
-            parts = name.split("/")
+            if member.issparse():  # what lies there is not what the image is
+                raise tarfile.ReadError("a sparse member; pack it without holes")
+            parts = [part for part in member.name.split("/") if part != "."]
+            name = "/".join(parts)
 
             def has_dicom_magic(start: int = member.offset_data + 128) -> bool:
                 tar.fileobj.seek(start)
@@ -322,7 +369,7 @@ def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, i
                 continue
             if not member.isreg():
                 ignored["link or device"] += 1
-            elif "" in parts or ".." in parts:
+            elif "" in parts or ".." in parts or "\0" in name:
                 ignored["absolute name or .."] += 1
             elif any(map(is_litter, parts)):
                 continue
@@ -330,6 +377,10 @@ def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, i
                 ignored[kind] += 1
             else:
                 yield name, member.offset_data, member.size
+        tar.fileobj.seek(tar.offset)
+        while rest := tar.fileobj.read(PIECE):
+            if any(rest):  # a hole in a copied file, or two files in one
+                raise tarfile.ReadError("there is something behind its end")
 
 
 def _damage(shard: Path, error: Exception) -> str:

@@ -258,6 +258,7 @@ def test_a_dicom_of_zeros_is_refused_without_reading_them_all(tmp_path, head, mo
 
 def test_a_config_file_runs_no_command(class_folder, tmp_path, capsys):
     ran, file = tmp_path / "ran", tmp_path / "entries.json"
-    file.write_text(json.dumps([{"val_dir": f"pipe:touch {ran}"}]), encoding="utf-8")
-    assert train(class_folder, tmp_path / "out", "--multi-config", "--config-file", file) == 2
-    assert "names a command to run" in capsys.readouterr().err and not ran.exists()
+    for before in ("pipe:", "file://pipe:", "x.tar::pipe:", "{pi,x}pe:"):
+        file.write_text(json.dumps([{"val_dir": f"{before}touch {ran}; cat x.tar"}]), encoding="utf-8")
+        assert train(class_folder, tmp_path / "out", "--multi-config", "--config-file", file) == 2
+        assert "may be a command to run" in capsys.readouterr().err and not ran.exists()

@@ -21,7 +21,7 @@ from webdataset import ShardWriter
 import data.shards as shards
 from common.errors import UserError
 from data import images
-from data.cache import inspect_cached
+from data.cache import cache_file, inspect_cached
 from data.check import main as check_main
 from data.images import UnreadableImage, inspect_images, read_image
 from data.inputs import list_images
@@ -275,7 +275,7 @@ def test_no_command_of_a_checkpoint_is_run(packed, tmp_path, quick_report, capsy
     (tmp_path / "ran").unlink()
     typed = ["--data-dir", packed, "--output-dir", run, "--resume-from", run / "checkpoint_latest.pth"]
     assert main([*map(str, typed), "--epochs", "2"]) == 2
-    assert "names a command to run" in capsys.readouterr().err
+    assert "may be a command to run" in capsys.readouterr().err
     write_report(run)
     assert not (tmp_path / "ran").exists()
     assert main([*map(str, typed), "--epochs", "2", "--val-dir", source]) == 0 and (tmp_path / "ran").exists()
@@ -468,3 +468,70 @@ def test_tar_files_to_predict_on_are_refused_in_words(packed):
     for source in (packed, next(iter(sorted(packed.glob("*.tar"))))):
         with pytest.raises(UserError, match="for training only"):
             list_images(source)
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def four_in(names, path, **pax):
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(png(number)), pax
+            tar.addfile(member, io.BytesIO(png(number)))
+    return path
+
+
+NAMES = ["a/1.png", "a/2.png", "b/1.png", "b/2.png"]
+
+
+def test_a_sparse_member_of_the_newer_kind_is_refused(tmp_path):
+    """Its bytes lie elsewhere than its offset says: an image would be made of its neighbours'."""
+    shard = four_in(NAMES, tmp_path / "s.tar", **{"GNU.sparse.map": "0,8", "GNU.sparse.size": "100"})
+    assert "a sparse member" in refusal(shard)
+
+
+def test_what_lies_behind_a_hole_is_not_left_out_in_silence(tmp_path):
+    shard = four_in(NAMES, tmp_path / "s.tar")
+    assert len(scan_images(shard).paths) == 4
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"b/1.png")
+    content[at : at + 512] = bytes(512)
+    shard.write_bytes(content)
+    assert "something behind its end" in refusal(shard)
+
+
+def test_a_damaged_list_of_a_shard_is_made_anew(tmp_path):
+    shard, cache = four_in(NAMES, tmp_path / "s.tar"), tmp_path / "cache"
+    paths = tuple(scan_images(shard, cache_dir=cache).paths)
+    (kept,) = cache.glob("shards/*.list")
+    kept.write_bytes(kept.read_bytes().replace(b"a/1.png", b"b/1.png"))
+    assert tuple(scan_images(shard, cache_dir=cache).paths) == paths
+
+
+def test_a_shard_that_another_run_has_fetched_meanwhile_stays_as_it_is(tmp_path):
+    """Replaced, it would have changed for the run that has it."""
+    shard = four_in(NAMES, tmp_path / "s.tar")
+    first = scan_images(f"pipe:cat {shard}", cache_dir=tmp_path / "one")
+    (copy,) = (tmp_path / "one" / "shards").glob("*.tar")
+    before = copy.stat()
+    shards._keep(Path(shutil.copy(shard, tmp_path / "part")), copy)
+    assert (copy.stat().st_ino, copy.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert len(inspect_images(first.files(), None).errors) == 0
+
+
+def test_two_patterns_are_counted_by_themselves(tmp_path):
+    source = f"{tmp_path}/a{{000..999}}.tar::{tmp_path}/b{{000..999}}.tar"
+    assert "2000 of 2000 shards do not exist" in refusal(source)
+    assert "more than 100000 shards" in refusal(f"{tmp_path}/{{-1..999999999}}.tar")
+
+
+def test_a_url_has_one_cache_whatever_the_working_folder(tmp_path, monkeypatch):
+    names = []
+    for folder in (tmp_path, Path("/")):
+        monkeypatch.chdir(folder)
+        names.append(cache_file(tmp_path, 32, [Path("https://x.org/{0..9}.tar"), Path("pipe:cat x")]))
+    assert names[0] == names[1]

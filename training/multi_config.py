@@ -17,7 +17,7 @@ from common.distributed import first_here_first, is_main, maximum, n_processes, 
 from common.errors import UserError, first_line
 from common.files import read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder
-from data.shards import scan_images
+from data.shards import may_run_a_command, scan_images
 from data.texts import class_sentences
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
@@ -83,9 +83,10 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
                 f"entry {number}: {', '.join(fixed)} cannot be set per entry; give it on the command line"
             )
             continue
-        if (options.get("val_dir") or "").startswith("pipe:") and "val_dir" not in typed:
-            # the file may be a stranger's
-            problems.append(f"entry {number}: val_dir names a command to run; type --val-dir to allow that")
+        if "val_dir" not in typed and may_run_a_command(options.get("val_dir")):
+            problems.append(
+                f"entry {number}: val_dir may be a command to run or an address; type --val-dir to allow that"
+            )
             continue
         for key, value in typed.items():
             if key in options and options[key] != value and key not in said:

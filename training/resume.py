@@ -9,6 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import BEST, LATEST, PREVIOUS, write_whole
+from data.shards import may_run_a_command
 from data.splits import Split
 from evaluation.checkpoints import DAMAGED
 from training.config import FIELDS, Config, check_options, contradictions, flag_of
@@ -28,10 +29,10 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
             f"--resume-from {config.resume_from} is of a fold; a cross-validation continues by itself when "
             "its own command is given again"
         )
-    if (checkpoint["config"].get("val_dir") or "").startswith("pipe:") and "val_dir" not in typed:
+    if "val_dir" not in typed and may_run_a_command(checkpoint["config"].get("val_dir")):
         problems.append(
-            f"--resume-from {config.resume_from} names a command to run as its --val-dir "
-            f"({checkpoint['config']['val_dir']}); type the option again to allow it"
+            f"--resume-from {config.resume_from} names what may be a command to run, or an address, as its "
+            f"--val-dir ({checkpoint['config']['val_dir']}); type the option again to allow it"
         )
     begun = checkpoint["epoch"] + (checkpoint["in_epoch"]["steps"] > 0)
     if typed.get("epochs", math.inf) < begun:
