@@ -30,6 +30,7 @@ from models.image_encoders import ImageTower
 from training.config import Config
 from training.dataset import DataSet
 from training.fit import duration
+from training.optim import warmup_steps
 
 UNFINISHED = "peer.pth"
 STRENGTHS = tuple(float(c) for c in np.logspace(-5, 1, 7))  # of the logistic regression's C
@@ -113,9 +114,7 @@ def train_softmax(
     loader = build_loader(_images(data, config.img_size), batches, 0, False)
     augment = Augmentation(config.augmentation, config.horizontal_flip, seed)
     optimizer = _optimizer(model, config)
-    warmup = round(
-        (0.05 * config.epochs if config.warmup_epochs is None else config.warmup_epochs) * len(batches)
-    )
+    warmup = warmup_steps(config.warmup_epochs, config.epochs, len(batches))
     schedule = CosineLRScheduler(
         optimizer, config.epochs * len(batches) - warmup, warmup_t=warmup, warmup_lr_init=1e-6,
         warmup_prefix=True, t_in_epochs=False,

@@ -62,13 +62,13 @@ def joined() -> Iterator[bool]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=count)
     _patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    (again,) = maximum([is_main() and _torchruns.check([_BEGUN])])
+    again = of_the_first(_torchruns.check([_BEGUN]))
     with contextlib.ExitStack() as silence:
         if number:
             nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
             silence.enter_context(contextlib.redirect_stdout(nowhere))
             silence.enter_context(contextlib.redirect_stderr(nowhere))
-        yield bool(again)
+        yield again
     dist.destroy_process_group()  # not after an error: it would wait for what never comes
 
 
@@ -144,6 +144,12 @@ def _largest(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[in
 def wait_for_all() -> None:
     """However long that takes."""
     _largest([0], _patient)
+
+
+def of_the_first(value: bool) -> bool:
+    """What the first process gives, on every process, however long it takes to get there."""
+    (largest,) = _largest([is_main() and value], _patient)
+    return bool(largest)
 
 
 @contextlib.contextmanager

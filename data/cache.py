@@ -54,6 +54,16 @@ def default_cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / "train_clip"
 
 
+def cache_dir_of(given: str | Path | None) -> Path:
+    """The folder for caches: what --cache-dir gives, or the default."""
+    return Path(given) if given else default_cache_dir()
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file does: bytes; time of the last change of the content, of anything, in ns."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 @dataclass(frozen=True)
 class _Stored:
     """An open cache of M images.
@@ -167,14 +177,11 @@ def _drop_damaged(stored: _Stored | None, rows: np.ndarray) -> int:
 
 
 def _stamps(files: Sequence["Path | Member"]) -> np.ndarray:
-    """(N, 3) int64: bytes, time of the last change of the content, of anything, both in ns; -1 where a file
-    is not there.
-    """
+    """(N, 3) int64, `stamp_of` each; -1 where a file is not there."""
     stamps = np.full((len(files), 3), -1, np.int64)
     for stamp, file in zip(stamps, files, strict=True):
         with suppress(OSError):
-            status = file.stat()
-            stamp[:] = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            stamp[:] = stamp_of(file.stat())
     return stamps
 
 

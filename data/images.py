@@ -1,6 +1,7 @@
 """Read one image of any supported format as 8-bit RGB, and read a whole folder once to check it."""
 
 import hashlib
+import io
 import os
 import stat
 import tempfile
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.names import all_but
+from data.scan import has_dicom_magic
 
 if TYPE_CHECKING:
     from data.shards import Member
@@ -111,17 +113,18 @@ def _refuse_too_many_pixels(width: int, height: int) -> None:
         raise UnreadableImage(f"holds {width} x {height} pixels, more than {MOST_PIXELS} in all; shrink it")
 
 
-def _is_dicom(path: "Path | Member") -> bool:
-    if path.suffix.lower() in (".dcm", ".dicom"):
+def _is_dicom(suffix: str, opened: Path | io.BytesIO) -> bool:
+    if suffix.lower() in (".dcm", ".dicom"):
         return True
-    with path.open("rb") as file:
-        file.seek(128)
-        return file.read(4) == b"DICM"
+    if isinstance(opened, io.BytesIO):
+        return has_dicom_magic(opened)
+    with open(opened, "rb") as file:
+        return has_dicom_magic(file)
 
 
-def _read_dicom_member(member: "Member") -> tuple[Image.Image, _Stored]:
+def _read_dicom_member(content: io.BytesIO) -> tuple[Image.Image, _Stored]:
     with tempfile.NamedTemporaryFile(suffix=".dcm") as copy:  # pydicom reads a head by the file's name only
-        copy.write(member.open("rb").read())
+        copy.write(content.getvalue())
         copy.flush()
         return _read_dicom(Path(copy.name))
 
@@ -168,10 +171,10 @@ def _read(path: "Path | Member") -> tuple[Image.Image, _Stored]:
             raise UnreadableImage(f"holds {status.st_size} bytes, more than {MOST_BYTES}; shrink it")
         if not status.st_size:
             raise UnreadableImage("the file is empty (0 bytes)")
-        if _is_dicom(path):
-            return _read_dicom(path) if isinstance(path, Path) else _read_dicom_member(path)
         if not isinstance(path, Path):
-            opened = path.open("rb")
+            opened = path.open("rb")  # all of it, once
+        if _is_dicom(path.suffix, opened):
+            return _read_dicom(path) if isinstance(path, Path) else _read_dicom_member(opened)
         image = Image.open(opened, formats=FORMATS)
         _refuse_too_many_pixels(image.width, image.height)
         # MPO is a camera's JPEG with further pictures behind the photograph, such as its preview.

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -96,18 +96,23 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
-def _has_dicom_magic(path: str) -> bool:
+def has_dicom_magic(file: BinaryIO, start: int = 0) -> bool:
+    """Whether what begins at `start` is a DICOM file, whatever its name."""
+    file.seek(start + 128)
+    return file.read(4) == b"DICM"
+
+
+def _is_dicom(path: str) -> bool:
     with open(path, "rb") as file:
-        file.seek(128)
-        return file.read(4) == b"DICM"
+        return has_dicom_magic(file)
 
 
-def not_an_image(name: str, has_dicom_magic: Callable[[], bool]) -> str:
+def not_an_image(name: str, is_dicom: Callable[[], bool]) -> str:
     """ "" for a name of an image, else the suffix that says it is none. Asked of the content only where the
     name says nothing: scanners name DICOM files without a suffix, or by a UID such as 1.2.840.10008.7.
     """
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and has_dicom_magic()):
+    if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and is_dicom()):
         return ""
     return suffix or "no suffix"
 
@@ -145,7 +150,7 @@ def images_below(folder: Path, ignored: Counter[str]) -> list[str]:
                     else:
                         todo.append(below)
                     continue
-                if kind := not_an_image(entry.name, lambda e=entry: e.is_file() and _has_dicom_magic(e.path)):
+                if kind := not_an_image(entry.name, lambda e=entry: e.is_file() and _is_dicom(e.path)):
                     ignored[kind] += 1
                 else:
                     found.append(f"{prefix}/{entry.name}")

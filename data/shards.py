@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
@@ -34,11 +35,12 @@ from tqdm import tqdm
 
 from common.errors import UserError, first_line, shorten
 from common.files import whole_file
-from data.cache import FREE_DISK, default_cache_dir
+from data.cache import FREE_DISK, cache_dir_of, stamp_of
 from data.names import Names
 from data.scan import (
     ImageFolder,
     folder_of_classes,
+    has_dicom_magic,
     is_litter,
     not_an_image,
     not_utf8,
@@ -86,7 +88,7 @@ class Member:
 
     def open(self, mode: str = "rb") -> io.BytesIO:
         with open(self.shard, mode) as file:
-            if _stamp(os.fstat(file.fileno())) != self.stamp:
+            if stamp_of(os.fstat(file.fileno())) != self.stamp:
                 raise OSError(f"{self.shard.name} has changed since the run began")
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
@@ -118,16 +120,16 @@ def may_run_a_command(source: str | None) -> bool:
 def is_shards(source: str | Path) -> bool:
     """Whether `source` stands for tar files (URLs, a pattern, a folder of them) and not for class folders."""
     text = str(source)
-    if _is_remote(text) or (TAR.search(text) and not Path(text).is_dir()):
-        return True
-    return os.path.isdir(text) and bool(_shards_in(Path(text)))
+    if os.path.isdir(text):
+        return bool(_shards_in(Path(text)))
+    return _is_remote(text) or TAR.search(text) is not None
 
 
 def scan_images(
     source: str | Path,
     option: str = "--data-dir",
     at_least: int = 2,
-    cache_dir: Path | None = None,
+    cache_dir: str | Path | None = None,
     fetch: bool = True,
 ) -> ImageFolder:
     """`scan_folder` for a folder; for shards the same of their members.
@@ -138,13 +140,13 @@ def scan_images(
     """
     if not is_shards(source):
         return scan_folder(Path(source), option, at_least)
-    cache_dir = cache_dir or default_cache_dir()
+    cache_dir = cache_dir_of(cache_dir)
     names, places, loose, ignored = Names(), array("q"), 0, Counter()
     if os.path.isdir(source):
         shards = tuple(_shards_in(Path(source), ignored))
     else:
         shards = tuple(_local_shards(str(source), option, cache_dir, fetch))
-    stamps = tuple(_stamp(shard.stat()) for shard in shards)
+    stamps = tuple(stamp_of(shard.stat()) for shard in shards)
     rows_of: dict[str, array] = {}  # by class folder
     bar = tqdm(shards, desc="listing shards", unit="tar", leave=False, disable=None, delay=1)
     for number, shard in enumerate(bar):
@@ -173,7 +175,7 @@ def scan_images(
     return replace(folder, members=Members(shards, stamps, found))
 
 
-def finder(source: str | Path, cache_dir: Path | None = None) -> Callable[[str], Path | Member]:
+def finder(source: str | Path, cache_dir: str | Path | None = None) -> Callable[[str], Path | Member]:
     """What gives the image of a path that `scan_images` has listed; nothing is fetched. Where the shards
     cannot be read any more the files it gives do not exist.
     """
@@ -186,10 +188,6 @@ def finder(source: str | Path, cache_dir: Path | None = None) -> Callable[[str],
     except UserError as error:
         print(f"note: {error}")
     return lambda path: root / path
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _is_remote(source: str) -> bool:
@@ -361,10 +359,6 @@ def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, i
             parts = [part for part in member.name.split("/") if part != "."]
             name = "/".join(parts)
 
-            def has_dicom_magic(start: int = member.offset_data + 128) -> bool:
-                tar.fileobj.seek(start)
-                return tar.fileobj.read(4) == b"DICM"
-
             if member.isdir():
                 continue
             if not member.isreg():
@@ -373,7 +367,7 @@ def _images_in(shard: Path, ignored: Counter[str]) -> Iterator[tuple[str, int, i
                 ignored["absolute name or .."] += 1
             elif any(map(is_litter, parts)):
                 continue
-            elif kind := not_an_image(parts[-1], has_dicom_magic):
+            elif kind := not_an_image(parts[-1], partial(has_dicom_magic, tar.fileobj, member.offset_data)):
                 ignored[kind] += 1
             else:
                 yield name, member.offset_data, member.size

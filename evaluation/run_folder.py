@@ -42,8 +42,7 @@ class RunFolder:
     @cached_property
     def image(self) -> Callable[[str], Path | Member]:
         """The file of an image, by its path in the predictions."""
-        cache_dir = self.config.get("cache_dir")
-        return finder(self.images, Path(cache_dir) if cache_dir else None)
+        return finder(self.images, self.config.get("cache_dir"))
 
     @property
     def by_patient(self) -> bool:

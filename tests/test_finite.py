@@ -1,5 +1,7 @@
 """Steps that are not finite are named and skipped, and change nothing; too many in a row end the run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from quick import train
@@ -54,9 +56,8 @@ def test_a_skipped_step_leaves_weights_moments_and_statistics_as_they_were():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = type(
-        "State", (), {"model": model, "optimizer": optimizer, "scaler": scaler, "nonfinite_steps": 0}
-    )()
+    state = SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, nonfinite_steps=0)
+    state.statistics = lambda: [model[1].running_mean, model[1].running_var]
     steps = FiniteSteps(state, [f"image {i}" for i in range(9)], 3)
 
     def step(images, indices):
@@ -101,9 +102,8 @@ def test_in_float16_a_gradient_that_no_scale_makes_finite_ends_the_run():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    state = type(
-        "State", (), {"model": model, "optimizer": optimizer, "scaler": scaler, "nonfinite_steps": 0}
-    )()
+    state = SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, nonfinite_steps=0)
+    state.statistics = lambda: []
     steps = FiniteSteps(state, ["image"], 3)
 
     def step():

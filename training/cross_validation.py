@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.device import choose_hardware
-from common.distributed import begun, first_here_first, is_main, maximum, wait_for_all
+from common.distributed import begun, first_here_first, is_main, of_the_first, wait_for_all
 from common.files import MOST_OF_SPLITS, PREVIOUS, read_json, saved_in, write_json
 from data.findings import print_findings
 from data.scan import nfc
@@ -96,15 +96,13 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             write_json(output_dir / "data_check.json", {"findings": findings})
             frozen = keep_frozen_towers(output_dir, model)
             begun()
-    wait_for_all()
     for number, split in enumerate(splits, 1):
         if config.fold not in (None, number):
             continue
         fold_dir = output_dir / f"fold_{number}"
         with locked(fold_dir):
-            wait_for_all()  # the first process may have had to write the fold before, or to wait for the lock
-            (finished,) = maximum([is_main() and (fold_dir / PREDICTIONS).exists()])
-            if finished:
+            # which may have had to write the fold before, or to wait for the lock
+            if of_the_first((fold_dir / PREDICTIONS).exists()):
                 print(f"fold {number} of {len(splits)} is finished already")
                 continue
             print(f"\nfold {number} of {len(splits)}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, shorten
-from data.cache import default_cache_dir, inspect_cached
+from data.cache import cache_dir_of, inspect_cached
 from data.findings import quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
 from data.loader import loading_processes, refuse_small_shared_memory
@@ -89,12 +89,11 @@ class DataSet:
 
 def scan(config: Config) -> tuple[ImageFolder, ImageFolder | None]:
     """The class folders of --data-dir and --val-dir, checked; both label by the first's classes."""
-    cache_dir = Path(config.cache_dir) if config.cache_dir else None
-    folder = scan_images(config.data_dir, cache_dir=cache_dir)
+    folder = scan_images(config.data_dir, cache_dir=config.cache_dir)
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
     if config.val_dir:
-        found = scan_images(config.val_dir, "--val-dir", cache_dir=cache_dir)
+        found = scan_images(config.val_dir, "--val-dir", cache_dir=config.cache_dir)
         extra = [name for name in found.classes if name not in folder.classes]
         if extra:
             raise UserError(
@@ -147,8 +146,7 @@ def patients_of(config: Config, folder: ImageFolder, val_folder: ImageFolder | N
 def inspect(config: Config, folders: Sequence[ImageFolder]) -> Inspection:
     """The images of `folders`, one folder after the other, from the cache or the files."""
     if config.use_cache:
-        cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-        return inspect_cached(folders, config.img_size, cache_dir)
+        return inspect_cached(folders, config.img_size, cache_dir_of(config.cache_dir))
     return inspect_images(Files(folders), config.img_size)
 
 

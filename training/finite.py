@@ -23,13 +23,7 @@ class FiniteSteps:
     def __init__(self, state: TrainState, files: Sequence[Path], most_in_a_row: int):
         self.state, self.files, self.most_in_a_row = state, files, most_in_a_row
         self._unchecked: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._statistics = [
-            statistic
-            for module in state.model.modules()
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
-            for statistic in (module.running_mean, module.running_var)
-            if statistic is not None
-        ]
+        self._statistics = state.statistics()
         self._kept = [statistic.clone() for statistic in self._statistics]
 
     def allow(self, finite: torch.Tensor, indices: torch.Tensor) -> None:

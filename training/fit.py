@@ -119,7 +119,7 @@ def validate(
     behind them.
     """
     model = state.model.eval()
-    send_statistics(model)
+    send_statistics(state.statistics())
     with hardware.autocast():
         class_features = sentences.features()
     probs, labels = predict_probs(

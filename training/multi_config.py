@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.distributed import first_here_first, is_main, maximum, n_processes, wait_for_all
+from common.distributed import first_here_first, is_main, n_processes, of_the_first
 from common.errors import UserError, first_line
 from common.files import read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder
@@ -128,9 +128,8 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
         )
     chosen = [entry for entry in entries if config.config_index in (None, entry.number)]
     # every folder is looked at before the first entry starts
-    cache_dir = Path(config.cache_dir) if config.cache_dir else None
     with first_here_first():  # the others find the shards fetched
-        images = scan_images(config.data_dir, cache_dir=cache_dir)
+        images = scan_images(config.data_dir, cache_dir=config.cache_dir)
     begun = [continues(entry.folder, entry.config, _texts(entry, images)) for entry in chosen]
     for entry, going_on in zip(chosen, begun, strict=True):
         if going_on and is_finished(entry):
@@ -138,9 +137,7 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     failed = []
     for entry, going_on in zip(chosen, begun, strict=True):
         print(f"\n=== configuration {entry.number} of {len(entries)}: {entry.folder.name}", flush=True)
-        wait_for_all()  # the first process may still be writing the entry before
-        (finished,) = maximum([is_main() and going_on and is_finished(entry)])
-        if finished:
+        if of_the_first(going_on and is_finished(entry)):  # which may still be writing the entry before
             print("finished already")
         elif not _train_entry(entry, going_on):
             failed.append(entry.folder.name)

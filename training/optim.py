@@ -49,6 +49,11 @@ def _no_weight_decay(backbone: nn.Module) -> Iterable[str]:
     return backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
 
 
+def warmup_steps(warmup_epochs: float | None, epochs: int, steps_per_epoch: int) -> int:
+    """None: 5 % of the epochs."""
+    return round((0.05 * epochs if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
+
+
 def lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
     """Share of the peak learning rate at `step` (0-based): linear warm-up to 1, then a cosine to 0.
 

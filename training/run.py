@@ -35,7 +35,7 @@ from training.dataset import (
     split_of,
 )
 from training.fit import duration, fit
-from training.optim import parameter_groups
+from training.optim import parameter_groups, warmup_steps
 from training.outputs import (
     FREE_ON_CONTINUE,
     locked,
@@ -245,7 +245,6 @@ def train_on_split(
     random.seed(seed)
     model.to(device, memory_format=torch.channels_last)
     train_batches = EpochBatches(split.train, config.batch_size, seed)
-    warmup_epochs = 0.05 * config.epochs if config.warmup_epochs is None else config.warmup_epochs
     state = TrainState(
         model=model,
         optimizer=torch.optim.AdamW(
@@ -264,7 +263,7 @@ def train_on_split(
         ),
         steps_per_epoch=len(train_batches),
         total_steps=config.epochs * len(train_batches),
-        warmup_steps=round(warmup_epochs * len(train_batches)),
+        warmup_steps=warmup_steps(config.warmup_epochs, config.epochs, len(train_batches)),
     )
     images = ImageDataset(data.files, data.labels, config.img_size, data.squares)
     pin_memory = device.type == "cuda"

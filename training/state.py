@@ -14,7 +14,7 @@ import functools
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.distributed import n_processes
 from common.errors import UserError, first_line
@@ -37,7 +36,7 @@ from evaluation.checkpoints import (
     write_frozen_tower,
 )
 from models.clip import CLIPModel
-from training.step import share_gradients
+from training.step import Towers, towers_of
 
 HISTORY_KEYS = (
     "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
@@ -103,9 +102,13 @@ class TrainState:
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
 
     @functools.cached_property
-    def towers(self) -> torch.nn.Module:
-        """The model as a step calls it."""
-        return share_gradients(self.model)
+    def towers(self) -> Towers:
+        return towers_of(self.model)
+
+    def statistics(self) -> list[torch.Tensor]:
+        """The running means and variances that training changes."""
+        each = [one for norm in self.towers.norms for one in (norm.running_mean, norm.running_var)]
+        return [statistic for statistic in each if statistic is not None]
 
     def checkpoint(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """All of it at this moment, copied to the CPU, so that training may go on while it is written.
@@ -194,15 +197,13 @@ def _copied(value: Any) -> Any:
     return [_copied(own) for own in value] if isinstance(value, list) else value
 
 
-def send_statistics(model: CLIPModel) -> None:
+def send_statistics(statistics: Sequence[torch.Tensor]) -> None:
     """With several processes BatchNorm's running statistics are the first one's, which are those that are
     saved.
     """
     if n_processes() > 1:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
-                for statistic in (module.running_mean, module.running_var):
-                    dist.broadcast(statistic, 0)
+        for statistic in statistics:
+            dist.broadcast(statistic, 0)
 
 
 def frozen_towers(model: CLIPModel) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,8 +14,24 @@ from models.clip import CLIPModel, Texts
 from training.losses import contrastive_loss
 
 
-def share_gradients(model: CLIPModel) -> nn.Module:
-    """The model as the step calls it: with several processes, one whose gradients are the mean of theirs."""
+@dataclass(frozen=True)
+class Towers:
+    """A model as a step needs it. shared: the same, but with several processes its gradients are the mean of
+    theirs. norms: what has running statistics that training changes.
+    """
+
+    model: CLIPModel
+    shared: nn.Module
+    norms: Sequence[_BatchNorm]
+
+
+def towers_of(model: CLIPModel) -> Towers:
+    frozen = {id(module) for tower in model.frozen for module in tower.modules()}
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in frozen]
+    return Towers(model, _shared(model), norms)
+
+
+def _shared(model: CLIPModel) -> nn.Module:
     if n_processes() == 1:
         return model
     # What is frozen needs no exchange, and a frozen text tower may stay on the CPU. Running statistics are
@@ -39,7 +56,7 @@ def parts_of(
 
 
 def loss_and_gradients(
-    towers: nn.Module,
+    towers: Towers,
     views: Sequence[Callable[[], torch.Tensor]],
     texts: Texts,
     labels: torch.Tensor,
@@ -50,26 +67,25 @@ def loss_and_gradients(
     """Loss, its image-to-text part over all classes, and logits (B, C) of a batch, none with gradient; the
     gradients are left in the parameters, scaled by `scaler`.
 
-    towers: what `share_gradients` gives. views: each gives the images of one part, the same ones whenever it
-    is called; together this process's share of the batch. labels (B,): of the whole batch.
+    views: each gives the images of one part, the same ones whenever it is called; together this process's
+    share of the batch. labels (B,): of the whole batch.
 
     With one part, forward and backward. With several, gradient caching (Gao et al. 2021, arXiv 2101.06983):
     features without activations, the loss's gradient with respect to them, then each part once more with
     its activations. What is exact about it: loss and gradients, dropout and random depth included. BatchNorm
     normalises within a part, as it does within a process.
     """
-    model = towers.module if isinstance(towers, DistributedDataParallel) else towers
     of_part = [None] * (len(views) - 1) + [texts]  # sentences are encoded once, with the last part
     states = []
     if len(views) == 1:
         with autocast():
-            image_features, *others = towers(views[0](), texts)
+            image_features, *others = towers.shared(views[0](), texts)
     else:
         features = []
         for view, own_texts in zip(views, of_part, strict=True):
             states.append(_random_states(labels.device))
-            with activations_forgotten(), statistics_kept(model), autocast():
-                own, *others = (value.detach() for value in model(view(), own_texts))
+            with activations_forgotten(), statistics_kept(towers.norms), autocast():
+                own, *others = (value.detach() for value in towers.model(view(), own_texts))
             features.append(own)
         image_features = torch.cat(features).requires_grad_()
         others = [value.requires_grad_() for value in others]
@@ -77,24 +93,24 @@ def loss_and_gradients(
     text_features, scale = others
     logits = scale * gathered(image_features, len(labels)) @ text_features.T  # (B, C)
     loss, over_classes = contrastive_loss(loss_kind, logits, labels)
-    with statistics_kept(model):  # checkpointed activations are computed again
+    with statistics_kept(towers.norms):  # checkpointed activations are computed again
         scaler.scale(loss).backward()
 
     if states:
         gradients = image_features.grad.split([len(own) for own in features])
         for view, own_texts, state, gradient in zip(views, of_part, states, gradients, strict=True):
             of_others = [] if own_texts is None else [value.grad for value in others]
-            with _random_states_of(state, labels.device), _exchanged(towers, own_texts is not None):
+            with _random_states_of(state, labels.device), _exchanged(towers.shared, own_texts is not None):
                 with autocast():
-                    outputs = towers(view(), own_texts)
-                with statistics_kept(model):
+                    outputs = towers.shared(view(), own_texts)
+                with statistics_kept(towers.norms):
                     torch.autograd.backward(outputs, [gradient, *of_others])
     return loss.detach(), over_classes.detach(), logits.detach()
 
 
-def _exchanged(towers: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+def _exchanged(shared: nn.Module, now: bool) -> contextlib.AbstractContextManager:
     """Gradients are exchanged with the last part, when they are complete."""
-    return contextlib.nullcontext() if now or n_processes() == 1 else towers.no_sync()
+    return contextlib.nullcontext() if now or n_processes() == 1 else shared.no_sync()
 
 
 def activations_forgotten() -> contextlib.AbstractContextManager:
@@ -105,11 +121,10 @@ def activations_forgotten() -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
+def statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """In the block BatchNorm normalises as ever and its running mean and variance stay: they count an image
     once.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
