@@ -25,7 +25,8 @@ class ImageDataset(Dataset):
     """Gives (images (b, 3, size, size) uint8, labels (B,) int64, indices (B,) int64) for B indices.
 
     The b images are this process's share of the B (all of them where there is one process only). squares: the
-    images decoded before, or None to read the files each time.
+    images decoded before, or None to read the files each time. An index past the end begins again at the
+    first image: N + i is image i shown once more.
     """
 
     def __init__(self, files: Sequence[Path], labels: np.ndarray, size: int, squares: Squares | None = None):
@@ -36,6 +37,8 @@ class ImageDataset(Dataset):
         return len(self.files)
 
     def __getitems__(self, indices: list[int]) -> Batch:
+        chosen = torch.tensor(indices)
+        indices = [i % len(self) for i in indices]
         own = indices[share(len(indices), self.process, self.n_processes)]
         if self.squares is not None:
             squares = self.squares[own]
@@ -44,7 +47,6 @@ class ImageDataset(Dataset):
             for square, i in zip(squares, own, strict=True):
                 square[:] = self._read(i)
         images = torch.from_numpy(squares).permute(0, 3, 1, 2)  # a view, channels last
-        chosen = torch.tensor(indices)
         return images, torch.from_numpy(self.labels[indices]).long(), chosen  # (b, 3, S, S), (B,), (B,)
 
     def _read(self, index: int) -> np.ndarray:
@@ -57,13 +59,19 @@ class ImageDataset(Dataset):
 class EpochBatches(Sampler[list[int]]):
     """Batches of indices: every index once per epoch, in sizes that differ by at most one.
 
+    With `labels` (N,), of all images, an epoch is as long but holds every class of `indices` equally often,
+    to one image: of a large class another part each time, and an image i of a small one several times, as i,
+    N + i, 2 N + i, so that each time it is augmented differently.
+
     Even batches, because a batch of one image has no batch statistics and no negatives: where batches of 2
     meet an odd number of images, one holds 3.
     The order depends on `seed` and `epoch` alone; `start` batches of it are passed over.
     """
 
-    def __init__(self, indices: np.ndarray, batch_size: int, seed: int | None):
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+    def __init__(
+        self, indices: np.ndarray, batch_size: int, seed: int | None, labels: np.ndarray | None = None
+    ):
+        self.indices, self.batch_size, self.seed, self.labels = indices, batch_size, seed, labels
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -76,9 +84,21 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self.indices
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+            rng = np.random.default_rng([self.seed, self.epoch])
+            order = rng.permutation(order if self.labels is None else self._balanced(rng))
         for batch in np.array_split(order, len(self))[self.start :]:
             yield batch.tolist()
+
+    def _balanced(self, rng: np.random.Generator) -> np.ndarray:
+        own = self.labels[self.indices]
+        drawn = []
+        classes = rng.permutation(np.unique(own))  # those that hold one image more than others take turns
+        for i, label in enumerate(classes):
+            of_class, share_of_class = self.indices[own == label], (len(own) + i) // len(classes)
+            times = range(math.ceil(share_of_class / len(of_class)))
+            shown = np.concatenate([rng.permutation(of_class) + len(self.labels) * k for k in times])
+            drawn.append(shown[:share_of_class])
+        return np.concatenate(drawn)
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -12,6 +13,7 @@ import torch
 from common.distributed import is_main, joined, own_share, rank
 from models.clip import ClassSentences, build_clip
 from models.sync_batchnorm import synchronise_batchnorm
+from training.losses import contrastive_loss
 from training.step import loss_and_gradients, parts_of, towers_of
 
 TEXTS = {"正常": ["正常"], "肺炎": ["肺炎"], "气胸": ["气胸"]}
@@ -60,7 +62,7 @@ def steps(out):
                     [lambda own=own: own for own, _ in parts],
                     texts,
                     LABELS,
-                    kind,
+                    partial(contrastive_loss, kind),
                     torch.amp.GradScaler(enabled=False),
                     lambda: torch.autocast("cpu", enabled=False),
                 )
@@ -72,12 +74,12 @@ def steps(out):
 def train(what, arguments):
     """train_clip, in which the second process does `what` at its sixth step, once."""
     import train_clip
-    import training.step as step_module
+    import training.run as run_module
 
-    loss, calls = step_module.contrastive_loss, []
+    loss, calls = run_module.contrastive_loss, []
     happened = Path(arguments[arguments.index("--output-dir") + 1] + " happened")
 
-    def at_a_step(*given):
+    def at_a_step(*given, **named):
         calls.append(1)
         if len(calls) == 6 and rank() == 1 and not happened.exists():
             happened.touch()
@@ -87,9 +89,9 @@ def train(what, arguments):
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "stop":
                 os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*given)
+        return loss(*given, **named)
 
-    step_module.contrastive_loss = at_a_step
+    run_module.contrastive_loss = at_a_step
     if what == "other" and os.environ["RANK"] == "1":
         arguments = [*arguments, "--learning-rate", "0.5"]
     return train_clip.main(arguments)

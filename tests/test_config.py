@@ -54,6 +54,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
         ([*NEEDED, "--groups-file", "x", "--group-pattern", "(a)"], "exclude each other"),
         ([*NEEDED, "--use-cv", "--val-dir", "x"], "exclude each other"),
         ([*NEEDED, "--epochs", "3", "--warmup-epochs", "3"], "less than --epochs"),
+        ([*NEEDED, "--loss", "clip", "--logit-adjustment"], "no meaning with --loss clip"),
         ([*NEEDED, "--fold", "2"], "--fold needs --use-cv"),
         ([*NEEDED, "--use-cv", "--fold", "6"], "between 1 and --n-splits 5"),
     ],

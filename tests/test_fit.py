@@ -1,6 +1,7 @@
 """One training step, looked at from outside."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
 from models.clip import ClassSentences, build_clip
 from training.fit import train_one_epoch
+from training.losses import contrastive_loss
 from training.state import EarlyStopping, TrainState
 
 
@@ -37,8 +39,8 @@ def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
     train_one_epoch(
         state, sentences, loader, Augmentation("none", False, 0), hardware, Requests(0), lambda: None,
-        micro_batch_size=None, loss_kind="unicl", grad_clip=grad_clip, max_nonfinite_steps=1,
-        seed=0,
+        micro_batch_size=None, criterion=partial(contrastive_loss, "unicl"), grad_clip=grad_clip,
+        max_nonfinite_steps=1, seed=0,
     )  # fmt: skip
     gradients = [p.grad.double() for p in model.parameters() if p.grad is not None]
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))

@@ -1,5 +1,6 @@
 """Batches are complete and even; images come whole, whoever reads them."""
 
+import collections
 import math
 import os
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 
 import data.loader as loader_module
 from common.errors import UserError
+from data.augment import Augmentation
 from data.images import Squares, UnreadableImage
 from data.loader import EpochBatches, ImageDataset, build_loader
 from training.device import explain_failure
@@ -58,6 +60,47 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert order(1, 3) == order(1, 3)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)}) == 9
     assert order(None, 0) == order(None, 5) == list(range(50))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=150), st.integers(2, 40), st.integers(0, 99))
+def test_every_class_comes_equally_often_and_its_images_as_evenly_as_can_be(labels, batch_size, epoch):
+    everywhere = np.array(labels)
+    n, indices = len(everywhere), np.arange(1, len(labels), 2)  # the training side
+    batches = EpochBatches(indices, batch_size, 0, everywhere)
+    batches.epoch = epoch
+    shown = [index for batch in batches for index in batch]
+    assert len(shown) == len(indices) and len(set(shown)) == len(shown)  # none twice under one number
+    times = collections.Counter(index % n for index in shown)
+    assert times.keys() <= set(indices.tolist())
+    of_class = collections.Counter(labels[index % n] for index in shown)
+    present = set(everywhere[indices])
+    quotas = [of_class[label] for label in present]
+    assert max(quotas) - min(quotas) <= 1 and sum(quotas) == len(indices)
+    for label in present:
+        counts = [times[i] for i in indices.tolist() if labels[i] == label]
+        assert max(counts) - min(counts) <= 1
+    for index in shown:
+        assert index < n or index - n in shown  # the third showing comes after a second
+
+
+def test_of_a_large_class_every_epoch_shows_another_part():
+    labels = np.array([0] * 90 + [1] * 10)
+    batches, seen = EpochBatches(np.arange(100), 20, 7, labels), []
+    for batches.epoch in range(3):
+        order = [index for batch in batches for index in batch]
+        assert [index for batch in batches for index in batch] == order
+        seen.append({index for index in order if index % 100 < 90})
+    assert [len(part) for part in seen] == [50, 50, 50] and len(set.union(*seen)) > 70
+
+
+def test_an_image_shown_again_keeps_its_pixels_and_label_and_is_augmented_differently():
+    dataset = ImageDataset([Path("unused")] * N, LABELS, SIZE, Squares(PIXELS))
+    images, labels, indices = dataset.__getitems__([4, N + 4, 3 * N + 4])
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert labels.tolist() == [LABELS[4]] * 3 and indices.tolist() == [4, N + 4, 3 * N + 4]
+    first, second, third = Augmentation("standard", True, 0)(images, 0, indices)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
 # ---- images

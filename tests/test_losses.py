@@ -38,6 +38,22 @@ def test_unicl_equals_the_formula(batch):
     assert over_classes.item() == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["ce", "unicl"])
+def test_logit_adjustment_weighs_each_class_by_its_frequency_in_the_softmax(batch, kind):
+    """Menon et al. 2021, eq. 10: -log of pi_y e^f_y / sum_c pi_c e^f_c; the text half as without it."""
+    logits, labels = batch
+    prior = np.array([0.6, 0.3, 0.02, 0.08])
+    weighed = prior * np.exp(logits.numpy())
+    expected = -np.mean(np.log(weighed[np.arange(7), labels] / weighed.sum(1)))
+    loss, over_classes = contrastive_loss(kind, logits, labels, torch.from_numpy(prior).log())
+    assert over_classes.item() == pytest.approx(expected, abs=1e-12)
+    if kind == "unicl":
+        plain = F.cross_entropy(logits, labels).item()
+        expected += 2 * unicl_reference(logits.numpy(), labels.numpy()) - plain
+        expected /= 2
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
 def test_unicl_gradient_is_the_published_losss_gradient(batch):
     logits, labels = batch
     own = logits.clone().requires_grad_()

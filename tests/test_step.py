@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,8 @@ def of_the_step(encoder, size, kind, most, **options):
     parts = parts_of(images_of(size), torch.arange(len(LABELS)), most)
     assert most is None or max(len(own) for own, _ in parts) <= most
     loss, over_classes, logits = loss_and_gradients(
-        towers_of(model), [lambda own=own: own for own, _ in parts], texts, LABELS, kind, SCALER,
+        towers_of(model), [lambda own=own: own for own, _ in parts], texts, LABELS,
+        partial(contrastive_loss, kind), SCALER,
         lambda: torch.autocast("cpu", enabled=False),
     )  # fmt: skip
     return loss, over_classes, logits, *state_of(model), torch.rand(2)
@@ -91,7 +94,8 @@ def test_both_times_a_part_is_computed_in_the_same_precision():
         loss_and_gradients(
             towers_of(model),
             [lambda own=own: own for own, _ in parts_of(images_of(64), torch.arange(7), most)],
-            texts, LABELS, "unicl", SCALER, lambda: torch.autocast("cpu", torch.bfloat16),
+            texts, LABELS, partial(contrastive_loss, "unicl"), SCALER,
+            lambda: torch.autocast("cpu", torch.bfloat16),
         )  # fmt: skip
         return seen
 

@@ -11,7 +11,7 @@ import torch
 from quick import train
 
 import training.fit as fit_module
-import training.step as step_module
+import training.run as run_module
 from common.stopping import (
     Requests,
     Stoppable,
@@ -35,14 +35,14 @@ def signal_at_steps(monkeypatch, numbers: dict[int, int]):
     """Send this process a signal in the middle of the given steps (from 0, over all epochs)."""
     count = iter(range(10**6))
 
-    def loss(*arguments):
+    def loss(*arguments, **named):
         number = numbers.get(next(count))
         if number:  # a terminal and a cluster send it to all processes of a job
             for process in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
                 os.kill(process, number)
-        return contrastive_loss(*arguments)
+        return contrastive_loss(*arguments, **named)
 
-    monkeypatch.setattr(step_module, "contrastive_loss", loss)
+    monkeypatch.setattr(run_module, "contrastive_loss", loss)
 
 
 def contents(run):
@@ -73,6 +73,8 @@ FLAGS = [
     "starnet_dual_pyramid_rcf",
     "--text-template",
     "一张{class_name}",
+    "--use-weighted-sampling",
+    "--logit-adjustment",
 ]
 
 

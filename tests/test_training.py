@@ -11,7 +11,7 @@ from PIL import Image
 from quick import train
 
 import training.fit as fit_module
-import training.step as step_module
+import training.run as run_module
 from common.errors import UserError
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
@@ -224,9 +224,9 @@ def test_no_save_best_writes_no_best_checkpoint(class_folder, tmp_path):
 
 def test_a_loss_that_is_never_finite_stops_and_names_the_files(class_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        step_module,
+        run_module,
         "contrastive_loss",
-        lambda kind, logits, labels: (logits.sum() * float("nan"), logits.sum()),
+        lambda kind, logits, labels, **named: (logits.sum() * float("nan"), logits.sum()),
     )
     assert train(class_folder, tmp_path / "run", "--epochs", 1) == 1
     error = capsys.readouterr().err

@@ -184,6 +184,16 @@ class Config:
         "unicl: class-aware, both directions; clip: in-batch pairs; ce: image to text only",
         choices=("unicl", "clip", "ce"),
     )
+    use_weighted_sampling: bool = option(
+        False,
+        "training",
+        "show every class equally often: rare images several times an epoch, frequent ones not in each",
+    )
+    logit_adjustment: bool = option(
+        False,
+        "training",
+        "correct the loss for the classes' frequencies, so that rare classes are found too",
+    )
     img_size: int = option(224, "training", "image side in pixels", low=32, high=4096, on_resume="fixed")
     augmentation: str = option(
         "standard", "training", "training augmentation", choices=("none", "minimal", "standard")
@@ -449,6 +459,11 @@ def contradictions(config: Config) -> list[str]:
         problems.append("--fold needs --use-cv")
     elif config.fold is not None and config.fold > config.n_splits:
         problems.append(f"--fold {config.fold} must be between 1 and --n-splits {config.n_splits}")
+    if config.logit_adjustment and config.loss == "clip":
+        problems.append(
+            "--logit-adjustment has no meaning with --loss clip, which scores an image over the batch, not "
+            "over the classes; use --loss unicl or ce"
+        )
     if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
         problems.append(
             f"--warmup-epochs {config.warmup_epochs:g} must be less than --epochs {config.epochs}"

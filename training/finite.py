@@ -56,7 +56,7 @@ class FiniteSteps:
         times = self.state.nonfinite_steps
         said = (
             f"the loss or its gradient is not a finite number; the images of that batch:\n"
-            f"{shorten([str(self.files[i]) for i in indices.tolist()], 64)}\n"
+            f"{shorten([str(self.files[i % len(self.files)]) for i in indices.tolist()], 64)}\n"
         )
         if times >= self.most_in_a_row:
             raise RunFailed(

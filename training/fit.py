@@ -25,7 +25,7 @@ from models.clip import ClassSentences
 from training.finite import FiniteSteps
 from training.optim import lr_factor
 from training.state import CheckpointWriter, InEpoch, TrainState, send_statistics
-from training.step import loss_and_gradients, parts_of
+from training.step import Criterion, loss_and_gradients, parts_of
 
 HINT_AFTER_EPOCHS = 5
 
@@ -40,7 +40,7 @@ def train_one_epoch(
     save: Callable[[], None],
     *,
     micro_batch_size: int | None,
-    loss_kind: str,
+    criterion: Criterion,
     grad_clip: float,
     max_nonfinite_steps: int,
     seed: int,
@@ -75,7 +75,7 @@ def train_one_epoch(
 
         optimizer.zero_grad(set_to_none=True)
         loss, loss_image_to_text, logits = loss_and_gradients(
-            state.towers, views, texts, labels, loss_kind, state.scaler, hardware.autocast
+            state.towers, views, texts, labels, criterion, state.scaler, hardware.autocast
         )
         state.scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -156,7 +156,7 @@ def fit(
     facts: Mapping[str, Any],
     epochs: int,
     micro_batch_size: int | None,
-    loss_kind: str,
+    criterion: Criterion,
     grad_clip: float,
     max_nonfinite_steps: int,
     chance_loss: float,
@@ -197,7 +197,7 @@ def fit(
             batches.epoch, batches.start = state.epoch, state.in_epoch.steps
             row = train_one_epoch(
                 state, sentences, train_loader, augment, hardware, requests, save,
-                micro_batch_size=micro_batch_size, loss_kind=loss_kind, grad_clip=grad_clip,
+                micro_batch_size=micro_batch_size, criterion=criterion, grad_clip=grad_clip,
                 max_nonfinite_steps=max_nonfinite_steps, seed=seed,
             )  # fmt: skip
             validation_started = time.monotonic()

@@ -23,7 +23,7 @@ def text_to_image(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive_loss(
-    kind: str, logits: torch.Tensor, labels: torch.Tensor
+    kind: str, logits: torch.Tensor, labels: torch.Tensor, log_prior: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss to minimise and its image-to-text part over all classes (for the log), from logits (B, C).
 
@@ -31,8 +31,12 @@ def contrastive_loss(
     the classes.
     clip: InfoNCE over the B image-sentence pairs (Radford et al. 2021), same-class pairs taken for negatives.
     ce: image to text only.
+
+    log_prior (C,): log of the classes' frequencies, added to the logits where each image is scored over the
+    classes, so that the logits themselves need not know which class is frequent: logit adjustment with tau 1
+    (Menon et al. 2021, arXiv 2007.07314, eq. 10). The text half, a softmax over images, has no such prior.
     """
-    over_classes = image_to_text(logits, labels)
+    over_classes = image_to_text(logits if log_prior is None else logits + log_prior, labels)
     if kind == "ce":
         return over_classes, over_classes
     if kind == "unicl":

@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from training.dataset import (
     split_of,
 )
 from training.fit import duration, fit
+from training.losses import contrastive_loss
 from training.optim import parameter_groups, warmup_steps
 from training.outputs import (
     FREE_ON_CONTINUE,
@@ -244,7 +246,8 @@ def train_on_split(
     np.random.seed(seed % 2**32)  # nothing here draws from these two, but a timm model might
     random.seed(seed)
     model.to(device, memory_format=torch.channels_last)
-    train_batches = EpochBatches(split.train, config.batch_size, seed)
+    classes = data.labels if config.use_weighted_sampling else None
+    train_batches = EpochBatches(split.train, config.batch_size, seed, classes)
     state = TrainState(
         model=model,
         optimizer=torch.optim.AdamW(
@@ -304,7 +307,10 @@ def train_on_split(
         begun()
         for name, record in records.items():  # only now that nothing can be refused any more
             write_json(output_dir / name, record)
-    shares = np.bincount(data.labels[split.train]) / len(split.train)
+    shares = np.bincount(data.labels[split.train], minlength=len(data.folder.classes)) / len(split.train)
+    log_prior = torch.from_numpy(shares).log().float().to(device) if config.logit_adjustment else None
+    if config.use_weighted_sampling:
+        shares = (shares > 0) / np.count_nonzero(shares)
     probs = fit(
         state,
         sentences,
@@ -316,7 +322,7 @@ def train_on_split(
         facts=facts,
         epochs=config.epochs,
         micro_batch_size=config.micro_batch_size,
-        loss_kind=config.loss,
+        criterion=partial(contrastive_loss, config.loss, log_prior=log_prior),
         grad_clip=config.grad_clip,
         max_nonfinite_steps=config.max_nonfinite_steps,
         chance_loss=float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()),

@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import gathered, n_processes, own_share
 from models.clip import CLIPModel, Texts
-from training.losses import contrastive_loss
+
+# logits (B, C), labels (B,) -> the loss, and its image-to-text part over all classes
+Criterion = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def loss_and_gradients(
     views: Sequence[Callable[[], torch.Tensor]],
     texts: Texts,
     labels: torch.Tensor,
-    loss_kind: str,
+    criterion: Criterion,
     scaler: torch.amp.GradScaler,
     autocast: Callable[[], torch.autocast],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,7 +94,7 @@ def loss_and_gradients(
 
     text_features, scale = others
     logits = scale * gathered(image_features, len(labels)) @ text_features.T  # (B, C)
-    loss, over_classes = contrastive_loss(loss_kind, logits, labels)
+    loss, over_classes = criterion(logits, labels)
     with statistics_kept(towers.norms):  # checkpointed activations are computed again
         scaler.scale(loss).backward()
 
