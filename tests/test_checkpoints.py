@@ -1,5 +1,6 @@
 """How checkpoints are written and read: whole, checked, beside training, the best never behind the latest."""
 
+import contextlib
 import copy
 import json
 import os
@@ -8,7 +9,9 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from evaluation.checkpoints import FORMAT, NOT_FOR_USE, checksum, read_checkpoin
 from evaluation.trained import load_trained
 from training import fit as fit_module
 from training import state as state_module
-from training.state import read_to_resume, write_checkpoint
+from training.state import CheckpointWriter, read_to_resume, write_checkpoint
 
 NAMES = ("checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth")
 
@@ -55,7 +58,7 @@ def test_the_best_and_the_one_before_stay_when_the_latest_is_replaced(tmp_path, 
         monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError(95, "no links here")))
     before = None
     for epoch, is_best in ((1, True), (2, False), (3, True), (4, False)):
-        write_checkpoint(tmp_path, checkpoint(epoch), is_best)
+        write_checkpoint(tmp_path, checkpoint(epoch), checkpoint(epoch) if is_best else None)
         best = epoch if is_best else epoch - 1
         assert epochs_in(tmp_path) == [epoch, before, best]
         assert len(json.loads((tmp_path / "history.json").read_text())["val_acc"]) == epoch
@@ -70,7 +73,7 @@ def test_the_best_and_the_one_before_stay_when_the_latest_is_replaced(tmp_path, 
 def test_killed_between_two_files_each_is_whole_and_the_best_the_newer(
     tmp_path, monkeypatch, killed_at, left
 ):
-    write_checkpoint(tmp_path, checkpoint(1), True)
+    write_checkpoint(tmp_path, checkpoint(1), checkpoint(1))
     replace, calls = os.replace, []
 
     def killed(source, target):
@@ -81,7 +84,7 @@ def test_killed_between_two_files_each_is_whole_and_the_best_the_newer(
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path, checkpoint(2), True)
+        write_checkpoint(tmp_path, checkpoint(2), checkpoint(2))
     assert epochs_in(tmp_path) == left
 
 
@@ -196,7 +199,7 @@ def test_a_few_bytes_that_stand_for_very_many_are_refused(tmp_path):
 def test_what_may_be_whole_is_not_called_damaged(tmp_path, monkeypatch, error):
     """A disk that stumbles once must not make a run go on from an older checkpoint."""
     for epoch in (1, 2):
-        write_checkpoint(tmp_path, checkpoint(epoch), False)
+        write_checkpoint(tmp_path, checkpoint(epoch), None)
 
     def stumble(*_, **__):
         raise error
@@ -209,7 +212,7 @@ def test_what_may_be_whole_is_not_called_damaged(tmp_path, monkeypatch, error):
 @pytest.mark.parametrize("harm", ["truncated", "gone", "flipped"])
 def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, harm):
     for epoch in (1, 2):
-        write_checkpoint(tmp_path, checkpoint(epoch), False)
+        write_checkpoint(tmp_path, checkpoint(epoch), None)
     latest = tmp_path / "checkpoint_latest.pth"
     data = latest.read_bytes()
     latest.unlink()
@@ -350,13 +353,13 @@ def test_what_is_written_is_the_moment_it_was_taken(quick_report, class_folder, 
             epoch_two.set()
         return row
 
-    def slow(folder, now, is_best):
+    def slow(folder, now, best):
         before = copy.deepcopy(now)
         taken.append(before)
         assert epoch_two.wait(60)  # the first is not written before the second epoch is over
         for (name, value), (_, old) in zip(leaves(now), leaves(before), strict=True):
             assert torch.equal(value, old) if isinstance(value, torch.Tensor) else value == old, name
-        write_checkpoint(folder, now, is_best)
+        write_checkpoint(folder, now, best)
 
     monkeypatch.setattr(state_module, "write_checkpoint", slow)
     monkeypatch.setattr(fit_module, "train_one_epoch", noting)
@@ -368,6 +371,39 @@ def test_what_is_written_is_the_moment_it_was_taken(quick_report, class_folder, 
         tensors = [name for name, value in second.items() if isinstance(value, torch.Tensor)]
         assert all(torch.equal(in_file[name], second[name]) for name in tensors)
         assert any(not torch.equal(first[name], second[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("error", [None, RunFailed("the loss is not finite")])
+def test_writing_takes_a_fiftieth_of_the_time_and_what_is_held_comes_at_the_end(tmp_path, monkeypatch, error):
+    clock, written = SimpleNamespace(now=100.0), []
+
+    def write(folder, latest, best):
+        written.append((clock.now - 100, latest["epoch"], best and best["epoch"]))
+
+    class AtOnce(contextlib.nullcontext):
+        def submit(self, call, *arguments):
+            done = Future()
+            done.set_result(call(*arguments))
+            return done
+
+    cost = iter(range(100))  # a second of the processor each
+    monkeypatch.setattr(state_module, "write_checkpoint", write)
+    monkeypatch.setattr(state_module, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(
+        state_module, "time", SimpleNamespace(monotonic=lambda: clock.now, thread_time=lambda: next(cost))
+    )
+    with contextlib.suppress(RunFailed), CheckpointWriter(tmp_path) as writer:
+        for epoch, at, is_best in (
+            (1, 0, True), (2, 30, True), (3, 49, False), (4, 51, False), (5, 60, True), (6, 70, False),
+        ):  # fmt: skip
+            clock.now = 100.0 + at
+            writer.write({"epoch": epoch}, is_best, now=False)
+        writer.write({"epoch": 7}, False, now=True)  # a signal
+        clock.now += 1
+        writer.write({"epoch": 8}, True, now=False)
+        if error:
+            raise error
+    assert written == [(0, 1, 1), (51, 4, 2), (70, 7, 5), (71, 8, 8)]
 
 
 @pytest.mark.parametrize("epochs", [2, 4])

@@ -184,13 +184,16 @@ def fit(
 
         def save(class_features: torch.Tensor | None = None, is_best: bool = False) -> None:
             """`class_features`: of a validated epoch, so that images need no text tower later."""
-            if requests.stop and class_features is None:
+            at_an_end = class_features is not None
+            if requests.stop and not at_an_end:
                 steps = f"step {state.in_epoch.steps} of {state.steps_per_epoch}"
                 tqdm.write(f"stopping: saving after {steps} of epoch {state.epoch + 1}")
             if writer:
-                features = None if class_features is None else class_features.cpu()
-                writer.write(state.checkpoint({**facts, "class_features": features}), is_best)
-            requests.saved()
+                features = class_features.cpu() if at_an_end else None
+                checkpoint = state.checkpoint({**facts, "class_features": features})
+                writer.write(checkpoint, is_best, now=not at_an_end)
+            if not at_an_end:
+                requests.saved()
 
         while state.epoch < epochs and not state.stopped_early:
             requests.end_if_asked()

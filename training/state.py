@@ -14,8 +14,9 @@ import functools
 import os
 import random
 import shutil
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,13 +254,12 @@ def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str,
     return checkpoint, path
 
 
-def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], is_best: bool) -> None:
-    """checkpoint_latest.pth and history.json, and where it is the best so far, checkpoint_best.pth. What was
+def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
+    """checkpoint_latest.pth and history.json, and where there is a new `best`, checkpoint_best.pth. What was
     the latest stays as checkpoint_previous.pth.
     """
-    if is_best:  # first: a run that is killed between the two does this epoch again
-        of_use = {key: value for key, value in checkpoint.items() if key not in NOT_FOR_USE}
-        write_file(folder / BEST, of_use)
+    if best is not None:  # first: a run that is killed between the two does this epoch again
+        write_file(folder / BEST, best)
     latest, new = folder / LATEST, folder / f".{LATEST}.{os.getpid()}.new.tmp"
     try:
         write_file(new, checkpoint)
@@ -276,29 +276,54 @@ def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], is_best: bool)
 
 
 class CheckpointWriter:
-    """Writes the files of an epoch while the next one is computed. Leaving its block waits for the last.
+    """Writes files while training goes on: at once, or so seldom that writing takes at most LARGEST_SHARE of
+    a core. What is not written yet is held, and written when the block is left, however it is left.
 
-    What kept files from being written is raised at the next `write`, or at the end of the block.
+    What kept files from being written is raised at a later `write`, or at the end of the block.
     """
+
+    LARGEST_SHARE = 0.02
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._pool, self._last = ThreadPoolExecutor(1), None
+        self._latest: Mapping[str, Any] | None = None
+        self._best: Mapping[str, Any] | None = None
+        self._pool, self._writing = ThreadPoolExecutor(1), Future()
+        self._writing.set_result(0.0)
+        self._begun = time.monotonic()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def write(self, checkpoint: Mapping[str, Any], is_best: bool) -> None:
-        self._wait()
-        self._last = self._pool.submit(write_checkpoint, self.folder, checkpoint, is_best)
+    def write(self, checkpoint: Mapping[str, Any], is_best: bool, now: bool) -> None:
+        """Without `now`, when the last one is written and the time it took is a small enough share."""
+        self._latest = checkpoint
+        if is_best:
+            self._best = {key: value for key, value in checkpoint.items() if key not in NOT_FOR_USE}
+        if now or self._is_due():
+            self._write_held()
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
+    def _is_due(self) -> bool:
+        passed = time.monotonic() - self._begun
+        return self._writing.done() and self._writing.result() <= self.LARGEST_SHARE * passed
+
+    def _write_held(self) -> None:
+        self._writing.result()
+        self._begun = time.monotonic()
+        self._writing = self._pool.submit(self._timed, self._latest, self._best)
+        self._latest = self._best = None
+
+    def _timed(self, latest: Mapping[str, Any], best: Mapping[str, Any] | None) -> float:
+        """Seconds of a processor that writing took; waiting for the disk holds no training up."""
+        started = time.thread_time()
+        write_checkpoint(self.folder, latest, best)
+        return time.thread_time() - started
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
-        self._wait()
+        with self._pool:
+            if self._latest is not None:
+                self._write_held()
+        self._writing.result()
 
 
 def _random_states() -> dict[str, Any]:
