@@ -254,7 +254,10 @@ def record_of(
         "models": [{key: model.facts["config"][key] for key in of_model} for model in models],
         **{key: getattr(arguments, key) for key in typed},
         "data_dir": str(arguments.data_dir),
-        "groups_file": str(arguments.groups_file) if arguments.groups_file else None,
+        **{
+            key: str(value) if (value := getattr(arguments, key)) else None
+            for key in ("groups_file", "cache_dir")
+        },
         "classes": list(models[0].classes),
         "class_texts": models[0].class_texts,
         "images_per_class": data.images_per_class(),

@@ -19,6 +19,7 @@ from quick import train
 from webdataset import ShardWriter
 
 import data.shards as shards
+import evaluate_clip
 from common.errors import UserError
 from data import images
 from data.cache import cache_file, inspect_cached
@@ -114,6 +115,15 @@ def test_a_run_on_shards_is_the_run_on_the_folder(class_folder, packed, tmp_path
     assert html.count("data:image/jpeg") == (tmp_path / "folder" / "report.html").read_text("utf-8").count(
         "data:image/jpeg"
     )
+
+
+def test_an_evaluations_report_finds_shards_that_were_fetched(class_folder, packed, tmp_path):
+    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 0
+    shards = f"pipe:cat {packed}/s-{{000000..000007}}.tar"
+    flags = ["--checkpoint", tmp_path / "run", "--data-dir", shards, "--cache-dir", tmp_path / "kept"]
+    assert evaluate_clip.main([*map(str, flags), "--output-dir", str(tmp_path / "there")]) == 0
+    html = (tmp_path / "there" / "report.html").read_text("utf-8")
+    assert "cannot be shown" not in html and "no map of embeddings" not in html
 
 
 def test_a_stopped_run_continues_and_folds_work(packed, tmp_path, quick_report, capsys):

@@ -282,7 +282,8 @@ def library_versions() -> dict[str, Any]:
 
 
 def print_files(output_dir: Path) -> None:
-    print(f"files in {output_dir}: {', '.join(results_in(output_dir))}")
+    figures = ["figures/"] * (output_dir / "figures").is_dir()
+    print(f"files in {output_dir}: {', '.join(results_in(output_dir) + figures)}")
     print(f"to look at the result: {output_dir / 'report.html'}")
 
 
