@@ -254,10 +254,8 @@ def record_of(
         "models": [{key: model.facts["config"][key] for key in of_model} for model in models],
         **{key: getattr(arguments, key) for key in typed},
         "data_dir": str(arguments.data_dir),
-        **{
-            key: str(value) if (value := getattr(arguments, key)) else None
-            for key in ("groups_file", "cache_dir")
-        },
+        "groups_file": str(arguments.groups_file) if arguments.groups_file else None,
+        "cache_dir": str(arguments.cache_dir) if arguments.cache_dir else None,
         "classes": list(models[0].classes),
         "class_texts": models[0].class_texts,
         "images_per_class": data.images_per_class(),

@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy --data-dir xray3 --out compared --groups-file xray3.groups.csv --seeds 42 43
     python -m benchmarks.accuracy --data-dir xray3 --out screened --recipes-file rates.json --folds 1 2
     python -m benchmarks.accuracy --data-dir xray3 --out lopsided --keep Covid-19=16
-    python -m benchmarks.accuracy --architecture starnet_dual_pyramid_rcf timm:starnet_s1
+    python -m benchmarks.accuracy --architecture timm:starnet_s1 rcf-global rcf-late starnet_dual_pyramid_rcf
 
 A recipe is a name and options of train_clip.py by their JSON keys, trained by that program itself; with
 "peer" it is one of benchmarks.accuracy_peers. A --recipes-file is a JSON object name -> options, where
@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import benchmarks.ablations  # noqa: F401  (enters its encoders into the registry)
 import common.torchvision_compat  # noqa: F401
 from benchmarks.accuracy_peers import PEERS, architecture_table
 from benchmarks.accuracy_table import FoldResult, Results, write_tables

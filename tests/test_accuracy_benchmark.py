@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import accuracy, accuracy_peers
@@ -15,6 +16,7 @@ from common.errors import RunFailed, UserError
 from data.scan import scan_folder
 from data.splits import Split
 from evaluation.results import Predictions, read_predictions
+from models.clip import build_image_tower
 from training.config import Config
 from training.dataset import read_images, scan
 
@@ -245,6 +247,24 @@ def test_sizes_of_architectures():
     assert resnet["million_parameters"] == pytest.approx(11.18, abs=0.01)
     assert resnet["gmac"] == pytest.approx(1.82, abs=0.02)  # He et al. 2016 say 1.8
     assert star["gmac"] == pytest.approx(0.42, abs=0.01) and star["gmac"] < dual["gmac"]
+
+
+def test_the_parts_of_the_dual_pyramid_are_what_is_left_of_it():
+    local, alone, late, whole = (
+        size_of(name, 64)
+        for name in ("timm:starnet_s1", "rcf-global", "rcf-late", "starnet_dual_pyramid_rcf")
+    )
+    adapter = 2 * (192 * 192 + 3 * 192) + 192  # two 1 x 1 convolutions with bias and GroupNorm, and the gains
+    norm = 2 * 192  # the head's, which is counted with each pyramid
+    parts = 1e6 * (local["million_parameters"] + alone["million_parameters"]) - norm
+    assert 1e6 * late["million_parameters"] == pytest.approx(parts + adapter)
+    assert late["gmac"] == pytest.approx(local["gmac"] + alone["gmac"] + 2 * 192 * 192 * 4 / 1e9)
+    assert late["gmac"] < whole["gmac"] and late["million_parameters"] < whole["million_parameters"]
+    for name in ("rcf-global", "rcf-late"):
+        tower = build_image_tower(name, "none", 64)
+        images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+        (tower(images) * torch.randn(192)).sum().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in tower.parameters())
 
 
 def test_mistakes_are_said_together(tmp_path, capsys):
