@@ -374,7 +374,9 @@ def test_what_is_written_is_the_moment_it_was_taken(quick_report, class_folder, 
 
 
 @pytest.mark.parametrize("error", [None, RunFailed("the loss is not finite")])
-def test_writing_takes_a_fiftieth_of_the_time_and_what_is_held_comes_at_the_end(tmp_path, monkeypatch, error):
+def test_writing_takes_a_hundredth_of_the_time_and_what_is_held_comes_at_the_end(
+    tmp_path, monkeypatch, error
+):
     clock, written = SimpleNamespace(now=100.0), []
 
     def write(folder, latest, best):
@@ -394,7 +396,7 @@ def test_writing_takes_a_fiftieth_of_the_time_and_what_is_held_comes_at_the_end(
     )
     with contextlib.suppress(RunFailed), CheckpointWriter(tmp_path) as writer:
         for epoch, at, is_best in (
-            (1, 0, True), (2, 30, True), (3, 49, False), (4, 51, False), (5, 60, True), (6, 70, False),
+            (1, 0, True), (2, 30, True), (3, 99, False), (4, 101, False), (5, 110, True), (6, 120, False),
         ):  # fmt: skip
             clock.now = 100.0 + at
             writer.write({"epoch": epoch}, is_best, now=False)
@@ -403,7 +405,7 @@ def test_writing_takes_a_fiftieth_of_the_time_and_what_is_held_comes_at_the_end(
         writer.write({"epoch": 8}, True, now=False)
         if error:
             raise error
-    assert written == [(0, 1, 1), (51, 4, 2), (70, 7, 5), (71, 8, 8)]
+    assert written == [(0, 1, 1), (101, 4, 2), (120, 7, 5), (121, 8, 8)]
 
 
 @pytest.mark.parametrize("epochs", [2, 4])

@@ -282,7 +282,7 @@ class CheckpointWriter:
     What kept files from being written is raised at a later `write`, or at the end of the block.
     """
 
-    LARGEST_SHARE = 0.02
+    LARGEST_SHARE = 0.01
 
     def __init__(self, folder: Path):
         self.folder = folder
