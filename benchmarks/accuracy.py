@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import benchmarks.ablations  # noqa: F401  (enters its encoders into the registry)
+import benchmarks.encoders  # noqa: F401  (enters its encoders into the registry)
 import common.torchvision_compat  # noqa: F401
 from benchmarks.accuracy_peers import PEERS, architecture_table
 from benchmarks.accuracy_table import FoldResult, Results, write_tables

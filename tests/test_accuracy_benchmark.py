@@ -260,11 +260,20 @@ def test_the_parts_of_the_dual_pyramid_are_what_is_left_of_it():
     assert 1e6 * late["million_parameters"] == pytest.approx(parts + adapter)
     assert late["gmac"] == pytest.approx(local["gmac"] + alone["gmac"] + 2 * 192 * 192 * 4 / 1e9)
     assert late["gmac"] < whole["gmac"] and late["million_parameters"] < whole["million_parameters"]
-    for name in ("rcf-global", "rcf-late"):
+    for name in ("rcf-global", "rcf-late", "darkcovidnet"):
         tower = build_image_tower(name, "none", 64)
         images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-        (tower(images) * torch.randn(192)).sum().backward()
+        (tower(images) * torch.randn(tower.num_features)).sum().backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in tower.parameters())
+
+
+def test_the_published_network_is_of_the_published_size():
+    """Ozturk et al. 2020, for two classes: 1,164,434 trainable parameters. Its last convolution has as many
+    filters as there are classes, and its linear layer sees their 13 x 13 maps.
+    """
+    for_three_classes = 1e6 * size_of("darkcovidnet", 128)["million_parameters"]
+    one_filter, linear = 256 * 3 * 3 + 2, 2 * 13 * 13 * 2 + 2
+    assert round(for_three_classes) - one_filter + linear == 1_164_434
 
 
 def test_mistakes_are_said_together(tmp_path, capsys):

@@ -1,7 +1,9 @@
-"""What is left of starnet_dual_pyramid_rcf without one of its parts, as encoders for benchmarks.accuracy.
+"""Encoders that benchmarks.accuracy compares starnet_dual_pyramid_rcf with, from random weights.
 
-rcf-global: the global pyramid alone. rcf-late: both pyramids, fused after the last stage only, no cascade.
-The local pyramid alone is timm:starnet_s1.
+rcf-global: its global pyramid alone. rcf-late: both pyramids, fused after the last stage only, no cascade.
+Its local pyramid alone is timm:starnet_s1.
+darkcovidnet: the network of the published figures on xray3 (Ozturk et al. 2020, doi
+10.1016/j.compbiomed.2020.103792) up to its linear layer, by the paper's table of layers.
 """
 
 import torch
@@ -40,6 +42,35 @@ class LateFusion(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         added = self.gain.view(1, -1, 1, 1) * self.adapter(self.global_stages(images))
         return self.norm(self.local_stages(images) + added).mean(dim=(2, 3))
+
+
+class DarkCovidNet(nn.Module):
+    """For three classes: 17 convolutions, each with BatchNorm and LeakyReLU, and five poolings.
+
+    (B, 3, S, S) -> (B, 3 (S / 32)^2), not averaged over the image: the classifier knows what was where.
+    """
+
+    def __init__(self, img_size: int):
+        super().__init__()
+
+        def conv(c_in: int, c_out: int, size: int = 3) -> nn.Sequential:
+            layer = nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1))
+
+        layers = [conv(3, 8), nn.MaxPool2d(2), conv(8, 16)]
+        for c in (16, 32, 64, 128):
+            layers += [nn.MaxPool2d(2), conv(c, 2 * c), conv(2 * c, c, 1), conv(c, 2 * c)]
+        layers += [conv(256, 128, 1), conv(128, 256), conv(256, 3), nn.Flatten()]
+        self.layers, self.num_features = nn.Sequential(*layers), 3 * (img_size // 32) ** 2
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+@register(IMAGE_ENCODERS, "darkcovidnet")
+def darkcovidnet(weights: str, img_size: int) -> ImageTower:
+    backbone = DarkCovidNet(img_size)
+    return ImageTower(backbone, backbone.num_features, (0.5,) * 3, (0.25,) * 3)
 
 
 def _enter(name: str, part: type[GlobalPyramid] | type[LateFusion]) -> None:
