@@ -3,13 +3,14 @@
 rcf-global: its global pyramid alone. rcf-late: both pyramids, fused after the last stage only, no cascade.
 Its local pyramid alone is timm:starnet_s1.
 darkcovidnet: the network of the published figures on xray3 (Ozturk et al. 2020, doi
-10.1016/j.compbiomed.2020.103792) up to its linear layer, by the paper's table of layers.
+10.1016/j.compbiomed.2020.103792) up to its linear layer.
 """
 
 import torch
 from torch import nn
 
-from models.image_encoders import ImageTower
+from common.errors import UserError
+from models.image_encoders import ImageTower, feature_size
 from models.registry import IMAGE_ENCODERS, register
 from models.starnet_dual_pyramid_rcf import CHANNELS, StarNetDualPyramidRCF, starnet_dual_pyramid_rcf
 
@@ -45,37 +46,47 @@ class LateFusion(nn.Module):
 
 
 class DarkCovidNet(nn.Module):
-    """For three classes: 17 convolutions, each with BatchNorm and LeakyReLU, and five poolings.
+    """For three classes: 17 convolutions with BatchNorm, five poolings. (B, 3, 256, 256) -> (B, 507):
+    nothing is averaged over the image, so the classifier knows what was where.
 
-    (B, 3, S, S) -> (B, 3 (S / 32)^2), not averaged over the image: the classifier knows what was where.
+    As in the authors' code, convolutions of 1 x 1 are padded too, and ReLU and BatchNorm follow the last one,
+    BatchNorm and LeakyReLU the others.
     """
 
-    def __init__(self, img_size: int):
+    def __init__(self):
         super().__init__()
 
         def conv(c_in: int, c_out: int, size: int = 3) -> nn.Sequential:
-            layer = nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False)
+            layer = nn.Conv2d(c_in, c_out, size, padding=1, bias=False)
             return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1))
 
         layers = [conv(3, 8), nn.MaxPool2d(2), conv(8, 16)]
         for c in (16, 32, 64, 128):
             layers += [nn.MaxPool2d(2), conv(c, 2 * c), conv(2 * c, c, 1), conv(c, 2 * c)]
-        layers += [conv(256, 128, 1), conv(128, 256), conv(256, 3), nn.Flatten()]
-        self.layers, self.num_features = nn.Sequential(*layers), 3 * (img_size // 32) ** 2
+        layers += [conv(256, 128, 1), conv(128, 256)]
+        layers += [nn.Conv2d(256, 3, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(3), nn.Flatten()]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.layers(images)
 
 
+def _refuse_weights(name: str, weights: str) -> None:
+    if weights not in ("auto", "none"):
+        raise UserError(f"--image-weights {weights}: there are none for {name}; use none")
+
+
 @register(IMAGE_ENCODERS, "darkcovidnet")
 def darkcovidnet(weights: str, img_size: int) -> ImageTower:
-    backbone = DarkCovidNet(img_size)
-    return ImageTower(backbone, backbone.num_features, (0.5,) * 3, (0.25,) * 3)
+    _refuse_weights("darkcovidnet", weights)
+    backbone = DarkCovidNet()
+    return ImageTower(backbone, feature_size(backbone, img_size), (0.5,) * 3, (0.25,) * 3)
 
 
 def _enter(name: str, part: type[GlobalPyramid] | type[LateFusion]) -> None:
     @register(IMAGE_ENCODERS, name)
     def build(weights: str, img_size: int) -> ImageTower:
+        _refuse_weights(name, weights)
         whole = starnet_dual_pyramid_rcf("none", img_size)
         return ImageTower(part(whole.backbone), whole.num_features, whole.mean, whole.std)
 

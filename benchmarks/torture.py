@@ -6,7 +6,7 @@
 Every case ends with a comparison: weights, optimizer moments, random state, history (without times) and
 predictions of the tortured run against those of one that nothing happened to, bit for bit. A small run: 60
 images of 48 x 48, the dual pyramid at 32 px (it draws random depths) and the tiny text tower, one thread,
-saved three times a second. What needs a mount (full, read-only) needs root.
+saved three times a second, but for `held`. What needs a mount (full, read-only) needs root.
 """
 
 import json
@@ -39,6 +39,7 @@ SMALL = (
 )  # fmt: skip
 COMPARED = ("predictions.csv", "oof_predictions.csv", "cv_summary.json", "metrics.json", "splits.json")
 SINGLE = ("--epochs", "3", "--resume-from", "auto")
+HELD = ("--epochs", "30", "--save-every-minutes", "0", "--resume-from", "auto")
 LONGER = ("--epochs", "12", "--resume-from", "auto")
 FOLDS = ("--epochs", "2", "--use-cv", "--n-splits", "2")
 ENTRIES = [{"epochs": 2}, {"epochs": 1, "use_cv": True, "n_splits": 2, "embed_dim": 8}]
@@ -345,6 +346,7 @@ def vanish(torture: Torture, times: int) -> str:
 
 CASES: dict[str, Callable[[Torture, int], str]] = {
     "kills": lambda torture, times: kill(torture, times, SINGLE),
+    "held": lambda torture, times: kill(torture, times, HELD),
     "cv": lambda torture, times: kill(torture, times, FOLDS),
     "multi": lambda torture, times: kill(torture, times, torture.entries),
     "stops": stop,

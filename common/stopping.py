@@ -15,10 +15,11 @@ Item = TypeVar("Item")
 WORKERS_GO_ON_SECONDS = 3
 PATIENCE_SECONDS = 2
 SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM, or Ctrl-C while training, asked this process to end."""
+    """SIGTERM, a closed terminal, or Ctrl-C while training, asked this process to end."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -26,13 +27,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """What a shell shows for a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    """What a shell shows for a program that a signal ended: 130 for Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def sigterm_stops() -> Iterator[None]:
-    """In the block SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt, so that files are closed."""
+    """In the block SIGTERM and SIGHUP raise Stopped, as Ctrl-C KeyboardInterrupt: files are closed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -40,7 +41,7 @@ def sigterm_stops() -> Iterator[None]:
     def nothing_to_save(number: int, frame: FrameType | None) -> None:
         pass  # the system would end the program
 
-    with _handled({signal.SIGTERM: stop, SAVE_SIGNAL: nothing_to_save}):
+    with _handled({signal.SIGTERM: stop, HANGUP: stop, SAVE_SIGNAL: nothing_to_save}):
         yield
 
 
@@ -77,11 +78,22 @@ def stop_after_the_parent(_: int = 0) -> None:
 
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, at_the_second_time_at_once)
+        if signal.getsignal(HANGUP) is not signal.SIG_IGN:  # of nohup
+            signal.signal(HANGUP, at_the_second_time_at_once)
+
+
+def _say(words: bytes) -> None:
+    try:
+        os.write(2, words)  # print() might be in the middle of a line
+    except OSError:  # the terminal is gone, and whatever else is said to it must not end the run
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
 
 
 class Requests:
     """What is asked of a training between two steps, in its block: to save (SIGUSR1, or `save_every_seconds`
-    have gone by; 0: never), or to save and end (SIGINT, SIGTERM).
+    have gone by; 0: never), or to save and end (SIGINT, SIGTERM, SIGHUP).
 
     Ctrl-C once more, after PATIENCE_SECONDS, is a KeyboardInterrupt at once. One stop often comes as several
     signals, from the terminal, a script and the cluster, so sooner ones and SIGTERMs change nothing.
@@ -102,8 +114,8 @@ class Requests:
         self._block = contextlib.ExitStack()
 
     def __enter__(self) -> "Requests":
-        handlers = {signal.SIGINT: self._on_stop, signal.SIGTERM: self._on_stop, SAVE_SIGNAL: self._on_save}
-        self._block.enter_context(_handled(handlers))
+        stops = dict.fromkeys((signal.SIGINT, signal.SIGTERM, HANGUP), self._on_stop)
+        self._block.enter_context(_handled({**stops, SAVE_SIGNAL: self._on_save}))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -115,7 +127,7 @@ class Requests:
         if self.stop is None:
             self.stop, self._stopped_at = number, time.monotonic()
             if self._says:
-                os.write(2, b"\nstopping after this step\n")  # print() might be in the middle of a line
+                _say(b"\nstopping after this step\n")
         elif number == signal.SIGINT and time.monotonic() - self._stopped_at > PATIENCE_SECONDS:
             raise KeyboardInterrupt
 
@@ -133,7 +145,7 @@ class Requests:
         self._save, self._last_save = False, time.monotonic()
 
     def end_if_asked(self) -> None:
-        """Raises Stopped after a SIGINT or SIGTERM."""
+        """Raises Stopped after a SIGINT, SIGTERM or SIGHUP."""
         (stop,) = self._agree([self.stop or 0])
         if stop:
             raise Stopped(stop)

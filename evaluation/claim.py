@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import BEST, LATEST
-from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder
+from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder, loss_words
 from evaluation.tables import percent
 
 ANSWERED, PARTLY, AUTHORS = "answered", "partly", "authors"
@@ -181,8 +181,8 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
             f"AdamW, {'at most ' if stop else ''}{options['epochs']} epochs, batches of "
             f"{options['batch_size']}, peak learning rate {options['learning_rate']:g} (new layers x "
             f"{options['new_lr_ratio']:g}, text x {options['text_lr_ratio']:g}), weight decay "
-            f"{options['weight_decay']:g}, loss {options['loss']}, {' and '.join(frozen) or 'no'} encoder "
-            f"frozen. {augmentation}",
+            f"{options['weight_decay']:g}, loss {loss_words(options)}, {' and '.join(frozen) or 'no'} "
+            f"encoder frozen. {augmentation}",
         ),
         26: (ANSWERED, f"{_which_epoch(run)}{stopping}"),
         27: (

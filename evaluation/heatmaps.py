@@ -138,6 +138,8 @@ def _last_map(backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, 
     stage_before = _stage_before_the_last(backbone)
     if stage_before is not None:
         return _caught(backbone, images, stage_before, at_input=False)
+    if not hasattr(backbone, "forward_features"):
+        raise _no_map(backbone, "it does not give the map before its pooling")
     with torch.no_grad():
         last = backbone.forward_features(images)
     if not isinstance(last, torch.Tensor):

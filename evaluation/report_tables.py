@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder
+from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder, loss_words
 from evaluation.tables import OVERALL, PER_CLASS
 
 Table = dict[str, Sequence[Any]]  # "header" (may be empty) and "rows"
@@ -103,7 +103,7 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
             [
                 "Training 训练",
                 f"{'at most ' if o['early_stopping_patience'] else ''}{o['epochs']} epochs, batch "
-                f"{o['batch_size']}, learning rate {o['learning_rate']:g}, loss {o['loss']}, seed "
+                f"{o['batch_size']}, learning rate {o['learning_rate']:g}, loss {loss_words(o)}, seed "
                 f"{o['random_state']}",
             ],
         ]  # fmt: skip

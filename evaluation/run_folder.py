@@ -115,5 +115,11 @@ def read_run_folder(path: Path) -> RunFolder:
     )
 
 
+def loss_words(options: Mapping[str, Any]) -> str:
+    """The loss that a model was trained with, and how rare classes were given weight."""
+    added = {"logit_adjustment": "logit adjustment", "use_weighted_sampling": "weighted sampling"}
+    return ", ".join([options["loss"], *(words for key, words in added.items() if options.get(key))])
+
+
 def _optional(path: Path) -> Any:
     return read_json(path, "the run's file") if path.exists() else None

@@ -268,12 +268,15 @@ def test_the_parts_of_the_dual_pyramid_are_what_is_left_of_it():
 
 
 def test_the_published_network_is_of_the_published_size():
-    """Ozturk et al. 2020, for two classes: 1,164,434 trainable parameters. Its last convolution has as many
-    filters as there are classes, and its linear layer sees their 13 x 13 maps.
+    """Ozturk et al. 2020: for two classes 1,164,434 trainable parameters, the last convolution with a filter
+    for each, and a linear layer that sees their 13 x 13 maps.
     """
+    assert build_image_tower("darkcovidnet", "none", 256).num_features == 3 * 13 * 13
     for_three_classes = 1e6 * size_of("darkcovidnet", 128)["million_parameters"]
     one_filter, linear = 256 * 3 * 3 + 2, 2 * 13 * 13 * 2 + 2
     assert round(for_three_classes) - one_filter + linear == 1_164_434
+    with pytest.raises(UserError, match="there are none for darkcovidnet"):
+        build_image_tower("darkcovidnet", "pretrained", 256)
 
 
 def test_mistakes_are_said_together(tmp_path, capsys):

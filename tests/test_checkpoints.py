@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -406,6 +407,34 @@ def test_writing_takes_a_hundredth_of_the_time_and_what_is_held_comes_at_the_end
         if error:
             raise error
     assert written == [(0, 1, 1), (101, 4, 2), (120, 7, 5), (121, 8, 8)]
+
+
+def test_a_signal_while_the_last_is_awaited_loses_nothing_that_is_held(
+    quick_report, class_folder, tmp_path, monkeypatch
+):
+    """A slow disk still writes the first epoch when training ends; a cluster and a script both stop it."""
+    training_is_over, one_epoch = threading.Event(), fit_module.train_one_epoch
+
+    def slow(folder, latest, best):
+        if latest["epoch"] == 1:
+            assert training_is_over.wait(60)
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_checkpoint(folder, latest, best)
+
+    def stopped_in_the_third(state, *args, **options):
+        if state.epoch == 2:
+            threading.Timer(1, training_is_over.set).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one_epoch(state, *args, **options)
+
+    monkeypatch.setattr(state_module, "write_checkpoint", slow)
+    monkeypatch.setattr(fit_module, "train_one_epoch", stopped_in_the_third)
+    out = tmp_path / "out"
+    assert train(class_folder, out, "--epochs", 4) == 143
+    latest = read_checkpoint(out / "checkpoint_latest.pth")
+    assert (latest["epoch"], latest["in_epoch"]["steps"]) == (2, 1)
+    best = read_checkpoint(out / "checkpoint_best.pth")
+    assert best["epoch"] == latest["best"]["epoch"] and len(best["history"]["val_acc"]) == best["epoch"]
 
 
 @pytest.mark.parametrize("epochs", [2, 4])

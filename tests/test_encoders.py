@@ -28,7 +28,8 @@ def test_the_guides_encoders_are_all_there():
         + " ".join(f"efficientnet-b{i}" for i in range(8))
         + " convnext-tiny convnext-small convnext-base convnext-large"
     ).split()
-    assert set(named) == set(IMAGE_ENCODERS)
+    benchmarks = {"rcf-global", "rcf-late", "darkcovidnet"}  # there where their tests are collected too
+    assert set(named) == set(IMAGE_ENCODERS) - benchmarks
     assert set(TEXT_ENCODERS) == {"bert-base-chinese", "bert-tiny-bytes"}
 
 

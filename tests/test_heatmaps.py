@@ -279,6 +279,15 @@ def test_a_map_without_anything_for_the_class_stays_zero():
     assert (for_dark == 0).all()
 
 
+def test_a_backbone_that_shows_no_map_is_refused():
+    class Plain(nn.Module):
+        def forward(self, images):
+            return images.mean(dim=(2, 3))
+
+    with pytest.raises(UserError, match=r"no heat maps.*before its pooling"):
+        heat_maps(tiny_model(Plain), random_images(2, 32), torch.eye(7)[:2], [0, 1])
+
+
 @pytest.mark.parametrize("name", UNFIT)
 def test_encoders_without_one_last_map_are_refused(name):
     size = 224 if "pit" in name else SIZE

@@ -88,7 +88,7 @@ def whole(quick_report, class_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "code", "workers"),
-    [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 2)],
+    [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 0), (signal.SIGHUP, 129, 2)],
 )
 def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
     whole, class_folder, tmp_path, monkeypatch, capsys, number, code, workers
@@ -214,6 +214,28 @@ def test_one_stop_may_be_several_signals_but_ctrl_c_after_a_while_does_not_wait(
         pytest.fail("the second Ctrl-C was waited for")
     assert not_at_once and not isinstance(stopped.value, Stopped)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_what_is_said_to_a_closed_terminal_ends_no_run(tmp_path):
+    """Under a terminal whose other end has gone every write fails."""
+    outside, inside = os.openpty()
+    process = os.fork()
+    if not process:
+        for stream in (1, 2):
+            os.dup2(inside, stream)
+        os.close(outside)
+        os.close(inside)
+        with Requests(0) as requests:
+            time.sleep(0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(1, b"saving")
+            os._exit(0 if requests.stop == signal.SIGHUP else 1)
+    os.close(inside)
+    os.waitpid(process, os.WUNTRACED)
+    os.close(outside)
+    os.kill(process, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
 def test_processes_that_load_images_outlive_a_stop_but_not_for_long():

@@ -12,7 +12,7 @@ from quick import train
 
 import training.fit as fit_module
 import training.run as run_module
-from common.errors import UserError
+from common.errors import RunFailed, UserError
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
 from train_clip import main
@@ -231,6 +231,44 @@ def test_a_loss_that_is_never_finite_stops_and_names_the_files(class_folder, tmp
     assert train(class_folder, tmp_path / "run", "--epochs", 1) == 1
     error = capsys.readouterr().err
     assert "not a finite number" in error and error.count(".png") in (14, 15)  # one batch of 57
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_evens_out_classes_reaches_the_training(
+    lopsided_folder, tmp_path, monkeypatch, adjusted, weighted
+):
+    """Of 30 and 6 images 24 and 5 (here and there one more) train."""
+    seen = {}
+
+    def fit(state, sentences, train_loader, *args, criterion, chance_loss, **options):
+        labels = torch.cat([labels for _, labels, _ in train_loader])
+        seen.update(shown=torch.bincount(labels).tolist(), chance=chance_loss)
+        logits = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
+        seen["loss"] = criterion(logits, torch.tensor([0, 1]))[1].item()
+        raise RunFailed("seen")
+
+    monkeypatch.setattr(run_module, "fit", fit)
+    flags = ["--logit-adjustment"] * adjusted + ["--use-weighted-sampling"] * weighted
+    assert train(lopsided_folder, tmp_path / "run", *flags) == 1
+    (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["folds"]
+    n = np.array([sum(path.startswith(name) for path in fold["train"]) for name in ("few", "many")])
+    expected = np.full(2, n.sum() / 2) if weighted else n
+    assert np.abs(np.array(seen["shown"]) - expected).max() <= 0.5
+    share = n / n.sum()
+    assert seen["chance"] == pytest.approx(np.log(2) if weighted else -(share * np.log(share)).sum())
+    weighed = np.exp([[0.3, -0.2], [1.0, 0.5]]) * (share if adjusted else 1)
+    assert seen["loss"] == pytest.approx(-np.log(weighed[[0, 1], [0, 1]] / weighed.sum(1)).mean(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lopsided_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lopsided") / "data"
+    for name, count in (("few", 6), ("many", 30)):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (20, 20), 6 * i + 10 * len(name)).save(folder / name / f"{i}.png")
+    return folder
 
 
 def test_val_dir_is_used_as_it_is(class_folder, tmp_path):

@@ -164,11 +164,12 @@ def fit(
     save_best: bool,
     save_every_minutes: float,
 ) -> np.ndarray:
-    """Train until `epochs` are done or early stopping says so, writing checkpoints and history after each
-    epoch and every so many minutes. Returns the last epoch's validation probabilities (n_val, C), in the
-    order of `val_loader`. `chance_loss`: of a model that knows how frequent classes are and sees no images.
+    """Train until `epochs` are done or early stopping says so, writing checkpoints and history after epochs
+    (see CheckpointWriter) and every so many minutes. Returns the last epoch's validation probabilities
+    (n_val, C), in the order of `val_loader`. `chance_loss`: of a model that knows how frequent classes are
+    and sees no images.
 
-    Raises Stopped, after saving, on SIGINT and SIGTERM.
+    Raises Stopped, after saving, on SIGINT, SIGTERM and SIGHUP.
     """
     batches = train_loader.batch_sampler
     assert isinstance(batches, EpochBatches)
@@ -179,8 +180,9 @@ def fit(
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(stopping_together())
-        writer = stack.enter_context(CheckpointWriter(output_dir)) if is_main() else None
+        # left last, so that no signal keeps the writer from writing what it holds
         requests = stack.enter_context(Requests(60 * save_every_minutes, maximum, is_main()))
+        writer = stack.enter_context(CheckpointWriter(output_dir)) if is_main() else None
 
         def save(class_features: torch.Tensor | None = None, is_best: bool = False) -> None:
             """`class_features`: of a validated epoch, so that images need no text tower later."""

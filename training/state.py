@@ -297,9 +297,9 @@ class CheckpointWriter:
 
     def write(self, checkpoint: Mapping[str, Any], is_best: bool, now: bool) -> None:
         """Without `now`, when the last one is written and the time it took is a small enough share."""
-        self._latest = checkpoint
         if is_best:
             self._best = {key: value for key, value in checkpoint.items() if key not in NOT_FOR_USE}
+        self._latest = checkpoint
         if now or self._is_due():
             self._write_held()
 
