@@ -267,7 +267,11 @@ def record_of(
 
 
 def main(typed: Sequence[str] | None = None) -> int:
-    return exit_code_of(lambda: evaluate(sys.argv[1:] if typed is None else typed), "nothing was written")
+    return exit_code_of(
+        lambda: evaluate(sys.argv[1:] if typed is None else typed),
+        "the evaluation is not complete; the same command makes it anew, with --overwrite where it had begun "
+        "to write",
+    )
 
 
 if __name__ == "__main__":

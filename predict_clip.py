@@ -166,7 +166,8 @@ def print_summary(
     if n_good:
         print(f"mean probability of the predicted class: {tally.confidences.sum() / n_good:.3f}")
     if tally.n_failed:
-        print(f"{tally.n_failed:,} images have no prediction; the column error says why:")
+        has = "image has" if tally.n_failed == 1 else "images have"
+        print(f"{tally.n_failed:,} {has} no prediction; the column error says why:")
         print(shorten(tally.failures, 5) if tally.n_failed <= 5 else shorten(tally.failures[:5]) + "\n  ...")
     print(f"{arguments.output}: one row per image")
     if arguments.heatmaps is not None and n_good:

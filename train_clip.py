@@ -5,8 +5,9 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import as_program, say
 from common.errors import RunFailed, UserError
@@ -26,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    started, config = time.time(), None
+    started, given, config = time.time(), {}, None
     try:
         with _processes() as again:
-            typed = resolve_auto(options_from_flags(arguments), again)
+            given = options_from_flags(arguments)
+            typed = resolve_auto(given, again)
             config = make_config(typed)
             refuse_without_effect(typed, config)
             # the heavy libraries, only now that the options are known to be good
@@ -39,7 +41,7 @@ def _main(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _say(error)
     except KeyboardInterrupt as stop:
-        how = f"interrupted; {_how_to_continue(config, started)}"
+        how = f"interrupted; {_how_to_continue(config, given, started)}"
         if (who := _who(how, if_nothing_else=True)) is not None:
             print(f"\n{who}{how}", file=sys.stderr)
         return exit_code(stop)
@@ -50,7 +52,7 @@ def _main(arguments: Sequence[str]) -> int:
         explanation = explain_failure(error, config)
         if explanation is None:
             raise
-        failed = RunFailed(f"{explanation}; {_how_to_continue(config, started)}")
+        failed = RunFailed(f"{explanation}; {_how_to_continue(config, given, started)}")
         return _say(failed, if_nothing_else=lost_another(error))
 
 
@@ -85,16 +87,18 @@ def _who(message: str, if_nothing_else: bool = False) -> str | None:
     return who_says(message, if_nothing_else)
 
 
-def _how_to_continue(config: Config | None, started: float) -> str:
+def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: float) -> str:
     if config is None or config.output_dir is None:
         return "nothing was written"
     if not Path(config.output_dir).exists():
-        return f"--output-dir {config.output_dir} is not there (any more)"
+        return f"there is no --output-dir {config.output_dir}: nothing was written yet, or it was removed"
     once_more = " without --overwrite" if config.overwrite else ""
     if config.use_cv or config.multi_config:
         return f"what is finished is saved, and the same command{once_more} continues"
     latest = Path(config.output_dir) / LATEST
     if latest.exists() and (config.resume_from or latest.stat().st_mtime >= started):
+        if given.get("resume_from") in ("auto", str(latest)):
+            return f"what was trained is saved, and the same command{once_more} continues"
         return f"what was trained is saved; to go on, the same command{once_more}, and --resume-from {latest}"
     return "nothing was trained, so there is nothing to resume from"
 

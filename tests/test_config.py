@@ -3,7 +3,14 @@ import json
 import pytest
 
 from common.errors import UserError
-from training.config import Config, check_options, make_config, options_from_flags, read_config_file
+from training.config import (
+    Config,
+    check_options,
+    make_config,
+    options_from_flags,
+    read_config_file,
+    resolve_auto,
+)
 
 NEEDED = ["--data-dir", "d", "--output-dir", "o"]
 
@@ -51,6 +58,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
         ([*NEEDED, "--multi-config"], "needs --config-file"),
         ([*NEEDED, "--config-file", "x.json"], "only read with --multi-config"),
         ([*NEEDED, "--resume-from", "x", "--overwrite"], "exclude each other"),
+        ([*NEEDED, "--resume-from", "auto", "--overwrite"], "exclude each other"),
         ([*NEEDED, "--groups-file", "x", "--group-pattern", "(a)"], "exclude each other"),
         ([*NEEDED, "--use-cv", "--val-dir", "x"], "exclude each other"),
         ([*NEEDED, "--epochs", "3", "--warmup-epochs", "3"], "less than --epochs"),
@@ -61,7 +69,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
 )
 def test_contradictions(flags, part):
     with pytest.raises(UserError, match=part):
-        make_config(options_from_flags(flags))
+        make_config(resolve_auto(options_from_flags(flags)))
 
 
 @pytest.mark.parametrize(

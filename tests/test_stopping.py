@@ -101,7 +101,7 @@ def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
     monkeypatch.undo()
     streams = capsys.readouterr()
     assert "saving after step 2 of 4 of epoch 2" in streams.out
-    assert f"--resume-from {out / 'checkpoint_latest.pth'}" in streams.err
+    assert f"and --resume-from {out / 'checkpoint_latest.pth'}" in streams.err
     saved = read_checkpoint(out / "checkpoint_latest.pth")
     assert (saved["epoch"], saved["in_epoch"]["steps"]) == (1, 2)
     torch.manual_seed(999)  # a new process starts elsewhere in the random stream
@@ -110,11 +110,14 @@ def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
     assert same(contents(out), whole)
 
 
-def test_stopped_at_every_step_in_turn_the_end_is_the_same(whole, class_folder, tmp_path, monkeypatch):
+def test_stopped_at_every_step_in_turn_the_end_is_the_same(
+    whole, class_folder, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     for _ in range(EPOCHS * STEPS):
         signal_at_steps(monkeypatch, {0: signal.SIGTERM})
         assert train(class_folder, out, *FLAGS, "--resume-from", "auto") == 143
+        assert "saved, and the same command continues" in capsys.readouterr().err
     monkeypatch.undo()
     assert read_checkpoint(out / "checkpoint_latest.pth")["in_epoch"]["steps"] == STEPS  # not yet validated
     assert train(class_folder, out, *FLAGS, "--resume-from", "auto") == 0

@@ -394,7 +394,7 @@ def resolve_auto(typed: Mapping[str, Any], again: bool = False) -> dict[str, Any
     if again:
         resolved.pop("overwrite", None)
         resolved["resume_from"] = "auto" if saved else typed.get("resume_from", "auto")
-    if resolved.get("resume_from") == "auto":
+    if resolved.get("resume_from") == "auto" and not resolved.get("overwrite"):  # else both are refused
         del resolved["resume_from"]
         if saved and not (typed.get("use_cv") or typed.get("multi_config")):
             resolved["resume_from"] = str(saved)
