@@ -19,8 +19,8 @@ OF_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, validate, run. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 or 143 stopped by
-    Ctrl-C or SIGTERM.
+    """Parse, validate, run. Returns the exit code: 0 done, 1 failed, 2 bad input, 129, 130 or 143
+    stopped by SIGHUP, Ctrl-C or SIGTERM.
     """
     with as_program():
         return _main(sys.argv[1:] if arguments is None else arguments)

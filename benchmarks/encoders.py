@@ -12,13 +12,11 @@ from torch import nn
 from common.errors import UserError
 from models.image_encoders import ImageTower, feature_size
 from models.registry import IMAGE_ENCODERS, register
-from models.starnet_dual_pyramid_rcf import CHANNELS, StarNetDualPyramidRCF, starnet_dual_pyramid_rcf
+from models.starnet_dual_pyramid_rcf import StarNetDualPyramidRCF, starnet_dual_pyramid_rcf
 
 
 class GlobalPyramid(nn.Module):
     """(B, 3, H, W) -> (B, 192), with the head that the whole has."""
-
-    num_features = CHANNELS[-1]
 
     def __init__(self, whole: StarNetDualPyramidRCF):
         super().__init__()
@@ -31,8 +29,6 @@ class GlobalPyramid(nn.Module):
 
 class LateFusion(nn.Module):
     """F_3 = L_3 + a_3 * A_3(G_3), where L_3 knows nothing of the other. (B, 3, H, W) -> (B, 192)."""
-
-    num_features = CHANNELS[-1]
 
     def __init__(self, whole: StarNetDualPyramidRCF):
         super().__init__()

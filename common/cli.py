@@ -64,7 +64,7 @@ class _Shown:
 
 @contextlib.contextmanager
 def as_program() -> Iterator[None]:
-    """In the block any name can be printed, and SIGTERM raises Stopped as Ctrl-C raises KeyboardInterrupt."""
+    """In the block any name can be printed, and SIGTERM and SIGHUP stop as Ctrl-C does."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Shown, before)
     try:
@@ -75,8 +75,8 @@ def as_program() -> Iterator[None]:
 
 
 def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
-    """Run `program`; say what went wrong on stderr. 1: it could not be done, 2: bad input, 130 or 143:
-    stopped by Ctrl-C or SIGTERM.
+    """Run `program`; say what went wrong on stderr. 1: it could not be done, 2: bad input, 129, 130
+    or 143: stopped by SIGHUP, Ctrl-C or SIGTERM.
     """
     with as_program():
         try:

@@ -219,21 +219,24 @@ def test_one_stop_may_be_several_signals_but_ctrl_c_after_a_while_does_not_wait(
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_what_is_said_to_a_closed_terminal_ends_no_run(tmp_path):
+def test_what_is_said_to_a_closed_terminal_ends_no_run():
     """Under a terminal whose other end has gone every write fails."""
     outside, inside = os.openpty()
     process = os.fork()
     if not process:
-        for stream in (1, 2):
-            os.dup2(inside, stream)
-        os.close(outside)
-        os.close(inside)
-        with Requests(0) as requests:
-            time.sleep(0)
-            os.kill(os.getpid(), signal.SIGSTOP)
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.write(1, b"saving")
-            os._exit(0 if requests.stop == signal.SIGHUP else 1)
+        code = 1
+        try:
+            for stream in (1, 2):
+                os.dup2(inside, stream)
+            os.close(outside)
+            os.close(inside)
+            with Requests(0) as requests:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.write(1, b"saving")
+                code = 0 if requests.stop == signal.SIGHUP else 1
+        finally:
+            os._exit(code)  # whatever happens, no second pytest goes on from here
     os.close(inside)
     os.waitpid(process, os.WUNTRACED)
     os.close(outside)
