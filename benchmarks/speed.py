@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -44,6 +45,7 @@ from evaluation.predict import predict_probs
 from models.clip import ClassSentences, CLIPModel, build_clip, build_image_tower
 from models.text_encoders import build_text_tower
 from training.fit import train_one_epoch
+from training.losses import contrastive_loss
 from training.optim import parameter_groups
 from training.state import EarlyStopping, InEpoch, TrainState
 
@@ -73,27 +75,32 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 
     return median([timed() for _ in range(repeats + warm_up)][warm_up:])
 
 
-def floor_of(encoder: str, size: int, batch: int, hardware: Hardware) -> Floor:
-    """The tower by itself, on normalised tensors in memory."""
-    device = hardware.device
+def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: bool = False) -> Floor:
+    """The tower by itself, on normalised tensors in memory. A GPU is waited for after every tenth step."""
+    device, at_once = hardware.device, 10 if hardware.device.type == "cuda" else 1
     backbone = build_image_tower(encoder, "none", size).backbone.to(device, memory_format=torch.channels_last)
+    if compiled:
+        backbone.compile()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4, fused=True)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def train() -> None:
-        with hardware.autocast():
-            features = backbone(images)
-        features.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for _ in range(at_once):
+            with hardware.autocast():
+                features = backbone(images)
+            features.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     def evaluate() -> None:
-        with torch.no_grad(), hardware.autocast():
-            backbone(images)
+        for _ in range(at_once):
+            with torch.no_grad(), hardware.autocast():
+                backbone(images)
 
-    train_seconds = seconds_of(train, device)
+    repeats = 5 if at_once == 1 else 3
+    train_seconds = seconds_of(train, device, repeats) / at_once
     backbone.eval()
-    floor = Floor(batch / train_seconds, batch / seconds_of(evaluate, device))
+    floor = Floor(batch / train_seconds, batch * at_once / seconds_of(evaluate, device, repeats))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the run, which is another process
     return floor
@@ -192,7 +199,12 @@ def in_memory(
         model, torch.optim.AdamW(groups, fused=True), torch.amp.GradScaler(enabled=False),
         EarlyStopping("val_acc", None, 0), len(batches), 10 * len(batches), 0,
     )  # fmt: skip
-    return state, sentences, batches, ImageDataset([Path("none")] * n_images, labels, size, squares)
+    return (
+        state,
+        sentences,
+        batches,
+        ImageDataset([Path("none")] * n_images, labels, size, squares, hardware.device),
+    )
 
 
 def step_seconds(
@@ -202,7 +214,7 @@ def step_seconds(
     median.
     """
     state, sentences, batches, images = in_memory(encoder, size, batch, n_classes, steps * batch, hardware)
-    loader = build_loader(images, batches, 0, hardware.device.type == "cuda")
+    loader = build_loader(images, batches, 0)
     return seconds_of(lambda: one_epoch(state, sentences, loader, hardware), hardware.device, 3) / steps
 
 
@@ -210,8 +222,8 @@ def one_epoch(state: TrainState, sentences: ClassSentences, loader: DataLoader, 
     state.in_epoch = InEpoch()
     train_one_epoch(
         state, sentences, loader, Augmentation("standard", True, 0), hardware, Requests(0), lambda: None,
-        micro_batch_size=None, loss_kind="unicl", grad_clip=1.0, max_nonfinite_steps=1,
-        seed=0,
+        micro_batch_size=None, criterion=partial(contrastive_loss, "unicl"), grad_clip=1.0,
+        max_nonfinite_steps=1, seed=0,
     )  # fmt: skip
 
 
@@ -232,7 +244,7 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
         return patch.object(owner, method, call)
 
     state, sentences, batches, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
-    loader = build_loader(images, batches, 0, False)
+    loader = build_loader(images, batches, 0)
     tower = state.model.image_tower
     with ExitStack() as stack:
         for owner, method, name in (
@@ -258,9 +270,7 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
 
 def evaluation_speed(model: CLIPModel, images: ImageDataset, batch: int, hardware: Hardware) -> float:
     """Images/s of the program's own predict path over decoded images."""
-    loader = build_loader(
-        images, EpochBatches(np.arange(len(images)), batch, None), 0, hardware.device.type == "cuda"
-    )
+    loader = build_loader(images, EpochBatches(np.arange(len(images)), batch, None), 0)
     features = torch.nn.functional.normalize(torch.randn(3, 512, device=hardware.device), dim=-1)
     model.eval()
     return len(images) / seconds_of(

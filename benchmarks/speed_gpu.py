@@ -1,0 +1,166 @@
+"""Whole training runs on a GPU against their floor, in one run on one machine, as Markdown.
+
+    python -m benchmarks.speed_gpu --data-dir xray3 --copies 8     # some 5 minutes on an H200
+
+The floor is that of benchmarks.speed, eager and compiled by torch.compile, with ten steps started before the
+GPU is waited for. A run's share of it is the time that its images would take at the floor over the time from
+one epoch's line to the next, validation and checkpoints included, from the second epoch on. A few hundred
+images are a second of such a GPU's work: --copies makes more of them, each turned by another degree.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from PIL import Image
+
+import common.torchvision_compat  # noqa: F401
+from benchmarks.accuracy_peers import size_of
+from benchmarks.speed import TINY, floor_of, table, whole_run
+from common.cli import Parser, exit_code_of
+from common.device import Hardware, choose_hardware
+from common.errors import RunFailed, UserError
+from data.images import read_image
+from data.scan import scan_folder
+
+
+def turned_copies(data_dir: Path, copies: int, target: Path) -> Path:
+    """`copies` of every image, each turned by another degree, as JPEG."""
+
+    def turn(path: str) -> None:
+        image = read_image(data_dir / path)
+        for i in range(copies):
+            new = target / f"{path}_{i}.jpg"
+            new.parent.mkdir(parents=True, exist_ok=True)
+            image.rotate(i + 1, resample=Image.Resampling.BILINEAR).save(new, quality=90)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(turn, scan_folder(data_dir).paths))
+    return target
+
+
+class Utilisation:
+    """What nvidia-smi says of a GPU, five times a second, while the block runs. between(): mean percent."""
+
+    def __init__(self, gpu_id: int):
+        command = ["nvidia-smi", f"--id={gpu_id}", "--query-gpu=utilization.gpu", "-lms", "200"]
+        self.command, self.seen = [*command, "--format=csv,noheader,nounits"], []
+
+    def __enter__(self) -> "Utilisation":
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+        self.thread = threading.Thread(target=self._listen)
+        self.thread.start()
+        return self
+
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            self.seen.append((time.perf_counter(), float(line)))
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        self.thread.join()
+
+    def between(self, start: float, end: float) -> float:
+        return mean([percent for when, percent in self.seen if start <= when <= end] or [float("nan")])
+
+
+def row_of(encoder: str, data_dir: Path, options: argparse.Namespace, hardware: Hardware, work: Path):
+    size, batch = options.img_size, options.batch_size
+    floors = [floor_of(encoder, size, batch, hardware, how) for how in (False, True)[: 2 - options.eager]]
+    flags = ["--img-size", str(size), "--batch-size", str(batch), "--gpu-id", str(options.gpu_id)]
+    flags += ["--freeze-text-encoder", "--epochs", str(options.epochs)]
+    flags += ["--cuda-graphs"] * options.cuda_graphs
+    with Utilisation(options.gpu_id) as utilisation:
+        run = whole_run(data_dir, encoder, TINY, flags, work)
+        end = time.perf_counter()
+    later = median(run.epochs[1:])
+    shares = [(run.n_train / floor.train + run.n_val / floor.evaluate) / later for floor in floors]
+    busy = utilisation.between(end - sum(run.epochs[1:]), end)
+    rate = run.n_train / (later - run.n_val / floors[0].evaluate)
+    teraflops = 3 * 2 * size_of(encoder, size)["gmac"] * rate / 1e3  # backward: twice the forward's
+    return (
+        encoder, "; ".join(f"{floor.train:.0f} / {floor.evaluate:.0f}" for floor in floors), f"{later:.2f} s",
+        "; ".join(f"**{share:.2f}**" for share in shares), f"{rate:.0f}", f"{teraflops:.1f}", f"{busy:.0f} %",
+    )  # fmt: skip
+
+
+HEAD = (
+    "image encoder", "floor, training / forward, img/s: eager; compiled", "an epoch from the second on",
+    "share of the floor", "training img/s", "TFLOP/s", "utilisation",
+)  # fmt: skip
+
+
+def matrix_teraflops(device: torch.device, side: int = 8192) -> float:
+    """What the GPU reaches in bf16 on one large matrix product."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    torch.cuda.synchronize(device)
+    return 20 * 2 * side**3 / (time.perf_counter() - started) / 1e12
+
+
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    """The typed options. Raises UserError naming every mistake."""
+    parser = Parser(prog="python -m benchmarks.speed_gpu", description=__doc__)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
+    add("--copies", type=int, default=0, help="train on so many turned copies of each image instead")
+    add(
+        "--image-encoder", nargs="+", default=["resnet50", "vit", "convnext-tiny", "starnet_dual_pyramid_rcf"]
+    )
+    add("--img-size", type=int, default=224)
+    add("--batch-size", type=int, default=256)
+    add("--epochs", type=int, default=3, help="at least 2")
+    add("--eager", action="store_true", help="no compiled floor: compiling takes minutes")
+    add("--cuda-graphs", action="store_true", help="train with this option")
+    add("--gpu-id", type=int, default=0)
+    found = parser.read(typed, ["--data-dir"])
+    if found.epochs < 2:
+        raise UserError(f"--epochs must be at least 2, not {found.epochs}")
+    return found
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """Measure and print. Returns the exit code: 0 done, 1 a run failed, 2 bad input."""
+
+    def program() -> int:
+        options = read_arguments(sys.argv[1:] if typed is None else typed)
+        hardware = choose_hardware(options.gpu_id, True)
+        if hardware.device.type != "cuda":
+            raise UserError("there is no GPU; python -m benchmarks.speed measures a CPU")
+        print(
+            f"{hardware.description}; torch {torch.__version__}; {options.img_size} px, "
+            f"batch {options.batch_size}"
+        )
+        print(f"a bf16 matrix product of 8192: {matrix_teraflops(hardware.device):.0f} TFLOP/s\n", flush=True)
+        with tempfile.TemporaryDirectory() as work:
+            data_dir, rows = options.data_dir, []
+            if options.copies:
+                data_dir = turned_copies(data_dir, options.copies, Path(work) / "copies")
+            for encoder in options.image_encoder:
+                try:
+                    rows.append(row_of(encoder, data_dir, options, hardware, Path(work) / "run"))
+                except RunFailed as error:
+                    print(f"{encoder} failed: {error}", file=sys.stderr)
+                    continue
+                print(table(HEAD, rows[-1:]), flush=True)
+            print(table(HEAD, rows))
+        return 0 if len(rows) == len(options.image_encoder) else 1
+
+    return exit_code_of(program, "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
