@@ -37,7 +37,7 @@ class LateFusion(nn.Module):
         self.adapter, self.gain, self.norm = whole.adapters[-1], whole.fusion_gains[-1], whole.local.norm
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        added = self.gain.view(1, -1, 1, 1) * self.adapter(self.global_stages(images))
+        added = self.adapter(self.global_stages(images), self.gain)
         return self.norm(self.local_stages(images) + added).mean(dim=(2, 3))
 
 

@@ -11,6 +11,8 @@ Only what the global pyramid adds is injected, so that the published StarNet fun
 small. StarNet: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 """
 
+from functools import partial
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -107,15 +109,27 @@ class GlobalStage(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Global map to local one: 1x1 conv + GroupNorm(1), plus its input, 1x1 conv + GroupNorm(1)."""
+    """Global map to local one: 1x1 conv + GroupNorm(1), plus its input, 1x1 conv + GroupNorm(1); times a gain
+    per channel.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.GroupNorm(1, dim))
         self.second = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.GroupNorm(1, dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(x + self.first(x))
+    def forward(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) and (C,) -> (B, C, H, W)."""
+        conv, norm = self.second
+        x = conv(x + self.first(x))
+        # the norm's own scale and shift take the gain along, which by itself would be a pass over the map
+        return wide(partial(_group_norm, norm), x, norm.weight * gain, norm.bias * gain)
+
+
+def _group_norm(
+    norm: nn.GroupNorm, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
 
 class StarNetDualPyramidRCF(nn.Module):
@@ -147,37 +161,30 @@ class StarNetDualPyramidRCF(nn.Module):
 
     def _stage(
         self, i: int, local: torch.Tensor, global_map: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """F_i, and what enters stage i + 1 of the local and of the global pyramid."""
-        local, global_map = self.local.stages[i](local), self.global_stages[i](global_map)
-        injected = self.fusion_gains[i].view(1, -1, 1, 1) * self.adapters[i](global_map)
-        fused = local + injected
-        if i < len(self.cascade_gains):
-            local = local + self.cascade_gains[i] * injected
-        return fused, local, global_map
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what enters stage i, what enters stage i + 1 of the local pyramid, L_i + g_i * (F_i - L_i), and
+        of the global one, G_i. After the last stage: F_3 and G_3.
+        """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._computed, i, local, global_map, use_reentrant=False)
+        return self._computed(i, local, global_map)
 
-    def fused_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The fused maps F_0 .. F_3, (B, c_i, H / s_i, W / s_i) with s_i = 4, 8, 16, 32."""
-        local, global_map = self.local.stem(images), self.global_stem(images)
-        fused = []
-        for i in range(len(CHANNELS)):
-            if self.checkpointing and torch.is_grad_enabled():
-                of_stage, local, global_map = checkpoint(
-                    self._stage, i, local, global_map, use_reentrant=False
-                )
-            else:
-                of_stage, local, global_map = self._stage(i, local, global_map)
-            fused.append(of_stage)
-        return fused
+    def _computed(
+        self, i: int, local: torch.Tensor, global_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        local, global_map = self.local.stages[i](local), self.global_stages[i](global_map)
+        gain = self.fusion_gains[i]
+        if i < len(self.cascade_gains):
+            gain = self.cascade_gains[i] * gain
+        return local + self.adapters[i](global_map, gain), global_map
 
     def before_last_stage(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What enters the last stage of the local pyramid, L_2 + g_2 * (F_2 - L_2), and of the global one,
-        G_2: (B, 96, H / 16, W / 16) each. Heat maps look at the first: after the last stage each cell has
-        seen all others.
+        """What enters the last stage of both pyramids: (B, 96, H / 16, W / 16) each. Heat maps look at the
+        local one: after the last stage each cell has seen all others.
         """
         local, global_map = self.local.stem(images), self.global_stem(images)
         for i in range(len(CHANNELS) - 1):
-            _, local, global_map = self._stage(i, local, global_map)
+            local, global_map = self._stage(i, local, global_map)
         return local, global_map
 
     def from_last_stage(self, local: torch.Tensor, global_map: torch.Tensor) -> torch.Tensor:
@@ -186,7 +193,7 @@ class StarNetDualPyramidRCF(nn.Module):
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """F_3 (B, 192, H / 32, W / 32); named as timm's backbones name theirs."""
-        return self.fused_maps(images)[-1]
+        return self._stage(len(CHANNELS) - 1, *self.before_last_stage(images))[0]
 
     def forward_head(self, fused: torch.Tensor) -> torch.Tensor:
         return self.local.norm(fused).mean(dim=(2, 3))

@@ -29,11 +29,10 @@ def perturb(module):
     return module
 
 
-def test_fused_maps_have_the_published_strides_and_channels(images):
-    maps = StarNetDualPyramidRCF().eval().fused_maps(images)
-    assert [tuple(m.shape) for m in maps] == [
-        (3, c, 96 // s, 64 // s) for c, s in ((24, 4), (48, 8), (96, 16), (192, 32))
-    ]
+def test_maps_have_the_published_strides_and_channels(images):
+    model = StarNetDualPyramidRCF().eval()
+    assert [tuple(m.shape) for m in model.before_last_stage(images)] == [(3, 96, 6, 4)] * 2
+    assert model.forward_features(images).shape == (3, 192, 3, 2)
 
 
 def test_without_injection_it_is_exactly_starnet_s1(images):
@@ -54,7 +53,8 @@ def test_forward_is_the_cascade_of_the_specification(images):
         x, g = model.local.stem(images), model.global_stem(images)
         for i in range(4):
             local, g = model.local.stages[i](x), model.global_stages[i](g)
-            fused = local + model.fusion_gains[i][:, None, None] * model.adapters[i](g)
+            injected = model.adapters[i](g, torch.ones(local.shape[1]))
+            fused = local + model.fusion_gains[i][:, None, None] * injected
             x = local + (model.cascade_gains[i] * (fused - local) if i < 3 else 0)
         expected = model.local.norm(fused).mean((2, 3))
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
