@@ -205,7 +205,8 @@ def _class_findings(
         most, least = int(images.argmax()), int(images.argmin())
         message = (
             f"{folder.classes[most]} has {images[most]} images and {folder.classes[least]} {images[least]}, "
-            f"more than {LOPSIDED} to 1; go by balanced accuracy: --early-stopping-monitor val_balanced_acc"
+            f"more than {LOPSIDED} to 1; go by balanced accuracy: --early-stopping-monitor val_balanced_acc; "
+            "compare --logit-adjustment, which finds rare classes more often"
         )
         counted = [f"{name}: {n}" for name, n in zip(folder.classes, images, strict=True)]
         findings.append(finding("warning", "lopsided", message, counted))
