@@ -61,7 +61,7 @@ class Utilisation:
         return self
 
     def _listen(self) -> None:
-        for line in self.process.stdout:
+        for line in filter(str.isdecimal, map(str.strip, self.process.stdout)):
             self.seen.append((time.perf_counter(), float(line)))
 
     def __exit__(self, *_) -> None:
@@ -72,12 +72,14 @@ class Utilisation:
         return mean([percent for when, percent in self.seen if start <= when <= end] or [float("nan")])
 
 
-def row_of(encoder: str, data_dir: Path, options: argparse.Namespace, hardware: Hardware, work: Path):
+def row_of(
+    encoder: str, data_dir: Path, options: argparse.Namespace, hardware: Hardware, work: Path
+) -> tuple[str, ...]:
+    """One encoder's line of the table."""
     size, batch = options.img_size, options.batch_size
     floors = [floor_of(encoder, size, batch, hardware, how) for how in (False, True)[: 2 - options.eager]]
     flags = ["--img-size", str(size), "--batch-size", str(batch), "--gpu-id", str(options.gpu_id)]
     flags += ["--freeze-text-encoder", "--epochs", str(options.epochs)]
-    flags += ["--cuda-graphs"] * options.cuda_graphs
     with Utilisation(options.gpu_id) as utilisation:
         run = whole_run(data_dir, encoder, TINY, flags, work)
         end = time.perf_counter()
@@ -124,7 +126,6 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=256)
     add("--epochs", type=int, default=3, help="at least 2")
     add("--eager", action="store_true", help="no compiled floor: compiling takes minutes")
-    add("--cuda-graphs", action="store_true", help="train with this option")
     add("--gpu-id", type=int, default=0)
     found = parser.read(typed, ["--data-dir"])
     if found.epochs < 2:
@@ -152,7 +153,7 @@ def main(typed: Sequence[str] | None = None) -> int:
             for encoder in options.image_encoder:
                 try:
                     rows.append(row_of(encoder, data_dir, options, hardware, Path(work) / "run"))
-                except RunFailed as error:
+                except (RunFailed, torch.OutOfMemoryError) as error:
                     print(f"{encoder} failed: {error}", file=sys.stderr)
                     continue
                 print(table(HEAD, rows[-1:]), flush=True)

@@ -1,6 +1,5 @@
 """Image towers from timm: the guide's names, and `timm:NAME` for any other."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,7 @@ class ImageTower(nn.Module):
 
     backbone: nn.Module, (B, 3, S, S) normalised float -> (B, num_features). mean, std: of the images
     (0..1) that the backbone was made for. pretrained: names of the backbone's parameters that came from
-    published weights. recorded: shape of a batch -> what takes the backbone's place there in training (see
-    training/graphs.py).
+    published weights.
     """
 
     def __init__(
@@ -38,7 +36,6 @@ class ImageTower(nn.Module):
         widen_depthwise(backbone)
         self.backbone, self.num_features, self.mean, self.std = backbone, num_features, mean, std
         self.pretrained = frozenset(f"backbone.{name}" for name in pretrained)
-        self.recorded: dict[torch.Size, Callable[[torch.Tensor], torch.Tensor]] = {}
         # (image / 255 - mean) / std = image * scale + shift
         scale, shift = 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
@@ -60,9 +57,7 @@ class ImageTower(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 or 0..255 float -> (B, num_features)."""
-        images = self.normalise(images)
-        training = self.training and torch.is_grad_enabled()
-        return (self.recorded.get(images.shape, self.backbone) if training else self.backbone)(images)
+        return self.backbone(self.normalise(images))
 
 
 def feature_size(backbone: nn.Module, img_size: int) -> int:

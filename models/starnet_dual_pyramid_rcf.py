@@ -11,8 +11,6 @@ Only what the global pyramid adds is injected, so that the published StarNet fun
 small. StarNet: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 """
 
-from functools import partial
-
 import timm
 import torch
 import torch.nn.functional as F
@@ -123,13 +121,10 @@ class Adapter(nn.Module):
         conv, norm = self.second
         x = conv(x + self.first(x))
         # the norm's own scale and shift take the gain along, which by itself would be a pass over the map
-        return wide(partial(_group_norm, norm), x, norm.weight * gain, norm.bias * gain)
-
-
-def _group_norm(
-    norm: nn.GroupNorm, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        return wide(
+            lambda *tensors: F.group_norm(tensors[0], norm.num_groups, *tensors[1:], norm.eps),
+            x, norm.weight * gain, norm.bias * gain,
+        )  # fmt: skip
 
 
 class StarNetDualPyramidRCF(nn.Module):
@@ -162,8 +157,8 @@ class StarNetDualPyramidRCF(nn.Module):
     def _stage(
         self, i: int, local: torch.Tensor, global_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what enters stage i, what enters stage i + 1 of the local pyramid, L_i + g_i * (F_i - L_i), and
-        of the global one, G_i. After the last stage: F_3 and G_3.
+        """Stage i of both pyramids: what the local one hands on, L_i + g_i * (F_i - L_i), after the last F_3; and
+        G_i.
         """
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._computed, i, local, global_map, use_reentrant=False)

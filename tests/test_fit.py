@@ -35,7 +35,7 @@ def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
     )  # fmt: skip
     for group in state.optimizer.param_groups:
         group["peak_lr"] = 0.0
-    loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0)
+    loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0, False)
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
     train_one_epoch(
         state, sentences, loader, Augmentation("none", False, 0), hardware, Requests(0), lambda: None,

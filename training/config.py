@@ -211,12 +211,6 @@ class Config:
         on_resume="free",
     )
     gpu_id: int = option(0, "other", "CUDA device; -1 trains on the CPU", low=-1, on_resume="free")
-    cuda_graphs: bool = option(
-        False,
-        "other",
-        "on one GPU, record the image encoder's kernels once and start all of a step's together",
-        on_resume="free",
-    )
     use_amp: bool = option(True, "other", "train in float32 instead of mixed precision", flag="--no-amp")
     resume_from: str | None = option(
         None,

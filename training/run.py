@@ -1,7 +1,6 @@
 """One run from options to results: check, build, read, split, train, sum up."""
 
 import dataclasses
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ from training.dataset import (
     split_of,
 )
 from training.fit import duration, fit
-from training.graphs import record_image_tower
 from training.losses import contrastive_loss
 from training.optim import parameter_groups, warmup_steps
 from training.outputs import (
@@ -270,10 +268,11 @@ def train_on_split(
         total_steps=config.epochs * len(train_batches),
         warmup_steps=warmup_steps(config.warmup_epochs, config.epochs, len(train_batches)),
     )
-    images = ImageDataset(data.files, data.labels, config.img_size, data.squares, device)
-    train_loader = build_loader(images, train_batches, config.num_workers)
+    images = ImageDataset(data.files, data.labels, config.img_size, data.squares)
+    pin_memory = device.type == "cuda"
+    train_loader = build_loader(images, train_batches, config.num_workers, pin_memory)
     val_batches = EpochBatches(split.val, config.batch_size, None)
-    val_loader = build_loader(images, val_batches, config.num_workers)
+    val_loader = build_loader(images, val_batches, config.num_workers, pin_memory)
     if checkpoint:
         state.restore(checkpoint, resumed_from)
         steps = (
@@ -284,8 +283,6 @@ def train_on_split(
     if checkpoint and is_main():  # now that all have read it
         take_over(config, resumed_from, output_dir)
     sentences.prepare(device, center=checkpoint is None)
-    if config.cuda_graphs:
-        record_kernels(config, model, train_batches, hardware)
 
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
     print(
@@ -336,23 +333,6 @@ def train_on_split(
     result = RunResult(state.history, state.best_epoch, state.stopped_early, probs)
     print_summary(config, result, baseline)
     return result
-
-
-def record_kernels(config: Config, model: CLIPModel, batches: EpochBatches, hardware: Hardware) -> None:
-    """For --cuda-graphs: let the image tower replay its kernels, or say why it does not."""
-    if hardware.device.type != "cuda":
-        why = "there is no GPU"
-    elif n_processes() > 1:
-        why = "several processes exchange gradients in the midst of them"
-    elif config.micro_batch_size or config.gradient_checkpointing:
-        why = "parts of a batch are computed twice"
-    elif model.image_tower in model.frozen:
-        why = "the image encoder is frozen"
-    else:
-        sizes = (batches.smallest(), math.ceil(len(batches.indices) / len(batches)))
-        why = record_image_tower(model.image_tower, sizes, config.img_size, hardware)
-    if why:
-        print(f"note: --cuda-graphs changes nothing here: {why}")
 
 
 def refuse_few_images(config: Config, split: Split) -> None:
