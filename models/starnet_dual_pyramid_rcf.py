@@ -157,9 +157,7 @@ class StarNetDualPyramidRCF(nn.Module):
     def _stage(
         self, i: int, local: torch.Tensor, global_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stage i of both pyramids: what the local one hands on, L_i + g_i * (F_i - L_i), after the last F_3; and
-        G_i.
-        """
+        """Stage i of both pyramids: L_i + g_i * (F_i - L_i), after the last stage F_3, and G_i."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._computed, i, local, global_map, use_reentrant=False)
         return self._computed(i, local, global_map)
