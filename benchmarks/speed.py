@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -62,22 +64,28 @@ class Floor:
     evaluate: float
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5, warm_up: int = 2) -> float:
-    """Median time of one call, after `warm_up` that do not count."""
+def seconds_of(
+    work: Callable[[], object], device: torch.device, repeats: int = 5, warm_up: int = 2, at_once: int = 1
+) -> float:
+    """Median time of one call, after `warm_up` that do not count. A GPU is waited for after `at_once` calls,
+    which count as one of the repeats.
+    """
 
     def timed() -> float:
         started = time.perf_counter()
-        work()
+        for _ in range(at_once):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) / at_once
 
     return median([timed() for _ in range(repeats + warm_up)][warm_up:])
 
 
 def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: bool = False) -> Floor:
     """The tower by itself, on normalised tensors in memory. A GPU is waited for after every tenth step."""
-    device, at_once = hardware.device, 10 if hardware.device.type == "cuda" else 1
+    device = hardware.device
+    repeats, at_once = (3, 10) if device.type == "cuda" else (5, 1)
     backbone = build_image_tower(encoder, "none", size).backbone.to(device, memory_format=torch.channels_last)
     if compiled:
         backbone.compile()
@@ -85,22 +93,19 @@ def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: 
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def train() -> None:
-        for _ in range(at_once):
-            with hardware.autocast():
-                features = backbone(images)
-            features.float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        with hardware.autocast():
+            features = backbone(images)
+        features.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     def evaluate() -> None:
-        for _ in range(at_once):
-            with torch.no_grad(), hardware.autocast():
-                backbone(images)
+        with torch.no_grad(), hardware.autocast():
+            backbone(images)
 
-    repeats = 5 if at_once == 1 else 3
-    train_seconds = seconds_of(train, device, repeats) / at_once
+    train_seconds = seconds_of(train, device, repeats, at_once=at_once)
     backbone.eval()
-    floor = Floor(batch / train_seconds, batch * at_once / seconds_of(evaluate, device, repeats))
+    floor = Floor(batch / train_seconds, batch / seconds_of(evaluate, device, repeats, at_once=at_once))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # for the run, which is another process
     return floor
@@ -306,16 +311,29 @@ def timm_speed(data_dir: Path, size: int, batch: int, hardware: Hardware) -> flo
     return len(loader) * batch / seconds_of(epoch, hardware.device, 1, warm_up=0)
 
 
-def upscaled(data_dir: Path, side: int, target: Path) -> Path:
-    """The same images with a shorter side of `side` pixels, as JPEG: stand-ins for large originals."""
-    folder = scan_folder(data_dir)
-    for path in tqdm(folder.paths, desc="making large originals", leave=False):
-        new = target / f"{path}.jpg"
-        new.parent.mkdir(parents=True, exist_ok=True)
-        image = read_image(data_dir / path)
-        factor = side / min(image.size)
-        image.resize((round(image.width * factor), round(image.height * factor))).save(new, quality=90)
+def copied(data_dir: Path, target: Path, change: Callable[[Image.Image], Iterable[Image.Image]]) -> Path:
+    """What `change` makes of each image, as JPEG in the same class folders of `target`."""
+
+    def copy(path: str) -> None:
+        for i, image in enumerate(change(read_image(data_dir / path))):
+            new = target / f"{path}_{i}.jpg"
+            new.parent.mkdir(parents=True, exist_ok=True)
+            image.save(new, quality=90)
+
+    paths = scan_folder(data_dir).paths
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(copy, paths), total=len(paths), desc="making images", leave=False))
     return target
+
+
+def upscaled(data_dir: Path, side: int, target: Path) -> Path:
+    """The same images with a shorter side of `side` pixels: stand-ins for large originals."""
+
+    def enlarge(image: Image.Image) -> list[Image.Image]:
+        factor = side / min(image.size)
+        return [image.resize((round(image.width * factor), round(image.height * factor)))]
+
+    return copied(data_dir, target, enlarge)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -404,17 +422,18 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
     print(f"train_clip.py --help: {seconds:.2f} s")
 
 
-def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
-    """The typed options. Raises UserError naming every mistake."""
-    parser = Parser(prog="python -m benchmarks.speed", description=__doc__)
+def read_arguments(
+    parser: Parser, typed: Sequence[str], encoders: Sequence[str], batch_size: int
+) -> argparse.Namespace:
+    """The typed options: `parser`'s own, and those of every measurement of whole runs, with these defaults.
+    Raises UserError naming every mistake.
+    """
     add = parser.add_argument
     add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
-    add("--image-encoder", nargs="+", default=["resnet18", "starnet_dual_pyramid_rcf"])
-    add("--text-encoder", default=TINY, help=f"{TINY} is frozen, any other is trained")
+    add("--image-encoder", nargs="+", default=encoders)
     add("--img-size", type=int, default=224)
-    add("--batch-size", type=int, default=32)
-    add("--epochs", type=int, default=3, help="at least 2: the first is shown by itself")
-    add("--upscale", type=int, help="shorter side of the originals to simulate")
+    add("--batch-size", type=int, default=batch_size)
+    add("--epochs", type=int, default=3, help="at least 2: the first is not like the others")
     add("--gpu-id", type=int, default=0)
     found = parser.read(typed, ["--data-dir"])
     if found.epochs < 2:
@@ -426,7 +445,11 @@ def main(typed: Sequence[str] | None = None) -> int:
     """Measure and print. Returns the exit code: 0 done, 2 bad input."""
 
     def program() -> int:
-        options = read_arguments(sys.argv[1:] if typed is None else typed)
+        parser = Parser(prog="python -m benchmarks.speed", description=__doc__)
+        parser.add_argument("--text-encoder", default=TINY, help=f"{TINY} is frozen, any other is trained")
+        parser.add_argument("--upscale", type=int, help="shorter side of the originals to simulate")
+        arguments = sys.argv[1:] if typed is None else typed
+        options = read_arguments(parser, arguments, ["resnet18", "starnet_dual_pyramid_rcf"], 32)
         hardware = choose_hardware(options.gpu_id, True)
         keep_freed_memory()  # as training does: the floor shall be as fast as it can be
         with tempfile.TemporaryDirectory() as work:

@@ -1,6 +1,7 @@
 """Whole training runs on a GPU against their floor, in one run on one machine, as Markdown.
 
-    python -m benchmarks.speed_gpu --data-dir xray3 --copies 8     # some 5 minutes on an H200
+    python -m benchmarks.speed_gpu --data-dir xray3 --copies 8
+    python -m benchmarks.speed_gpu --data-dir xray3 --copies 8 --eager     # without minutes of compiling
 
 The floor is that of benchmarks.speed, eager and compiled by torch.compile, with ten steps started before the
 GPU is waited for. A run's share of it is the time that its images would take at the floor over the time from
@@ -15,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 
@@ -24,27 +24,21 @@ from PIL import Image
 
 import common.torchvision_compat  # noqa: F401
 from benchmarks.accuracy_peers import size_of
-from benchmarks.speed import TINY, floor_of, table, whole_run
+from benchmarks.speed import TINY, copied, floor_of, read_arguments, table, whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware
 from common.errors import RunFailed, UserError
-from data.images import read_image
-from data.scan import scan_folder
+
+ENCODERS = ("resnet50", "vit", "convnext-tiny", "starnet_dual_pyramid_rcf")
 
 
 def turned_copies(data_dir: Path, copies: int, target: Path) -> Path:
-    """`copies` of every image, each turned by another degree, as JPEG."""
-
-    def turn(path: str) -> None:
-        image = read_image(data_dir / path)
-        for i in range(copies):
-            new = target / f"{path}_{i}.jpg"
-            new.parent.mkdir(parents=True, exist_ok=True)
-            image.rotate(i + 1, resample=Image.Resampling.BILINEAR).save(new, quality=90)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(turn, scan_folder(data_dir).paths))
-    return target
+    """`copies` of every image, each turned by another degree."""
+    return copied(
+        data_dir,
+        target,
+        lambda image: (image.rotate(i + 1, resample=Image.Resampling.BILINEAR) for i in range(copies)),
+    )
 
 
 class Utilisation:
@@ -113,31 +107,16 @@ def matrix_teraflops(device: torch.device, side: int = 8192) -> float:
     return 20 * 2 * side**3 / (time.perf_counter() - started) / 1e12
 
 
-def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
-    """The typed options. Raises UserError naming every mistake."""
-    parser = Parser(prog="python -m benchmarks.speed_gpu", description=__doc__)
-    add = parser.add_argument
-    add("--data-dir", type=Path, help="folder with one sub-folder of images per class (required)")
-    add("--copies", type=int, default=0, help="train on so many turned copies of each image instead")
-    add(
-        "--image-encoder", nargs="+", default=["resnet50", "vit", "convnext-tiny", "starnet_dual_pyramid_rcf"]
-    )
-    add("--img-size", type=int, default=224)
-    add("--batch-size", type=int, default=256)
-    add("--epochs", type=int, default=3, help="at least 2")
-    add("--eager", action="store_true", help="no compiled floor: compiling takes minutes")
-    add("--gpu-id", type=int, default=0)
-    found = parser.read(typed, ["--data-dir"])
-    if found.epochs < 2:
-        raise UserError(f"--epochs must be at least 2, not {found.epochs}")
-    return found
-
-
 def main(typed: Sequence[str] | None = None) -> int:
     """Measure and print. Returns the exit code: 0 done, 1 a run failed, 2 bad input."""
 
     def program() -> int:
-        options = read_arguments(sys.argv[1:] if typed is None else typed)
+        parser = Parser(prog="python -m benchmarks.speed_gpu", description=__doc__)
+        add = parser.add_argument
+        add("--copies", type=int, default=0, help="train on so many turned copies of each image instead")
+        add("--eager", action="store_true", help="no compiled floor: compiling takes minutes")
+        arguments = sys.argv[1:] if typed is None else typed
+        options = read_arguments(parser, arguments, ENCODERS, 256)
         hardware = choose_hardware(options.gpu_id, True)
         if hardware.device.type != "cuda":
             raise UserError("there is no GPU; python -m benchmarks.speed measures a CPU")

@@ -122,7 +122,7 @@ class Adapter(nn.Module):
         x = conv(x + self.first(x))
         # the norm's own scale and shift take the gain along, which by itself would be a pass over the map
         return wide(
-            lambda *tensors: F.group_norm(tensors[0], norm.num_groups, *tensors[1:], norm.eps),
+            lambda x, weight, bias: F.group_norm(x, norm.num_groups, weight, bias, norm.eps),
             x, norm.weight * gain, norm.bias * gain,
         )  # fmt: skip
 

@@ -55,6 +55,8 @@ def test_forward_is_the_cascade_of_the_specification(images):
             local, g = model.local.stages[i](x), model.global_stages[i](g)
             injected = model.adapters[i](g, torch.ones(local.shape[1]))
             fused = local + model.fusion_gains[i][:, None, None] * injected
+            stride = 4 * 2**i
+            assert fused.shape == (3, (24, 48, 96, 192)[i], 96 // stride, 64 // stride)
             x = local + (model.cascade_gains[i] * (fused - local) if i < 3 else 0)
         expected = model.local.norm(fused).mean((2, 3))
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
