@@ -422,7 +422,7 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
     print(f"train_clip.py --help: {seconds:.2f} s")
 
 
-def read_arguments(
+def read_with_run_options(
     parser: Parser, typed: Sequence[str], encoders: Sequence[str], batch_size: int
 ) -> argparse.Namespace:
     """The typed options: `parser`'s own, and those of every measurement of whole runs, with these defaults.
@@ -441,15 +441,19 @@ def read_arguments(
     return found
 
 
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    """The typed options. Raises UserError naming every mistake."""
+    parser = Parser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--text-encoder", default=TINY, help=f"{TINY} is frozen, any other is trained")
+    parser.add_argument("--upscale", type=int, help="shorter side of the originals to simulate")
+    return read_with_run_options(parser, typed, ["resnet18", "starnet_dual_pyramid_rcf"], 32)
+
+
 def main(typed: Sequence[str] | None = None) -> int:
     """Measure and print. Returns the exit code: 0 done, 2 bad input."""
 
     def program() -> int:
-        parser = Parser(prog="python -m benchmarks.speed", description=__doc__)
-        parser.add_argument("--text-encoder", default=TINY, help=f"{TINY} is frozen, any other is trained")
-        parser.add_argument("--upscale", type=int, help="shorter side of the originals to simulate")
-        arguments = sys.argv[1:] if typed is None else typed
-        options = read_arguments(parser, arguments, ["resnet18", "starnet_dual_pyramid_rcf"], 32)
+        options = read_arguments(sys.argv[1:] if typed is None else typed)
         hardware = choose_hardware(options.gpu_id, True)
         keep_freed_memory()  # as training does: the floor shall be as fast as it can be
         with tempfile.TemporaryDirectory() as work:

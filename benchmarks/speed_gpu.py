@@ -24,7 +24,7 @@ from PIL import Image
 
 import common.torchvision_compat  # noqa: F401
 from benchmarks.accuracy_peers import size_of
-from benchmarks.speed import TINY, copied, floor_of, read_arguments, table, whole_run
+from benchmarks.speed import TINY, copied, floor_of, read_with_run_options, table, whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware
 from common.errors import RunFailed, UserError
@@ -107,16 +107,20 @@ def matrix_teraflops(device: torch.device, side: int = 8192) -> float:
     return 20 * 2 * side**3 / (time.perf_counter() - started) / 1e12
 
 
+def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
+    """The typed options. Raises UserError naming every mistake."""
+    parser = Parser(prog="python -m benchmarks.speed_gpu", description=__doc__)
+    add = parser.add_argument
+    add("--copies", type=int, default=0, help="train on so many turned copies of each image instead")
+    add("--eager", action="store_true", help="no compiled floor: compiling takes minutes")
+    return read_with_run_options(parser, typed, ENCODERS, 256)
+
+
 def main(typed: Sequence[str] | None = None) -> int:
     """Measure and print. Returns the exit code: 0 done, 1 a run failed, 2 bad input."""
 
     def program() -> int:
-        parser = Parser(prog="python -m benchmarks.speed_gpu", description=__doc__)
-        add = parser.add_argument
-        add("--copies", type=int, default=0, help="train on so many turned copies of each image instead")
-        add("--eager", action="store_true", help="no compiled floor: compiling takes minutes")
-        arguments = sys.argv[1:] if typed is None else typed
-        options = read_arguments(parser, arguments, ENCODERS, 256)
+        options = read_arguments(sys.argv[1:] if typed is None else typed)
         hardware = choose_hardware(options.gpu_id, True)
         if hardware.device.type != "cuda":
             raise UserError("there is no GPU; python -m benchmarks.speed measures a CPU")
