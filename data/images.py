@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MEMORY_FOR_IMAGES = 2 * 2**30
 READ_AHEAD = 2**27  # bytes of decoded squares that may wait for their turn, and 1,024 squares at the most
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's others, as PostScript, run other programs
-AT_ONCE = 2**20  # pixels: numpy's copies of a large image would take several times its size
+AT_ONCE = 2**16  # pixels: copies that stay in the cache, where those of a large image would fill the memory
 # A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
 MOST_PIXELS = 2**30 // 4 // 3
 DIGEST_BYTES = 16
@@ -146,8 +146,9 @@ def _grey_if_grey(image: Image.Image) -> Image.Image:
     rows = max(1, AT_ONCE // image.width)
     middle = image.height // 2  # one row tells most colour images
     for top, bottom in ((middle, middle + 1), *((y, y + rows) for y in range(0, image.height, rows))):
-        pixels = np.asarray(image.crop((0, top, image.width, min(bottom, image.height))))
-        if (pixels[..., :1] != pixels[..., 1:]).any():
+        part = image.crop((0, top, image.width, min(bottom, image.height)))
+        red, green, blue = (channel.tobytes() for channel in part.split())
+        if not red == green == blue:
             return image
     return image.getchannel(0)
 
