@@ -1,6 +1,6 @@
 """Where the time goes: whole training runs against their floor, in one run on one machine, as Markdown.
 
-    python -m benchmarks.speed --data-dir xray3     # some 10 minutes on two cores
+    python -m benchmarks.speed --data-dir xray3     # some 12 minutes on two cores
     python -m benchmarks.speed --data-dir xray3 --image-encoder resnet18 --text-encoder bert-base-chinese
     python -m benchmarks.speed --data-dir xray3 --upscale 1024     # the same images as large originals
 
@@ -336,6 +336,28 @@ def upscaled(data_dir: Path, side: int, target: Path) -> Path:
     return copied(data_dir, target, enlarge)
 
 
+def turned_copies(data_dir: Path, copies: int, target: Path) -> Path:
+    """`copies` of every image, each turned by another degree."""
+    return copied(
+        data_dir,
+        target,
+        lambda image: (image.rotate(i + 1, resample=Image.Resampling.BILINEAR) for i in range(copies)),
+    )
+
+
+def growth(data_dir: Path, encoder: str, options: argparse.Namespace, work: Path) -> str:
+    """What an image costs, and four times as many, small ones so that the tower hides little."""
+    flags = ["--img-size", "64", "--batch-size", str(options.batch_size), "--gpu-id", str(options.gpu_id)]
+    flags += ["--freeze-text-encoder", "--epochs", "3"]
+    said = []
+    for folder in (data_dir, turned_copies(data_dir, 4, work / "4")):
+        run = whole_run(folder, encoder, TINY, flags, work / f"run_{folder.name}")
+        n = run.n_train + run.n_val
+        later, read = (1e3 * seconds / n for seconds in (median(run.epochs[1:]), run.read))
+        said.append(f"{n:,}: {later:.2f} ms in an epoch, {read:.2f} ms to read")
+    return f"an image of {encoder} at 64 px, of so many: {'; '.join(said)}\n"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
@@ -409,6 +431,7 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
     )
     few, many = (1e3 * step_seconds(encoders[0], size, batch, n, hardware) for n in (3, 1000))
     print(f"classes 3 -> 1000, {encoders[0]}: {few:.0f} -> {many:.0f} ms a step ({many / few - 1:+.1%})\n")
+    print(growth(data_dir, encoders[0], options, work))
     s1, rcf = (floor_of(e, size, batch, hardware) for e in ("timm:starnet_s1", "starnet_dual_pyramid_rcf"))
     print(
         "starnet_dual_pyramid_rcf against its local pyramid, StarNet-S1, towers alone: "

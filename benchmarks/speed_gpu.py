@@ -20,25 +20,15 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from PIL import Image
 
 import common.torchvision_compat  # noqa: F401
 from benchmarks.accuracy_peers import size_of
-from benchmarks.speed import TINY, copied, floor_of, read_with_run_options, table, whole_run
+from benchmarks.speed import TINY, floor_of, read_with_run_options, table, turned_copies, whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware
 from common.errors import RunFailed, UserError
 
 ENCODERS = ("resnet50", "vit", "convnext-tiny", "starnet_dual_pyramid_rcf")
-
-
-def turned_copies(data_dir: Path, copies: int, target: Path) -> Path:
-    """`copies` of every image, each turned by another degree."""
-    return copied(
-        data_dir,
-        target,
-        lambda image: (image.rotate(i + 1, resample=Image.Resampling.BILINEAR) for i in range(copies)),
-    )
 
 
 class Utilisation:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.speed import floor_of, parts_of_a_step, step_seconds, upscaled
-from benchmarks.speed_gpu import Utilisation, main, turned_copies
+from benchmarks.speed import floor_of, parts_of_a_step, step_seconds, turned_copies, upscaled
+from benchmarks.speed_gpu import Utilisation, main
 from common.device import choose_hardware
 from data.images import read_image
 from data.scan import scan_folder

@@ -161,7 +161,9 @@ def test_saving_within_epochs_changes_nothing_and_what_is_saved_continues(
     assert same(contents(out), whole)
 
 
-def test_another_batch_size_is_refused_within_an_epoch_only(class_folder, tmp_path, monkeypatch, capsys):
+def test_another_batch_size_or_order_is_refused_within_an_epoch_only(
+    class_folder, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     signal_at_steps(monkeypatch, {5: signal.SIGTERM})
     assert train(class_folder, out, "--epochs", 2) == 143
@@ -169,6 +171,8 @@ def test_another_batch_size_is_refused_within_an_epoch_only(class_folder, tmp_pa
     assert train(class_folder, out, "--epochs", 2, "--batch-size", 32, "--resume-from", "auto") == 2
     error = capsys.readouterr().err
     assert "--batch-size may change between two epochs only" in error and "2 of 4 steps of epoch 2" in error
+    assert train(class_folder, out, "--use-weighted-sampling", "--resume-from", "auto") == 2
+    assert "--use-weighted-sampling may change between two epochs only" in capsys.readouterr().err
     assert train(class_folder, out, "--epochs", 1, "--resume-from", "auto") == 2
     assert "has 2 epochs behind it" in capsys.readouterr().err
 

@@ -48,6 +48,11 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
                 f"which was trained with {options.get(name)}; leave the option out, or start a new run"
             )
+        if name == "use_weighted_sampling" and checkpoint["in_epoch"]["steps"]:
+            problems.append(
+                f"{flag_of(name)} may change between two epochs only, and {config.resume_from} was saved "
+                f"within epoch {checkpoint['epoch'] + 1}; finish that epoch without the change"
+            )
         if FIELDS[name].metadata["on_resume"] in ("same", "said"):
             shown = (
                 name if isinstance(value, bool) else flag_of(name)
