@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.device import Hardware
 from common.errors import RunFailed
 from common.files import write_json, write_whole
-from data.augment import Augmentation
+from data.augment import Augmentation, draw_box
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split, k_folds
 from evaluation.metrics import classification_metrics
@@ -140,10 +140,13 @@ def train_softmax(
             tqdm(loader, desc=f"epoch {epoch + 1}", leave=False, disable=None)
         ):
             schedule.step_update(epoch * len(batches) + i)
-            images = augment(images.to(hardware.device), epoch, indices)
+            images, labels = images.to(hardware.device), labels.to(hardware.device)
+            box = draw_box(config.cutmix_prob, config.img_size, seed, epoch * len(batches) + i)
             with hardware.autocast():
-                logits = model(images)
-            loss = criterion(logits, labels.to(hardware.device))
+                logits = model(augment(images, epoch, indices, box))
+            loss = criterion(logits, labels)
+            if box:
+                loss = box.kept * loss + (1 - box.kept) * criterion(logits, labels.flip(0))
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -233,7 +236,7 @@ _OF_IMAGES = {
 }
 _OF_TRAINING = {
     "epochs", "learning_rate", "new_lr_ratio", "weight_decay", "warmup_epochs", "grad_clip", "augmentation",
-    "horizontal_flip",
+    "horizontal_flip", "cutmix_prob",
 }  # fmt: skip
 PEERS = {
     "softmax": Peer(frozenset(_OF_IMAGES | _OF_TRAINING), {"label_smoothing": 0.0}, train_softmax),

@@ -222,7 +222,7 @@ def one_epoch(state: TrainState, sentences: ClassSentences, loader: DataLoader, 
     state.in_epoch = InEpoch()
     train_one_epoch(
         state, sentences, loader, Augmentation("standard", True, 0), hardware, Requests(0), lambda: None,
-        micro_batch_size=None, criterion=partial(contrastive_loss, "unicl"), grad_clip=1.0,
+        micro_batch_size=None, cutmix_prob=0.0, criterion=partial(contrastive_loss, "unicl"), grad_clip=1.0,
         max_nonfinite_steps=1, seed=0,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 
 from common.device import Hardware
 from common.stopping import Requests
-from data.augment import Augmentation
+from data.augment import Augmentation, draw_box
 from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
 from models.clip import ClassSentences, build_clip
@@ -19,16 +19,15 @@ from training.losses import contrastive_loss
 from training.state import EarlyStopping, TrainState
 
 
-@pytest.mark.parametrize(("grad_clip", "largest"), [(0.01, 0.01), (0, 1e9), (1e6, 1e9)])
-def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
+def one_step(pixels, labels, watch=lambda model: None, **options):
+    """The model after a step without learning rate on all images, and the epoch's row of the history."""
     torch.manual_seed(0)
     model = build_clip(
         "resnet18", "bert-tiny-bytes", img_size=32, embed_dim=16, temperature=0.07, image_weights="none"
     )
     sentences = ClassSentences(model, {"a": ["one"], "b": ["two"]})
     sentences.prepare(torch.device("cpu"), center=True)
-    pixels = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
-    images = ImageDataset([Path("unused")] * 8, np.arange(8) % 2, 32, Squares(pixels))
+    images = ImageDataset([Path("unused")] * 8, labels, 32, Squares(pixels))
     state = TrainState(
         model, torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler(enabled=False),
         EarlyStopping("val_acc", None, 0), 1, 1, 0,
@@ -37,12 +36,57 @@ def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
         group["peak_lr"] = 0.0
     loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0, False)
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
-    train_one_epoch(
+    watch(model)
+    options = {
+        "micro_batch_size": None, "cutmix_prob": 0.0, "criterion": partial(contrastive_loss, "unicl"),
+        "grad_clip": 0.0, "max_nonfinite_steps": 1, "seed": 0, **options,
+    }  # fmt: skip
+    row = train_one_epoch(
         state, sentences, loader, Augmentation("none", False, 0), hardware, Requests(0), lambda: None,
-        micro_batch_size=None, criterion=partial(contrastive_loss, "unicl"), grad_clip=grad_clip,
-        max_nonfinite_steps=1, seed=0,
+        **options,
     )  # fmt: skip
+    return model, row
+
+
+@pytest.mark.parametrize(("grad_clip", "largest"), [(0.01, 0.01), (0, 1e9), (1e6, 1e9)])
+def test_the_gradient_is_clipped_to_its_norm(grad_clip, largest):
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+    model, _ = one_step(pixels, np.arange(8) % 2, grad_clip=grad_clip)
     gradients = [p.grad.double() for p in model.parameters() if p.grad is not None]
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     assert norm <= largest * 1.0001 and norm > 0.0099
     assert (norm > 0.1) == (grad_clip != 0.01)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_an_image_with_a_box_of_another_counts_for_both_their_classes(micro_batch_size):
+    """Class 0 is black and class 1 is white, so that a picture's brightness is its share of class 1."""
+    labels = np.array([0, 0, 1, 1, 0, 1, 1, 0])
+    pixels = np.broadcast_to(255 * labels[:, None, None, None], (8, 32, 32, 3)).astype(np.uint8)
+    brightness, calls = [], []
+
+    def watch(model):
+        encode = model.encode_image
+
+        def seen(images):
+            brightness.extend(images.float().mean(dim=(1, 2, 3)).tolist())
+            return encode(images)
+
+        model.encode_image = seen
+
+    def criterion(logits, of_labels):
+        calls.append((logits.detach().argmax(1), of_labels.tolist()))
+        return contrastive_loss("unicl", logits, of_labels)
+
+    _, row = one_step(
+        pixels, labels, watch, criterion=criterion, cutmix_prob=1.0, micro_batch_size=micro_batch_size
+    )
+    kept = draw_box(1.0, 32, 0, 0).kept
+    (predicted, own), (_, of_boxes) = calls
+    assert 0.1 < kept < 0.9 and sorted(own) == sorted(labels) and own != of_boxes
+    expected = 255 * (kept * np.array(own) + (1 - kept) * np.array(of_boxes))
+    np.testing.assert_allclose(brightness[:8], expected, rtol=1e-5)
+    right = [
+        kept * (p == a) + (1 - kept) * (p == b) for p, a, b in zip(predicted, own, of_boxes, strict=True)
+    ]
+    assert row["train_acc"] == pytest.approx(100 * float(np.mean(right)))

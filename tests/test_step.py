@@ -8,7 +8,7 @@ from torch import nn
 from common.errors import UserError
 from models.clip import ClassSentences, build_clip
 from training.losses import contrastive_loss
-from training.step import loss_and_gradients, parts_of, towers_of
+from training.step import loss_and_gradients, opposite, parts_of, towers_of
 
 LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 1])
 TEXTS = {"正常": ["正常"], "肺炎": ["肺炎"], "气胸": ["气胸"]}
@@ -137,4 +137,6 @@ def test_every_process_has_as_many_parts_and_none_is_empty(monkeypatch):
             monkeypatch.setattr("training.step.own_share", lambda n, share=share: share)
             parts = parts_of(images_of(32)[share], torch.arange(7), most)
             assert [len(images) for images, _ in parts] == own
+            facing = torch.cat([indices.flip(0) for _, indices in parts])
+            assert torch.equal(opposite(7, most)[share], facing)  # of labels that every process has
             assert torch.equal(torch.cat([indices for _, indices in parts]), torch.arange(7)[share])

@@ -201,6 +201,13 @@ class Config:
     horizontal_flip: bool = option(
         True, "training", "no mirrored images (a mirror swaps left and right)", flag="--no-horizontal-flip"
     )
+    cutmix_prob: float = option(
+        0.0,
+        "training",
+        "in such a share of the steps each image gets a box of another one, and both their classes",
+        low=0,
+        high=1,
+    )
 
     num_workers: int = option(
         4,

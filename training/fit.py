@@ -17,15 +17,16 @@ from common.distributed import is_main, maximum, rank, wait_for_all
 from common.errors import RunFailed
 from common.files import write_json
 from common.stopping import Requests, Stoppable, Stopped
-from data.augment import Augmentation
+from data.augment import Augmentation, draw_box
 from data.loader import EpochBatches
 from evaluation.metrics import classification_metrics
 from evaluation.predict import predict_probs
 from models.clip import ClassSentences
 from training.finite import FiniteSteps
+from training.losses import with_boxes
 from training.optim import lr_factor
 from training.state import CheckpointWriter, InEpoch, TrainState, send_statistics
-from training.step import Criterion, loss_and_gradients, parts_of
+from training.step import Criterion, loss_and_gradients, opposite, parts_of
 
 HINT_AFTER_EPOCHS = 5
 
@@ -40,13 +41,14 @@ def train_one_epoch(
     save: Callable[[], None],
     *,
     micro_batch_size: int | None,
+    cutmix_prob: float,
     criterion: Criterion,
     grad_clip: float,
     max_nonfinite_steps: int,
     seed: int,
 ) -> dict[str, float]:
     """One pass over the training images, or what is left of a pass that was begun before. Means over images,
-    accuracy over classes.
+    accuracy over classes; of an image with a box of another in it, both by their shares.
 
     A batch goes through the image tower at once, or in parts of at most `micro_batch_size` images.
     Raises RunFailed naming the batch's files when `max_nonfinite_steps` in a row had a loss or gradient that
@@ -70,12 +72,17 @@ def train_one_epoch(
         if rank():  # else all processes would drop the same units
             torch.manual_seed(seed + 1_000_003 * (state.total_steps * rank() + state.step))
         parts = parts_of(images, indices, micro_batch_size)
-        views = [partial(augment, own, state.epoch, own_indices) for own, own_indices in parts]
+        box = draw_box(cutmix_prob, images.shape[-1], seed, state.step)
+        views = [partial(augment, own, state.epoch, own_indices, box) for own, own_indices in parts]
+        criterion_now = criterion
+        if box:
+            of_boxes = labels[opposite(len(labels), micro_batch_size).to(device, non_blocking=True)]
+            criterion_now = with_boxes(criterion, box.kept, of_boxes)
         texts = sentences.for_step(torch.Generator().manual_seed(seed * 1_000_003 + state.step))
 
         optimizer.zero_grad(set_to_none=True)
         loss, loss_image_to_text, logits = loss_and_gradients(
-            state.towers, views, texts, labels, criterion, state.scaler, hardware.autocast
+            state.towers, views, texts, labels, criterion_now, state.scaler, hardware.autocast
         )
         state.scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -89,7 +96,10 @@ def train_one_epoch(
         state.scaler.update()
         model.clamp_logit_scale()
 
-        correct = (logits.argmax(dim=1) == labels).sum()
+        predicted = logits.argmax(dim=1)
+        correct = (predicted == labels).sum()
+        if box:
+            correct = box.kept * correct + (1 - box.kept) * (predicted == of_boxes).sum()
         n = torch.full_like(loss, len(labels), dtype=torch.float64)
         sums = torch.stack([loss * n, loss_image_to_text * n, correct.double(), n])
         done.sums += torch.where(finite, sums, 0)
@@ -156,6 +166,7 @@ def fit(
     facts: Mapping[str, Any],
     epochs: int,
     micro_batch_size: int | None,
+    cutmix_prob: float,
     criterion: Criterion,
     grad_clip: float,
     max_nonfinite_steps: int,
@@ -202,8 +213,8 @@ def fit(
             batches.epoch, batches.start = state.epoch, state.in_epoch.steps
             row = train_one_epoch(
                 state, sentences, train_loader, augment, hardware, requests, save,
-                micro_batch_size=micro_batch_size, criterion=criterion, grad_clip=grad_clip,
-                max_nonfinite_steps=max_nonfinite_steps, seed=seed,
+                micro_batch_size=micro_batch_size, cutmix_prob=cutmix_prob, criterion=criterion,
+                grad_clip=grad_clip, max_nonfinite_steps=max_nonfinite_steps, seed=seed,
             )  # fmt: skip
             validation_started = time.monotonic()
             try:

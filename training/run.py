@@ -322,6 +322,7 @@ def train_on_split(
         facts=facts,
         epochs=config.epochs,
         micro_batch_size=config.micro_batch_size,
+        cutmix_prob=config.cutmix_prob,
         criterion=partial(contrastive_loss, config.loss, log_prior=log_prior),
         grad_clip=config.grad_clip,
         max_nonfinite_steps=config.max_nonfinite_steps,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import gathered, n_processes, own_share
+from common.distributed import gathered, n_processes, own_share, share
 from models.clip import CLIPModel, Texts
 
 # logits (B, C), labels (B,) -> the loss, and its image-to-text part over all classes
@@ -51,10 +51,19 @@ def parts_of(
     of at most `most`; as many on every process, which exchange the statistics of each (so one may hold an
     image more than `most` where another has none left).
     """
-    longest, shortest = -(-len(indices) // n_processes()), len(indices) // n_processes()
-    n_parts = min(-(-longest // (most or longest)), shortest)
-    own = indices[own_share(len(indices))]
+    n_parts, own = _n_parts(len(indices), most), indices[own_share(len(indices))]
     return list(zip(images.tensor_split(n_parts), own.tensor_split(n_parts), strict=True))
+
+
+def _n_parts(n: int, most: int | None) -> int:
+    longest, shortest = -(-n // n_processes()), n // n_processes()
+    return min(-(-longest // (most or longest)), shortest)
+
+
+def opposite(n: int, most: int | None) -> torch.Tensor:
+    """(n,): for each image of a batch the position of the one opposite in its part: the last of the first."""
+    shares = [torch.arange(n)[share(n, number, n_processes())] for number in range(n_processes())]
+    return torch.cat([part.flip(0) for own in shares for part in own.tensor_split(_n_parts(n, most))])
 
 
 def loss_and_gradients(
