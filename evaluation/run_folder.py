@@ -116,8 +116,12 @@ def read_run_folder(path: Path) -> RunFolder:
 
 
 def loss_words(options: Mapping[str, Any]) -> str:
-    """The loss that a model was trained with, and how rare classes were given weight."""
-    added = {"logit_adjustment": "logit adjustment", "use_weighted_sampling": "weighted sampling"}
+    """The loss that a model was trained with, and what was done to it and to the images for it."""
+    added = {
+        "logit_adjustment": "logit adjustment",
+        "use_weighted_sampling": "weighted sampling",
+        "cutmix_prob": "CutMix",
+    }
     return ", ".join([options["loss"], *(words for key, words in added.items() if options.get(key))])
 
 

@@ -11,7 +11,6 @@ import torch
 from quick import train
 
 import training.fit as fit_module
-import training.run as run_module
 from common.stopping import (
     Requests,
     Stoppable,
@@ -22,7 +21,6 @@ from common.stopping import (
 )
 from evaluation.checkpoints import read_checkpoint
 from evaluation.trained import find_checkpoints, load_trained
-from training.losses import contrastive_loss
 
 pytestmark = [
     pytest.mark.usefixtures("quick_report"),
@@ -33,16 +31,16 @@ EPOCHS, STEPS = 2, 4  # an epoch has 57 images, 16 at most in a batch
 
 def signal_at_steps(monkeypatch, numbers: dict[int, int]):
     """Send this process a signal in the middle of the given steps (from 0, over all epochs)."""
-    count = iter(range(10**6))
+    count, computed = iter(range(10**6)), fit_module.loss_and_gradients
 
-    def loss(*arguments, **named):
+    def step(*arguments):
         number = numbers.get(next(count))
         if number:  # a terminal and a cluster send it to all processes of a job
             for process in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
                 os.kill(process, number)
-        return contrastive_loss(*arguments, **named)
+        return computed(*arguments)
 
-    monkeypatch.setattr(run_module, "contrastive_loss", loss)
+    monkeypatch.setattr(fit_module, "loss_and_gradients", step)
 
 
 def contents(run):
@@ -74,7 +72,8 @@ FLAGS = [
     "--text-template",
     "一张{class_name}",
     "--use-weighted-sampling",
-    "--logit-adjustment",
+    "--preset",
+    "small-data",
 ]
 
 
