@@ -103,3 +103,22 @@ def test_published_local_weights_fill_the_local_pyramid_and_nothing_else(tmp_pat
 def test_size_that_is_no_multiple_of_32_is_refused_with_the_nearest_one():
     with pytest.raises(UserError, match="multiple of 32, such as 224"):
         build_image_tower("starnet_dual_pyramid_rcf", "none", 220)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_what_the_global_pyramid_injects_depends_on_the_image_at_every_stage(size):
+    """Not on the place alone: of its mean square, the part that is left without the mean over the images."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(16, 3, 6, 6, generator=generator) * 255
+    images = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 255)
+    torch.manual_seed(3)
+    tower = build_image_tower("starnet_dual_pyramid_rcf", "none", size)
+    injected = []
+    for adapter in tower.backbone.adapters:
+        adapter.register_forward_hook(lambda module, inputs, output: injected.append(output))
+    with torch.no_grad():
+        tower(images)
+    assert len(injected) == 4
+    for map_ in injected:
+        of_images = (map_ - map_.mean(0)).square().mean() / map_.square().mean()
+        assert of_images > 0.35
