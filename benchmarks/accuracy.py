@@ -96,7 +96,7 @@ def make_recipe(
                 f"{where}no peer {peer!r}{did_you_mean(str(peer), PEERS)}; peers: {', '.join(PEERS)}"
             )
         own = {key: options.pop(key, default) for key, default in PEERS[peer].own.items()}
-        unused = sorted(options.keys() - PEERS[peer].options)
+        unused = sorted(options.keys() - PEERS[peer].options | common.keys() & {"preset"})
         problems += [f"{where}{key!r} has no effect on {peer}; leave it out" for key in unused]
         problems += [
             f"{where}{key!r} must be a number, not {own[key]!r}"
@@ -127,6 +127,8 @@ def read_recipes(options: argparse.Namespace, base: Mapping[str, Any]) -> list[R
     problems = check_options(common, f"{where}, 'common': ")
     for seed in options.seeds:
         problems += check_options({**base, "random_state": seed}, "")
+    if problems:
+        raise UserError(*problems)
     names = options.recipes or list(found)
     problems += [f"--recipes {n}: not in {where}{did_you_mean(n, found)}" for n in names if n not in found]
     recipes = []

@@ -142,8 +142,9 @@ def train_softmax(
             schedule.step_update(epoch * len(batches) + i)
             images, labels = images.to(hardware.device), labels.to(hardware.device)
             box = draw_box(config.cutmix_prob, config.img_size, seed, epoch * len(batches) + i)
+            images = augment(images, epoch, indices, box)
             with hardware.autocast():
-                logits = model(augment(images, epoch, indices, box))
+                logits = model(images)
             loss = criterion(logits, labels)
             if box:
                 loss = box.kept * loss + (1 - box.kept) * criterion(logits, labels.flip(0))

@@ -350,7 +350,8 @@ def growth(data_dir: Path, encoder: str, options: argparse.Namespace, work: Path
     flags = ["--img-size", "64", "--batch-size", str(options.batch_size), "--gpu-id", str(options.gpu_id)]
     flags += ["--freeze-text-encoder", "--epochs", "3"]
     said = []
-    for folder in (data_dir, turned_copies(data_dir, 4, work / "4")):
+    for copies in (1, 4):
+        folder = turned_copies(data_dir, copies, work / f"copies_{copies}")
         run = whole_run(folder, encoder, TINY, flags, work / f"run_{folder.name}")
         n = run.n_train + run.n_val
         later, read = (1e3 * seconds / n for seconds in (median(run.epochs[1:]), run.read))

@@ -81,7 +81,9 @@ class Augmentation:
         """(B, 3, S, S) uint8 on any device -> the same shape, 0..255 float32; "none" leaves `images` as they
         are. The `box` is pasted in last.
         """
-        changed = self._changed(images, epoch, indices)
+        # in bf16 the places that `resample` reads would be off by up to a pixel at 224 px
+        with torch.autocast(images.device.type, enabled=False):
+            changed = self._changed(images, epoch, indices)
         return changed if box is None else box.paste(changed)
 
     def _changed(self, images: torch.Tensor, epoch: int, indices: Sequence[int]) -> torch.Tensor:

@@ -147,8 +147,8 @@ def _grey_if_grey(image: Image.Image) -> Image.Image:
     middle = image.height // 2  # one row tells most colour images
     for top, bottom in ((middle, middle + 1), *((y, y + rows) for y in range(0, image.height, rows))):
         part = image.crop((0, top, image.width, min(bottom, image.height)))
-        red, green, blue = (channel.tobytes() for channel in part.split())
-        if not red == green == blue:
+        first, *others = (channel.tobytes() for channel in part.split())
+        if any(other != first for other in others):
             return image
     return image.getchannel(0)
 

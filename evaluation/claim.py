@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import BEST, LATEST
-from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder, loss_words
+from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder, augmentation_words, loss_words
 from evaluation.tables import percent
 
 ANSWERED, PARTLY, AUTHORS = "answered", "partly", "authors"
@@ -144,8 +144,7 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
 
 
 def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
-    flip = ", mirrored at random" if options["horizontal_flip"] and options["augmentation"] != "none" else ""
-    augmentation = f"Augmentation in training: {options['augmentation']}{flip}."
+    augmentation = f"Augmentation in training: {augmentation_words(options)}."
     versions = ", ".join(f"{name} {version}" for name, version in run.config.get("versions", {}).items())
     commit = run.config.get("git_commit")
     frozen = [side for side in ("image", "text") if options[f"freeze_{side}_encoder"]]

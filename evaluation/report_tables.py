@@ -5,7 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder, loss_words
+from evaluation.run_folder import (
+    CROSS_VALIDATION,
+    EVALUATION,
+    SINGLE,
+    RunFolder,
+    augmentation_words,
+    loss_words,
+)
 from evaluation.tables import OVERALL, PER_CLASS
 
 Table = dict[str, Sequence[Any]]  # "header" (may be empty) and "rows"
@@ -99,7 +106,10 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
         rows += [
             ["Image encoder 图像编码器", f"{o['image_encoder_name']}, weights: {o['image_weights']}"],
             ["Text encoder 文本编码器", f"{o['text_encoder_name']}, weights: {o['text_weights']}"],
-            ["Input 输入", f"{o['img_size']} x {o['img_size']} pixels, augmentation: {o['augmentation']}"],
+            [
+                "Input 输入",
+                f"{o['img_size']} x {o['img_size']} pixels, augmentation: {augmentation_words(o)}",
+            ],
             [
                 "Training 训练",
                 f"{'at most ' if o['early_stopping_patience'] else ''}{o['epochs']} epochs, batch "

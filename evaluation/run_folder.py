@@ -116,13 +116,16 @@ def read_run_folder(path: Path) -> RunFolder:
 
 
 def loss_words(options: Mapping[str, Any]) -> str:
-    """The loss that a model was trained with, and what was done to it and to the images for it."""
-    added = {
-        "logit_adjustment": "logit adjustment",
-        "use_weighted_sampling": "weighted sampling",
-        "cutmix_prob": "CutMix",
-    }
+    """The loss that a model was trained with, and how rare classes were given weight."""
+    added = {"logit_adjustment": "logit adjustment", "use_weighted_sampling": "weighted sampling"}
     return ", ".join([options["loss"], *(words for key, words in added.items() if options.get(key))])
+
+
+def augmentation_words(options: Mapping[str, Any]) -> str:
+    """How the training images were changed."""
+    flip = ", mirrored at random" if options["horizontal_flip"] and options["augmentation"] != "none" else ""
+    share = options.get("cutmix_prob")
+    return f"{options['augmentation']}{flip}{f', CutMix in {share:.0%} of the steps' if share else ''}"
 
 
 def _optional(path: Path) -> Any:

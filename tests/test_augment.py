@@ -211,6 +211,14 @@ def test_standard_changes_brightness_and_never_the_hue():
     assert 0.9 * 180 * 0.85 < red.min() < 170 and 190 < red.max() < 1.1 * 180 * 1.15
 
 
+def test_mixed_precision_does_not_move_a_pixel():
+    images = torch.nn.functional.interpolate(batch_of(PIXELS).float(), (192, 192)).byte()
+    augment = Augmentation("standard", True, 0)
+    exact = augment(images, 2, range(N))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment(images, 2, range(N)), exact)
+
+
 # ---- a box of another image
 
 

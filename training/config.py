@@ -153,7 +153,7 @@ class Config:
         None,
         "training",
         "images whose activations are held at once, on each process; loss and gradients stay those of the "
-        "whole batch (default: all)",
+        "whole batch, though CutMix pairs within these (default: all)",
         low=1,
     )
     gradient_checkpointing: bool = option(
@@ -481,6 +481,8 @@ def contradictions(config: Config) -> list[str]:
             f"--logit-adjustment{set_by} has no meaning with --loss clip, which scores an image over the "
             "batch, not over the classes; use --loss unicl or ce"
         )
+    if config.cutmix_prob and config.micro_batch_size == 1:
+        problems.append("--cutmix-prob pairs images within a micro batch; give --micro-batch-size 2 or more")
     if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
         problems.append(
             f"--warmup-epochs {config.warmup_epochs:g} must be less than --epochs {config.epochs}"

@@ -20,7 +20,8 @@ def text_to_image(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Subtracting the entropy of the targets leaves every gradient as it is and makes the floor 0.
     """
     of_label = logits.log_softmax(dim=0).gather(1, labels[:, None]).squeeze(1)  # (B,)
-    positives = torch.bincount(labels, minlength=logits.shape[1])[labels].to(logits.dtype)  # (B,) n_c
+    ones = torch.ones_like(of_label)
+    positives = ones.new_zeros(logits.shape[1]).index_add_(0, labels, ones)[labels]  # (B,) n_c
     return -(of_label + positives.log()).mean()
 
 

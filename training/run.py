@@ -23,7 +23,7 @@ from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm
-from training.config import FIELDS, PRESETS, Config, flag_of
+from training.config import FIELDS, PRESETS, Config
 from training.dataset import (
     DataSet,
     findings_of,
@@ -73,6 +73,11 @@ def run(config: Config, typed: Mapping[str, Any]) -> int:
             f"--batch-size {config.batch_size} is for all {n_processes()} processes together, and each needs "
             "an image; raise it, or start fewer processes"
         )
+    if config.cutmix_prob and config.batch_size < 2 * n_processes():
+        raise UserError(
+            f"--cutmix-prob pairs images within a process, and --batch-size {config.batch_size} leaves some "
+            f"of the {n_processes()} with one image; raise it, or start fewer processes"
+        )
     if n_processes() > 1 and config.multi_config and config.overwrite:
         raise UserError(
             "--overwrite with --multi-config and torchrun: should torchrun start it anew, finished entries "
@@ -93,8 +98,8 @@ def train(config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, An
 
     `class_texts`: class name -> sentence or list of sentences, for callers from Python.
     """
-    if config.preset:
-        set_by_it = ", ".join(f"{flag_of(name)} {getattr(config, name)}" for name in PRESETS[config.preset])
+    if config.preset and not config.resume_from:
+        set_by_it = ", ".join(f"{name} {getattr(config, name)}" for name in PRESETS[config.preset])
         print(f"preset {config.preset}: {set_by_it}")
     if config.use_cv:
         from training.cross_validation import train_folds
