@@ -72,8 +72,9 @@ FLAGS = [
     "--text-template",
     "一张{class_name}",
     "--use-weighted-sampling",
-    "--preset",
-    "small-data",
+    "--logit-adjustment",
+    "--cutmix-prob",
+    0.5,
 ]
 
 
