@@ -195,10 +195,9 @@ def evaluate(typed: Sequence[str]) -> int:
     with failures_explained(arguments.batch_size):
         for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
             loader = build_loader(
-                ImageDataset(data.files, data.labels, model.img_size, squares[model.img_size]),
+                ImageDataset(data.files, data.labels, model.img_size, squares[model.img_size], model.device),
                 EpochBatches(np.arange(len(data.files)), arguments.batch_size, None),
                 arguments.num_workers,
-                pin_memory=model.device.type == "cuda",
             )
             each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])
     predictions = data.predictions(np.arange(len(data.files)), np.mean(each, axis=0))

@@ -62,8 +62,8 @@ class Classifier(nn.Module):
         return self.head(self.tower(images)).float()
 
 
-def _images(data: DataSet, size: int) -> ImageDataset:
-    return ImageDataset(data.files, data.labels, size, data.squares)
+def _images(data: DataSet, size: int, hardware: Hardware) -> ImageDataset:
+    return ImageDataset(data.files, data.labels, size, data.squares, hardware.device)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def outputs_of(
     network.eval()
     batches = EpochBatches(indices, config.batch_size, None)
     found = []
-    for images, _, _ in build_loader(_images(data, config.img_size), batches, 0, False):
+    for images, _, _ in build_loader(_images(data, config.img_size, hardware), batches, 0):
         with hardware.autocast():
             found.append(network(images.to(hardware.device)).double().cpu())
     return torch.cat(found).numpy()
@@ -111,7 +111,7 @@ def train_softmax(
     model.to(hardware.device, memory_format=torch.channels_last)
     torch.manual_seed(seed)
     batches = EpochBatches(split.train, config.batch_size, seed)
-    loader = build_loader(_images(data, config.img_size), batches, 0, False)
+    loader = build_loader(_images(data, config.img_size, hardware), batches, 0)
     augment = Augmentation(config.augmentation, config.horizontal_flip, seed)
     optimizer = _optimizer(model, config)
     warmup = warmup_steps(config.warmup_epochs, config.epochs, len(batches))

@@ -105,7 +105,7 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
     )  # of all over the folder
     images = ImageDataset(data.files, data.labels, img_size, data.squares)
     batches = EpochBatches(chosen, BATCH, 0)
-    loader = build_loader(images, batches, WORKERS, pin_memory=False)
+    loader = build_loader(images, batches, WORKERS)
     epoch = iter(loader)
     next(epoch)
     say("first batch")

@@ -204,7 +204,8 @@ def in_memory(
         model, torch.optim.AdamW(groups, fused=True), torch.amp.GradScaler(enabled=False),
         EarlyStopping("val_acc", None, 0), len(batches), 10 * len(batches), 0,
     )  # fmt: skip
-    return state, sentences, batches, ImageDataset([Path("none")] * n_images, labels, size, squares)
+    images = ImageDataset([Path("none")] * n_images, labels, size, squares, hardware.device)
+    return state, sentences, batches, images
 
 
 def step_seconds(
@@ -214,7 +215,7 @@ def step_seconds(
     median.
     """
     state, sentences, batches, images = in_memory(encoder, size, batch, n_classes, steps * batch, hardware)
-    loader = build_loader(images, batches, 0, hardware.device.type == "cuda")
+    loader = build_loader(images, batches, 0)
     return seconds_of(lambda: one_epoch(state, sentences, loader, hardware), hardware.device, 3) / steps
 
 
@@ -244,7 +245,7 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
         return patch.object(owner, method, call)
 
     state, sentences, batches, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
-    loader = build_loader(images, batches, 0, False)
+    loader = build_loader(images, batches, 0)
     tower = state.model.image_tower
     with ExitStack() as stack:
         for owner, method, name in (
@@ -270,9 +271,7 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
 
 def evaluation_speed(model: CLIPModel, images: ImageDataset, batch: int, hardware: Hardware) -> float:
     """Images/s of the program's own predict path over decoded images."""
-    loader = build_loader(
-        images, EpochBatches(np.arange(len(images)), batch, None), 0, hardware.device.type == "cuda"
-    )
+    loader = build_loader(images, EpochBatches(np.arange(len(images)), batch, None), 0)
     features = torch.nn.functional.normalize(torch.randn(3, 512, device=hardware.device), dim=-1)
     model.eval()
     return len(images) / seconds_of(

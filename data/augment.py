@@ -62,8 +62,7 @@ class Augmentation:
         """(B, 7): rotation clockwise in degrees, shifts right and down in whole pixels, zoom, brightness,
         contrast (1 leaves each as it is), and -1 where mirrored, else 1.
         """
-        # The sampler's order comes from [seed, epoch], which NumPy takes for [seed, epoch, 0, 0].
-        uniform = np.stack([np.random.default_rng([self.seed, epoch, int(i), 1]).random(7) for i in indices])
+        uniform = self._uniform(epoch, np.asarray(indices))
         standard = self.preset == "standard"
         shift = 0.05 if standard else 0.04
         low = np.array([-7, -shift * size, -shift * size, 0.95, 0.9, 0.9, -1])
@@ -74,6 +73,17 @@ class Augmentation:
         if not standard:
             drawn[:, [0, 3, 4, 5]] = [0, 1, 1, 1]
         return drawn
+
+    def _uniform(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """(B, 7) in 0..1: of image i the numbers 7 i to 7 i + 6 of the epoch's stream."""
+        # The sampler's order comes from [seed, epoch], which NumPy takes for [seed, epoch, 0].
+        stream = np.random.Generator(np.random.PCG64([self.seed, epoch, 1]))
+        uniform, at = np.empty((len(indices), 7)), 0
+        for place in np.argsort(indices).tolist():
+            start = 7 * int(indices[place])
+            stream.bit_generator.advance(start - at)
+            uniform[place], at = stream.random(7), start + 7
+        return uniform
 
     def __call__(
         self, images: torch.Tensor, epoch: int, indices: Sequence[int], box: Box | None = None

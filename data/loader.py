@@ -18,6 +18,7 @@ from common.stopping import stop_after_the_parent
 from data.images import MEMORY_FOR_IMAGES, Squares, UnreadableImage, read_image, to_square
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it
+SHARE_OF_GPU = 0.1  # of its free memory, for decoded images
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -25,12 +26,25 @@ class ImageDataset(Dataset):
     """Gives (images (b, 3, size, size) uint8, labels (B,) int64, indices (B,) int64) for B indices.
 
     The b images are this process's share of the B (all of them where there is one process only). squares: the
-    images decoded before, or None to read the files each time. An index past the end begins again at the
-    first image: N + i is image i shown once more.
+    images decoded before, or None to read the files each time. device: what will compute; where that is a GPU
+    with room for all squares, the b images lie there already. An index past the end begins again at the first
+    image: N + i is image i shown once more.
     """
 
-    def __init__(self, files: Sequence[Path], labels: np.ndarray, size: int, squares: Squares | None = None):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        labels: np.ndarray,
+        size: int,
+        squares: Squares | None = None,
+        device: torch.device | None = None,
+    ):
         self.files, self.labels, self.size, self.squares = files, labels, size, squares
+        self.in_memory = squares is not None and squares.array.nbytes <= MEMORY_FOR_IMAGES
+        self.pin_memory, self.on_gpu = device is not None and device.type == "cuda", None
+        if self.in_memory and self.pin_memory and _fits_beside_training(squares.array, device):
+            self.on_gpu = torch.from_numpy(squares.array[:]).to(device)  # (M, S, S, 3)
+            self.pin_memory = False
         self.process, self.n_processes = rank(), n_processes()  # a worker process could not ask
 
     def __len__(self) -> int:
@@ -40,13 +54,16 @@ class ImageDataset(Dataset):
         chosen = torch.tensor(indices)
         indices = [i % len(self) for i in indices]
         own = indices[share(len(indices), self.process, self.n_processes)]
-        if self.squares is not None:
-            squares = self.squares[own]
+        if self.on_gpu is not None:
+            rows = torch.from_numpy(self.squares.rows[own]).to(self.on_gpu.device, non_blocking=True)
+            squares = self.on_gpu[rows]
+        elif self.squares is not None:
+            squares = torch.from_numpy(self.squares[own])
         else:
-            squares = np.zeros((len(own), self.size, self.size, 3), np.uint8)
-            for square, i in zip(squares, own, strict=True):
+            squares = torch.zeros((len(own), self.size, self.size, 3), dtype=torch.uint8)
+            for square, i in zip(squares.numpy(), own, strict=True):
                 square[:] = self._read(i)
-        images = torch.from_numpy(squares).permute(0, 3, 1, 2)  # a view, channels last
+        images = squares.permute(0, 3, 1, 2)  # a view, channels last
         return images, torch.from_numpy(self.labels[indices]).long(), chosen  # (b, 3, S, S), (B,), (B,)
 
     def _read(self, index: int) -> np.ndarray:
@@ -54,6 +71,11 @@ class ImageDataset(Dataset):
             return to_square(read_image(self.files[index]), self.size)
         except UnreadableImage as error:  # it could be read when the run began: say which file it is
             raise UnreadableImage(f"{self.files[index]}: {error}") from None
+
+
+def _fits_beside_training(squares: np.ndarray, device: torch.device) -> bool:
+    free, _ = torch.cuda.mem_get_info(device)
+    return squares.nbytes <= SHARE_OF_GPU * free
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -105,21 +127,18 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def build_loader(
-    dataset: ImageDataset, batches: EpochBatches, num_workers: int, pin_memory: bool
-) -> DataLoader:
+def build_loader(dataset: ImageDataset, batches: EpochBatches, num_workers: int) -> DataLoader:
     """A loader of `dataset`'s batches; `num_workers` processes where files must be read or squares fetched
     from disk, none where they only have to be gathered in memory.
     """
-    in_memory = dataset.squares is not None and dataset.squares.array.nbytes <= MEMORY_FOR_IMAGES
-    workers = 0 if in_memory else loading_processes(num_workers)
+    workers = 0 if dataset.in_memory else loading_processes(num_workers)
     refuse_small_shared_memory(workers, batches.batch_size, dataset.size)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
-        pin_memory=pin_memory,
+        pin_memory=dataset.pin_memory,
         persistent_workers=workers > 0,
         worker_init_fn=stop_after_the_parent,
         multiprocessing_context=fork_context(workers),

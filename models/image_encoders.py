@@ -1,10 +1,12 @@
 """Image towers from timm: the guide's names, and `timm:NAME` for any other."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+import torch._dynamo
 from torch import nn
 
 from common.errors import UserError, did_you_mean, first_line
@@ -36,6 +38,7 @@ class ImageTower(nn.Module):
         widen_depthwise(backbone)
         self.backbone, self.num_features, self.mean, self.std = backbone, num_features, mean, std
         self.pretrained = frozenset(f"backbone.{name}" for name in pretrained)
+        self.compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         # (image / 255 - mean) / std = image * scale + shift
         scale, shift = 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
@@ -55,9 +58,39 @@ class ImageTower(nn.Module):
         except (AttributeError, AssertionError):
             raise UserError(f"--gradient-checkpointing: the image encoder {name} has no form of it") from None
 
+    def compile_training(self, images: torch.Tensor, autocast: torch.autocast) -> str:
+        """Have torch.compile make kernels for training passes over batches of any size, in place of PyTorch's
+        own, and try them on `images`. Evaluation goes on with PyTorch's. Weights, running statistics and
+        random states stay as they are.
+
+        Returns "", or why nothing was compiled: not every machine and not every network can.
+        """
+        was_training, buffers = self.training, [(buffer, buffer.clone()) for buffer in self.buffers()]
+        # one function, which is no part of the module: its names and its copies stay what they are
+        self.compiled = torch.compile(self.backbone.forward)
+        try:
+            with torch.random.fork_rng([images.device] if images.is_cuda else []), autocast:
+                with torch.no_grad():
+                    self.train()(images)  # what a network keeps from its first pass is there before
+                features = self(images)
+            features.float().sum().backward()
+        except Exception as error:  # of Python, of the compiler, of the GPU
+            self.compiled = None
+            return f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self.train(was_training)
+            self.zero_grad(set_to_none=True)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return ""
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 or 0..255 float -> (B, num_features)."""
-        return self.backbone(self.normalise(images))
+        images = self.normalise(images)
+        if self.compiled is None or not self.training or not torch.is_grad_enabled():
+            return self.backbone(images)
+        torch._dynamo.maybe_mark_dynamic(images, 0)
+        return self.compiled(images)
 
 
 def feature_size(backbone: nn.Module, img_size: int) -> int:

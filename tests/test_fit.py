@@ -34,7 +34,7 @@ def one_step(pixels, labels, watch=lambda model: None, **options):
     )  # fmt: skip
     for group in state.optimizer.param_groups:
         group["peak_lr"] = 0.0
-    loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0, False)
+    loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0)
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
     watch(model)
     options = {

@@ -131,7 +131,7 @@ def test_files_and_decoded_squares_give_the_same(tmp_path, num_workers):
     epochs = []
     for squares in (None, Squares(PIXELS)):
         batches = EpochBatches(np.arange(N), 4, seed=3)
-        loader = build_loader(ImageDataset(files, LABELS, SIZE, squares), batches, num_workers, False)
+        loader = build_loader(ImageDataset(files, LABELS, SIZE, squares), batches, num_workers)
         assert len(loader) == 3
         for epoch in (0, 1):
             batches.epoch = epoch
@@ -155,7 +155,7 @@ def test_a_file_that_goes_bad_later_is_named_and_never_replaced(tmp_path, num_wo
     Image.fromarray(PIXELS[0]).save(file)
     file.write_bytes(file.read_bytes()[:-200])
     dataset = ImageDataset([file], np.array([0]), 16)
-    loader = build_loader(dataset, EpochBatches(np.arange(1), 1, None), num_workers, False)
+    loader = build_loader(dataset, EpochBatches(np.arange(1), 1, None), num_workers)
     with pytest.raises(UnreadableImage, match=r"gone bad\.jpg"):
         list(loader)
 
@@ -174,9 +174,9 @@ def test_too_little_shared_memory_is_said_before_anything_waits_for_it(tmp_path,
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
     dataset = ImageDataset([Path("unused")] * 10, np.zeros(10, np.int64), 224)
     for workers, batch in ((0, 1000), (2, 4), (5, 1)):  # 2 batches each of 150,528 bytes an image
-        build_loader(dataset, EpochBatches(np.arange(10), batch, 0), workers, False)
+        build_loader(dataset, EpochBatches(np.arange(10), batch, 0), workers)
     with pytest.raises(UserError, match=r"need 4 MB of shared memory, and .* has 3 MB free"):
-        build_loader(dataset, EpochBatches(np.arange(10), 6, 0), 2, False)
+        build_loader(dataset, EpochBatches(np.arange(10), 6, 0), 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are told apart by their parent")
@@ -190,7 +190,7 @@ def test_a_killed_worker_is_explained(monkeypatch):
     monkeypatch.setattr(ImageDataset, "__getitems__", killed)
     dataset = ImageDataset([Path("unused")] * 4, np.zeros(4, np.int64), 16)
     with pytest.raises(RuntimeError) as error:
-        list(build_loader(dataset, EpochBatches(np.arange(4), 2, 0), 1, False))
+        list(build_loader(dataset, EpochBatches(np.arange(4), 2, 0), 1))
     said = explain_failure(error.value, None)
     assert (
         "a process that loads images was killed" in said and "--num-workers" in said and "--shm-size" in said

@@ -209,6 +209,12 @@ class Config:
         high=1,
     )
 
+    compile: bool = option(
+        False,
+        "other",
+        "let torch.compile make kernels for the image tower: minutes at the start, faster steps afterwards",
+        on_resume="free",
+    )
     num_workers: int = option(
         4,
         "other",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -217,6 +218,21 @@ def build_model(config: Config, hardware: Hardware, checkpoint: Mapping[str, Any
     return model
 
 
+def compile_image_tower(model: CLIPModel, batch_size: int, img_size: int, hardware: Hardware) -> None:
+    """For training; says how long it took, or why it could not be done."""
+    if model.image_tower in model.frozen:
+        print("note: --compile changes nothing: the image encoder is frozen")
+        return
+    print("compiling the image encoder's training passes; this takes minutes", flush=True)
+    started = time.monotonic()
+    images = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8, device=hardware.device)
+    failure = model.image_tower.compile_training(images, hardware.autocast())
+    if failure:
+        print(f"warning: torch.compile cannot ({failure}); training goes on without it")
+    else:
+        print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+
+
 def n_parameters(model: CLIPModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -273,11 +289,10 @@ def train_on_split(
         total_steps=config.epochs * len(train_batches),
         warmup_steps=warmup_steps(config.warmup_epochs, config.epochs, len(train_batches)),
     )
-    images = ImageDataset(data.files, data.labels, config.img_size, data.squares)
-    pin_memory = device.type == "cuda"
-    train_loader = build_loader(images, train_batches, config.num_workers, pin_memory)
+    images = ImageDataset(data.files, data.labels, config.img_size, data.squares, device)
+    train_loader = build_loader(images, train_batches, config.num_workers)
     val_batches = EpochBatches(split.val, config.batch_size, None)
-    val_loader = build_loader(images, val_batches, config.num_workers, pin_memory)
+    val_loader = build_loader(images, val_batches, config.num_workers)
     if checkpoint:
         state.restore(checkpoint, resumed_from)
         steps = (
@@ -288,6 +303,8 @@ def train_on_split(
     if checkpoint and is_main():  # now that all have read it
         take_over(config, resumed_from, output_dir)
     sentences.prepare(device, center=checkpoint is None)
+    if config.compile:
+        compile_image_tower(model, train_batches.smallest(), config.img_size, hardware)
 
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
     print(
