@@ -139,6 +139,6 @@ def test_the_hint_comes_once_when_the_loss_has_not_left_chance(losses, at):
 
 
 def test_a_run_that_cannot_learn_says_so(quick_report, class_folder, tmp_path, capsys):
-    flags = ["--epochs", 6, "--learning-rate", 1e-9, "--temperature", 1.0]
+    flags = ["--epochs", 6, "--learning-rate", 1e-9, "--temperature", 1.0, "--freeze-image-encoder"]
     assert train(class_folder, tmp_path / "run", *flags) == 0
     assert capsys.readouterr().out.count("hint: for 5 epochs the loss has stayed") == 1
