@@ -62,21 +62,21 @@ class Classifier(nn.Module):
         return self.head(self.tower(images)).float()
 
 
-def _images(data: DataSet, size: int, hardware: Hardware) -> ImageDataset:
-    return ImageDataset(data.files, data.labels, size, data.squares, hardware.device)
+def _images(data: DataSet, config: Config, hardware: Hardware) -> ImageDataset:
+    return ImageDataset(data.files, data.labels, config.img_size, data.squares, hardware.device)
 
 
 @torch.no_grad()
 def outputs_of(
-    network: nn.Module, data: DataSet, indices: np.ndarray, config: Config, hardware: Hardware
+    network: nn.Module, images: ImageDataset, indices: np.ndarray, config: Config, hardware: Hardware
 ) -> np.ndarray:
-    """What `network`, left in evaluation mode, gives for images `indices` (n,): (n, ...) float64."""
+    """What `network`, left in evaluation mode, gives for `images` at `indices` (n,): (n, ...) float64."""
     network.eval()
     batches = EpochBatches(indices, config.batch_size, None)
     found = []
-    for images, _, _ in build_loader(_images(data, config.img_size, hardware), batches, 0):
+    for batch, _, _ in build_loader(images, batches, 0):
         with hardware.autocast():
-            found.append(network(images.to(hardware.device)).double().cpu())
+            found.append(network(batch.to(hardware.device)).double().cpu())
     return torch.cat(found).numpy()
 
 
@@ -111,7 +111,8 @@ def train_softmax(
     model.to(hardware.device, memory_format=torch.channels_last)
     torch.manual_seed(seed)
     batches = EpochBatches(split.train, config.batch_size, seed)
-    loader = build_loader(_images(data, config.img_size, hardware), batches, 0)
+    every = _images(data, config, hardware)
+    loader = build_loader(every, batches, 0)
     augment = Augmentation(config.augmentation, config.horizontal_flip, seed)
     optimizer = _optimizer(model, config)
     warmup = warmup_steps(config.warmup_epochs, config.epochs, len(batches))
@@ -158,7 +159,7 @@ def train_softmax(
             loss_sum += loss.item() * len(labels)
         if not math.isfinite(loss_sum):
             raise RunFailed(f"the loss of epoch {epoch + 1} is not finite; lower learning_rate")
-        probs = _softmax(outputs_of(model, data, split.val, config, hardware))
+        probs = _softmax(outputs_of(model, every, split.val, config, hardware))
         history["train_loss"].append(loss_sum / len(split.train))
         history["val_acc"].append(100 * classification_metrics(probs, data.labels[split.val])["acc"])
         history["epoch_seconds"].append(time.monotonic() - epoch_started)
@@ -172,7 +173,7 @@ def train_softmax(
             flush=True,
         )
     if probs is None:  # killed between the last epoch and its end
-        probs = _softmax(outputs_of(model, data, split.val, config, hardware))
+        probs = _softmax(outputs_of(model, every, split.val, config, hardware))
     write_json(folder / "history.json", history)
     unfinished.unlink(missing_ok=True)
     return probs
@@ -197,7 +198,8 @@ def train_logistic(
     torch.manual_seed(config.random_state)
     tower = build_image_tower(config.image_encoder_name, config.image_weights, config.img_size)
     tower.to(hardware.device, memory_format=torch.channels_last)
-    train, val = (outputs_of(tower, data, side, config, hardware) for side in (split.train, split.val))
+    every = _images(data, config, hardware)
+    train, val = (outputs_of(tower, every, side, config, hardware) for side in (split.train, split.val))
     labels, classes = data.labels[split.train], data.folder.classes
     groups = None if data.groups is None else np.unique(data.groups[split.train], return_inverse=True)[1]
     inner = k_folds(labels, groups, INNER_FOLDS, config.random_state, classes)

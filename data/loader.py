@@ -41,10 +41,10 @@ class ImageDataset(Dataset):
     ):
         self.files, self.labels, self.size, self.squares = files, labels, size, squares
         self.in_memory = squares is not None and squares.array.nbytes <= MEMORY_FOR_IMAGES
-        self.pin_memory, self.on_gpu = device is not None and device.type == "cuda", None
-        if self.in_memory and self.pin_memory and _fits_beside_training(squares.array, device):
-            self.on_gpu = torch.from_numpy(squares.array[:]).to(device)  # (M, S, S, 3)
-            self.pin_memory = False
+        for_gpu = device is not None and device.type == "cuda"
+        on_gpu = for_gpu and self.in_memory and _fits_beside_training(squares.array, device)
+        self.on_gpu = torch.tensor(squares.array, device=device) if on_gpu else None  # (M, S, S, 3)
+        self.pin_memory = for_gpu and not on_gpu
         self.process, self.n_processes = rank(), n_processes()  # a worker process could not ask
 
     def __len__(self) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import timm
 import torch
-import torch._dynamo
 from torch import nn
 
 from common.errors import UserError, did_you_mean, first_line
@@ -66,9 +65,9 @@ class ImageTower(nn.Module):
         Returns "", or why nothing was compiled: not every machine and not every network can.
         """
         was_training, buffers = self.training, [(buffer, buffer.clone()) for buffer in self.buffers()]
-        # one function, which is no part of the module: its names and its copies stay what they are
-        self.compiled = torch.compile(self.backbone.forward)
         try:
+            # one function, which is no part of the module: its names and its copies stay what they are
+            self.compiled = torch.compile(self.backbone.forward)
             with torch.random.fork_rng([images.device] if images.is_cuda else []), autocast:
                 with torch.no_grad():
                     self.train()(images)  # what a network keeps from its first pass is there before

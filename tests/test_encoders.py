@@ -73,6 +73,43 @@ def test_finding_the_feature_size_touches_no_running_statistics_and_keeps_the_mo
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
 
 
+def compile_with(tower, monkeypatch, compiler) -> str:
+    monkeypatch.setattr(torch, "compile", compiler)
+    images = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
+    return tower.compile_training(images, torch.autocast("cpu", enabled=False))
+
+
+def test_compiled_passes_serve_training_alone_and_trying_them_changes_nothing(monkeypatch):
+    tower, calls = build_image_tower("resnet18", "none", 32).eval(), []
+    before, drawn = {k: v.clone() for k, v in tower.state_dict().items()}, torch.get_rng_state()
+
+    def compiler(forward):
+        return lambda images: calls.append(1) or forward(images)
+
+    assert compile_with(tower, monkeypatch, compiler) == ""
+    assert len(calls) == 1 and not tower.training and torch.equal(drawn, torch.get_rng_state())
+    assert all(p.grad is None for p in tower.parameters())
+    assert tower.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    tower(images)
+    with torch.no_grad():
+        tower.train()(images)
+    assert len(calls) == 1
+    tower(images)
+    assert len(calls) == 2
+
+
+def test_what_cannot_be_compiled_says_why_and_is_left_as_it_was(monkeypatch):
+    tower = build_image_tower("resnet18", "none", 32).eval()
+
+    def compiler(forward):
+        raise RuntimeError("no compiler on this machine")
+
+    assert compile_with(tower, monkeypatch, compiler) == "RuntimeError: no compiler on this machine"
+    assert tower.compiled is None and not tower.training
+
+
 def test_image_weights_from_a_local_file_fill_the_backbone(tmp_path):
     published = timm.create_model("resnet18")
     save_file(published.state_dict(), tmp_path / "w.safetensors")

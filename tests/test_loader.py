@@ -179,6 +179,18 @@ def test_too_little_shared_memory_is_said_before_anything_waits_for_it(tmp_path,
         build_loader(dataset, EpochBatches(np.arange(10), 6, 0), 2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_images_that_lie_on_the_gpu_are_those_in_memory():
+    squares, batches = Squares(PIXELS, np.arange(N)[::-1]), EpochBatches(np.arange(N), 4, 1)
+    files, devices = [Path("unused")] * N, [torch.device(name) for name in ("cuda", "cpu")]
+    on_gpu, in_memory = (
+        build_loader(ImageDataset(files, LABELS, SIZE, squares, device), batches, 0) for device in devices
+    )
+    for (ours, *more), (theirs, *same) in zip(on_gpu, in_memory, strict=True):
+        assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
+        assert all(torch.equal(a, b) for a, b in zip(more, same, strict=True))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are told apart by their parent")
 def test_a_killed_worker_is_explained(monkeypatch):
     parent = os.getpid()

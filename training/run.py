@@ -218,14 +218,16 @@ def build_model(config: Config, hardware: Hardware, checkpoint: Mapping[str, Any
     return model
 
 
-def compile_image_tower(model: CLIPModel, batch_size: int, img_size: int, hardware: Hardware) -> None:
-    """For training; says how long it took, or why it could not be done."""
+def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardware: Hardware) -> None:
+    """For training with batches of so many images; says how long it took, or why it could not be done."""
     if model.image_tower in model.frozen:
         print("note: --compile changes nothing: the image encoder is frozen")
         return
     print("compiling the image encoder's training passes; this takes minutes", flush=True)
     started = time.monotonic()
-    images = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8, device=hardware.device)
+    at_once = min(batch_size // n_processes(), config.micro_batch_size or batch_size)
+    shape = (max(2, at_once), 3, config.img_size, config.img_size)  # sizes of 1 get kernels of their own
+    images = torch.zeros(shape, dtype=torch.uint8, device=hardware.device)
     failure = model.image_tower.compile_training(images, hardware.autocast())
     if failure:
         print(f"warning: torch.compile cannot ({failure}); training goes on without it")
@@ -304,7 +306,7 @@ def train_on_split(
         take_over(config, resumed_from, output_dir)
     sentences.prepare(device, center=checkpoint is None)
     if config.compile:
-        compile_image_tower(model, train_batches.smallest(), config.img_size, hardware)
+        compile_image_tower(model, config, train_batches.smallest(), hardware)
 
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
     print(
