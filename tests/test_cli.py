@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+import test_clip_model
+import train_clip
+from tests.quick import QUICK, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,22 +62,34 @@ BAD_DATA = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "data", "message"), BAD_DATA)
 def test_bad_input_gets_one_clear_message_exit_code_2_and_writes_nothing(
-    flags, data, message, class_folder, tmp_path
+    flags, data, message, class_folder, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "empty").mkdir()
     folder = class_folder if data == "good" else tmp_path / data
-    code, _, error = run(*small(folder, tmp_path / "out", *flags))
-    assert code == 2 and message in error and "Traceback" not in error
+    _, *arguments = map(str, small(folder, tmp_path / "out", *flags))
+    assert train_clip.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("error: ") == 1 and message in error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_continue_and_the_resumed_run_is_whole(class_folder, tmp_path):
+def test_bad_input_ends_the_program_with_exit_code_2(tmp_path):
+    code, output, error = run(*small(tmp_path / "nowhere", tmp_path / "out"))
+    assert code == 2 and "is not a folder" in error and "Traceback" not in error and not output
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_continue_and_the_resumed_run_is_whole(
+    class_folder, tmp_path, quick_report, capsys
+):
     output = tmp_path / "run"
-    process = start(*small(class_folder, output, "--epochs", "40"))
+    process = start(
+        "train_clip.py", "--data-dir", class_folder, "--output-dir", output, *QUICK, "--epochs", "40"
+    )
     for line in process.stdout:
         if line.startswith("epoch  2/40"):
             break
@@ -83,43 +100,43 @@ def test_ctrl_c_says_how_to_continue_and_the_resumed_run_is_whole(class_folder, 
     assert f"--resume-from {latest}" in error
     done = len(json.loads((output / "history.json").read_text("utf-8"))["val_acc"])
     assert 2 <= done < 40
-    code, text, _ = run(*small(class_folder, output, "--epochs", str(done + 2), "--resume-from", latest))
-    assert code == 0 and f"resuming after epoch {done}" in text
+    assert train(class_folder, output, "--epochs", done + 2, "--resume-from", latest) == 0
+    assert f"resuming after epoch {done}" in capsys.readouterr().out
     history = json.loads((output / "history.json").read_text("utf-8"))
     assert {len(values) for values in history.values()} == {done + 2}
 
 
-@pytest.mark.slow
-def test_a_folder_with_results_is_not_touched_without_being_told(class_folder, tmp_path):
-    assert run(*small(class_folder, tmp_path / "run", "--epochs", "1"))[0] == 0
+def test_a_folder_with_results_is_not_touched_without_being_told(
+    class_folder, finished, tmp_path, quick_report, capsys
+):
+    shutil.copytree(finished, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    code, _, error = run(*small(class_folder, tmp_path / "run", "--epochs", "1"))
-    assert code == 2 and "holds another run's results" in error and "--overwrite" in error
+    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 2
+    error = capsys.readouterr().err
+    assert "holds another run's results" in error and "--overwrite" in error
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-    assert run(*small(class_folder, tmp_path / "run", "--epochs", "1", "--overwrite"))[0] == 0
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--overwrite") == 0
 
 
-@pytest.mark.slow
-def test_unreadable_images_are_all_named_or_left_out(class_folder, tmp_path):
-    import shutil
-
+def test_unreadable_images_are_all_named_or_left_out(class_folder, tmp_path, quick_report, capsys):
     data = tmp_path / "data"
     shutil.copytree(class_folder, data)
     (data / "正常" / "zero.png").write_bytes(b"")
     whole = (data / "肺炎" / "P100_0.png").read_bytes()
     (data / "肺炎" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    code, _, error = run(*small(data, tmp_path / "run", "--epochs", "1"))
-    assert code == 2 and "2 of 74 images" in error and "zero.png" in error and "cut.png" in error
-    code, output, _ = run(*small(data, tmp_path / "run", "--epochs", "1", "--skip-unreadable"))
-    assert code == 0 and "left out 2 unreadable images" in output
+    assert train(data, tmp_path / "run", "--epochs", 1) == 2
+    error = capsys.readouterr().err
+    assert "2 of 74 images" in error and "zero.png" in error and "cut.png" in error
+    assert train(data, tmp_path / "run", "--epochs", 1, "--skip-unreadable") == 0
+    assert "left out 2 unreadable images" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_model_check_passes_for_good_encoders_and_fails_for_a_broken_one():
     code, output, _ = run("test_clip_model.py", "resnet18", "starnet_dual_pyramid_rcf", "bert-tiny-bytes")
     assert code == 0 and "3 passed, 0 failed" in output
-    assert run("test_clip_model.py", "resnet19")[0] == 2
-    assert run("test_clip_model.py", "timm:nothing")[0] == 1
+    assert test_clip_model.main(["resnet19"]) == 2
+    assert test_clip_model.main(["timm:nothing"]) == 1
 
 
 def test_imports_between_packages_run_one_way():

@@ -400,6 +400,7 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
             "image_encoder_name": "starnet_dual_pyramid_rcf",
             "use_cv": False,
             "n_splits": 5,
+            "epochs": 1,
         },
         {"image_encoder_name": "resnet18", "epochs": 1},
         {"image_encoder_name": "resnet18", "epochs": 1, "use_cv": True, "n_splits": 2},
