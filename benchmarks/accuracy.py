@@ -45,7 +45,7 @@ from data.scan import ImageFolder, groups_from_file, scan_folder
 from data.splits import Split, k_folds, splits_from_record
 from evaluation.results import read_predictions
 from models.clip import build_image_tower
-from training.config import Config, check_options, contradictions
+from training.config import Config, check_options, contradictions, of_preset
 from training.dataset import DataSet, patients_of, read_images, record_of, scan
 from training.fit import duration
 from training.outputs import FREE_ON_CONTINUE, library_versions, locked
@@ -96,7 +96,7 @@ def make_recipe(
                 f"{where}no peer {peer!r}{did_you_mean(str(peer), PEERS)}; peers: {', '.join(PEERS)}"
             )
         own = {key: options.pop(key, default) for key, default in PEERS[peer].own.items()}
-        unused = sorted(options.keys() - PEERS[peer].options)
+        unused = sorted(options.keys() - PEERS[peer].options | common.keys() & {"preset"})
         problems += [f"{where}{key!r} has no effect on {peer}; leave it out" for key in unused]
         problems += [
             f"{where}{key!r} must be a number, not {own[key]!r}"
@@ -106,8 +106,9 @@ def make_recipe(
     fixed = sorted({**common, **options}.keys() & (base.keys() - {"epochs", "img_size", "gpu_id"}))
     problems += [f"{where}{key!r} is the same for all recipes; give it on the command line" for key in fixed]
     problems += check_options(options, where)
-    merged = {**base, **common, **options}
     if not problems:
+        given = {**common, **options}
+        merged = {**base, **of_preset(given), **given}
         problems = [where + problem for problem in contradictions(Config(**{**merged, "output_dir": name}))]
     if problems:
         raise UserError(*problems)

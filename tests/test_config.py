@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -64,6 +65,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
         ([*NEEDED, "--epochs", "3", "--warmup-epochs", "3"], "less than --epochs"),
         ([*NEEDED, "--loss", "clip", "--logit-adjustment"], "no meaning with --loss clip"),
         ([*NEEDED, "--cutmix-prob", "0.5", "--micro-batch-size", "1"], "give --micro-batch-size 2 or more"),
+        ([*NEEDED, "--loss", "clip", "--preset", "small-data"], "adjustment of --preset small-data has no"),
         ([*NEEDED, "--fold", "2"], "--fold needs --use-cv"),
         ([*NEEDED, "--use-cv", "--fold", "6"], "between 1 and --n-splits 5"),
     ],
@@ -107,3 +109,16 @@ def test_config_file_reports_each_entry_by_number(tmp_path):
 def test_config_is_frozen():
     with pytest.raises(AttributeError):
         Config().epochs = 3
+
+
+def test_a_preset_sets_what_is_not_given():
+    needed = {"data_dir": "d", "output_dir": "o"}
+    plain, preset = make_config(needed), make_config({**needed, "preset": "small-data"})
+    changed = {k: v for k, v in asdict(preset).items() if v != asdict(plain)[k]}
+    recipe = {"augmentation": "minimal", "logit_adjustment": True, "cutmix_prob": 0.5}
+    assert changed == {"preset": "small-data", **recipe}
+    assert make_config({**needed, "preset": "small-data", "cutmix_prob": 0.0}).cutmix_prob == 0
+    typed = options_from_flags([*NEEDED, "--preset", "small-data", "--cutmix-prob", "1"])
+    assert (make_config(typed).cutmix_prob, make_config(typed).logit_adjustment) == (1, True)
+    with pytest.raises(UserError, match="small-data"):
+        options_from_flags([*NEEDED, "--preset", "smalldata"])

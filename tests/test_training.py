@@ -402,7 +402,7 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
             "n_splits": 5,
             "epochs": 1,
         },
-        {"image_encoder_name": "resnet18", "epochs": 1},
+        {"image_encoder_name": "resnet18", "epochs": 1, "preset": "small-data", "cutmix_prob": 1},
         {"image_encoder_name": "resnet18", "epochs": 1, "use_cv": True, "n_splits": 2},
     ]
     (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -425,6 +425,8 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
     assert [row["status"] for row in board] == ["finished", "finished", "failed"]
     assert [row["rank"] for row in board] == [1, 2, None]
     by_entry = {row["entry"]: row for row in board}
+    used = json.loads((tmp_path / "out" / by_entry[2]["folder"] / "config.json").read_text("utf-8"))
+    assert (used["logit_adjustment"], used["cutmix_prob"]) == (True, 1)  # by the preset; by the entry itself
     assert by_entry[2]["folds"] == 1 and by_entry[2]["val_acc_std_sample"] is None
     summary = json.loads((tmp_path / "out" / by_entry[3]["folder"] / "cv_summary.json").read_text("utf-8"))
     assert by_entry[3]["val_acc_mean"] == pytest.approx(summary["last_epoch"]["val_acc"]["mean"])

@@ -21,6 +21,8 @@ from common.files import MOST_WRITTEN_BY_HAND, read_json, saved_in
 MOST_UNKNOWN = 20
 MOST_ENTRIES = 1000
 MONITORS = ("val_acc", "val_loss", "val_balanced_acc", "val_macro_f1")
+# What did better than the defaults on some hundred real films, trained from scratch (benchmarks/RESULTS.md).
+PRESETS = {"small-data": {"augmentation": "minimal", "logit_adjustment": True, "cutmix_prob": 0.5}}
 
 
 def option(
@@ -139,6 +141,14 @@ class Config:
         on_resume="fixed",
     )
 
+    preset: str | None = option(
+        None,
+        "training",
+        "small-data: --augmentation minimal --logit-adjustment --cutmix-prob 0.5; options that are given "
+        "as well win",
+        choices=tuple(PRESETS),
+        on_resume="fixed",
+    )
     batch_size: int = option(32, "training", "images per step, over all processes", low=2)
     micro_batch_size: int | None = option(
         None,
@@ -473,9 +483,10 @@ def contradictions(config: Config) -> list[str]:
     elif config.fold is not None and config.fold > config.n_splits:
         problems.append(f"--fold {config.fold} must be between 1 and --n-splits {config.n_splits}")
     if config.logit_adjustment and config.loss == "clip":
+        set_by = f" of --preset {config.preset}" if config.preset else ""
         problems.append(
-            "--logit-adjustment has no meaning with --loss clip, which scores an image over the batch, not "
-            "over the classes; use --loss unicl or ce"
+            f"--logit-adjustment{set_by} has no meaning with --loss clip, which scores an image over the "
+            "batch, not over the classes; use --loss unicl or ce"
         )
     if config.cutmix_prob and config.micro_batch_size == 1:
         problems.append("--cutmix-prob pairs images within a micro batch; give --micro-batch-size 2 or more")
@@ -486,11 +497,16 @@ def contradictions(config: Config) -> list[str]:
     return problems
 
 
+def of_preset(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the preset in `options` sets, where they name one; they themselves win over it."""
+    return PRESETS.get(options.get("preset"), {})
+
+
 def make_config(options: Mapping[str, Any]) -> Config:
     """Build a configuration. Raises UserError naming every unknown key, wrong value and contradiction."""
     problems = check_options(options, "")
     if not problems:
-        config = Config(**options)
+        config = Config(**{**of_preset(options), **options})
         problems = contradictions(config)
     if problems:
         raise UserError(*problems)

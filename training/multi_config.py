@@ -23,7 +23,7 @@ from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
 from models.clip import check_image_encoder
-from training.config import Config, flag_of, make_config, read_config_file
+from training.config import Config, flag_of, make_config, of_preset, read_config_file
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
 from training.outputs import FREE_ON_CONTINUE, check_writable, continues, locked, refuse_other_images
@@ -94,7 +94,8 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
                 print(
                     f"note: {flag_of(key)} {value} on the command line wins over {options[key]} in the file"
                 )
-        merged = {**dataclasses.asdict(Config()), **options, **typed}
+        given = {**options, **typed}
+        merged = {**dataclasses.asdict(Config()), **of_preset(given), **given}
         folder = Path(config.output_dir) / folder_name(number, merged, name)
         merged |= {
             "output_dir": str(folder),

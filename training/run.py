@@ -24,7 +24,7 @@ from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm
-from training.config import FIELDS, Config
+from training.config import FIELDS, PRESETS, Config
 from training.dataset import (
     DataSet,
     findings_of,
@@ -99,6 +99,9 @@ def train(config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, An
 
     `class_texts`: class name -> sentence or list of sentences, for callers from Python.
     """
+    if config.preset and not config.resume_from:
+        set_by_it = ", ".join(f"{name} {getattr(config, name)}" for name in PRESETS[config.preset])
+        print(f"preset {config.preset}: {set_by_it}")
     if config.use_cv:
         from training.cross_validation import train_folds
 
