@@ -75,6 +75,7 @@ class ImageDataset(Dataset):
 
 def _fits_beside_training(squares: np.ndarray, device: torch.device) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own reserve
     return squares.nbytes <= SHARE_OF_GPU * free
 
 

@@ -59,14 +59,15 @@ class ImageTower(nn.Module):
 
     def compile_training(self, images: torch.Tensor, autocast: torch.autocast) -> str:
         """Have torch.compile make kernels for training passes over batches of any size, in place of PyTorch's
-        own, and try them on `images`. Evaluation goes on with PyTorch's. Weights, running statistics and
-        random states stay as they are.
+        own, and try them on `images`, of which there must be two or more. Evaluation goes on with PyTorch's.
+        Weights, running statistics and random states stay as they are; a copy of the tower would share them.
 
         Returns "", or why nothing was compiled: not every machine and not every network can.
         """
         was_training, buffers = self.training, [(buffer, buffer.clone()) for buffer in self.buffers()]
         try:
-            # one function, which is no part of the module: its names and its copies stay what they are
+            torch._dynamo.reset()  # it compiles a function 8 times, and networks of a kind share one
+            # one function beside the module: the names of its weights stay what they are
             self.compiled = torch.compile(self.backbone.forward)
             with torch.random.fork_rng([images.device] if images.is_cuda else []), autocast:
                 with torch.no_grad():

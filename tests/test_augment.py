@@ -129,6 +129,16 @@ def test_drawn_values_fill_their_ranges_evenly():
     assert abs(np.corrcoef(drawn.T) - np.eye(7)).max() < 0.1  # nothing is drawn with another's number
 
 
+def test_an_image_has_its_own_numbers_of_the_epochs_stream_wherever_it_stands():
+    seed, epoch, indices = 5, 3, [7, 2, 9, 2, 0]
+    uniform = np.random.Generator(np.random.PCG64([seed, epoch, 1])).random((10, 7))[indices]
+    low, high = [-7, 0.95, 0.9, 0.9], [7, 1.1, 1.1, 1.1]  # degrees, zoom, brightness, contrast
+    drawn = Augmentation("standard", True, seed).draw(epoch, indices, SIZE)
+    expected = low + (np.array(high) - low) * uniform[:, [0, 3, 4, 5]]
+    np.testing.assert_allclose(drawn[:, [0, 3, 4, 5]], expected, rtol=1e-12)
+    np.testing.assert_array_equal(drawn[:, 6] == -1, uniform[:, 6] < 0.5)
+
+
 def test_order_of_samples_and_augmentation_share_no_numbers():
     order = np.random.default_rng([3, 0]).random(7)  # as the sampler seeds its permutation
     drawn = Augmentation("standard", True, 3).draw(0, range(50), 100)

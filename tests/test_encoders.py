@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from models.clip import build_image_tower
-from models.image_encoders import _TIMM_NAMES, feature_size, timm_repo
+from models.image_encoders import _TIMM_NAMES, ImageTower, feature_size, timm_repo
 from models.registry import IMAGE_ENCODERS, TEXT_ENCODERS, register
 from models.text_encoders import build_text_tower
 from models.weights import fetch_from_hub, read_state_dict
@@ -79,8 +79,14 @@ def compile_with(tower, monkeypatch, compiler) -> str:
     return tower.compile_training(images, torch.autocast("cpu", enabled=False))
 
 
+def with_dropout():
+    tower = build_image_tower("resnet18", "none", 32).eval()
+    tower.backbone.drop_rate = 0.5
+    return tower
+
+
 def test_compiled_passes_serve_training_alone_and_trying_them_changes_nothing(monkeypatch):
-    tower, calls = build_image_tower("resnet18", "none", 32).eval(), []
+    tower, calls = with_dropout(), []
     before, drawn = {k: v.clone() for k, v in tower.state_dict().items()}, torch.get_rng_state()
 
     def compiler(forward):
@@ -101,13 +107,44 @@ def test_compiled_passes_serve_training_alone_and_trying_them_changes_nothing(mo
 
 
 def test_what_cannot_be_compiled_says_why_and_is_left_as_it_was(monkeypatch):
-    tower = build_image_tower("resnet18", "none", 32).eval()
+    """torch.compile itself says so only at the first pass."""
+    tower = with_dropout()
+    before, drawn = {k: v.clone() for k, v in tower.state_dict().items()}, torch.get_rng_state()
 
     def compiler(forward):
-        raise RuntimeError("no compiler on this machine")
+        def fails(images):
+            forward(images).sum().backward()
+            raise RuntimeError("no compiler on this machine")
+
+        return fails
 
     assert compile_with(tower, monkeypatch, compiler) == "RuntimeError: no compiler on this machine"
-    assert tower.compiled is None and not tower.training
+    assert tower.compiled is None and not tower.training and torch.equal(drawn, torch.get_rng_state())
+    assert all(p.grad is None for p in tower.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
+def test_networks_of_a_kind_are_compiled_however_many_came_before(monkeypatch):
+    """torch.compile gives up on a function after 8 compilations, and all ResNets share one."""
+    compiled, real = [], torch.compile
+
+    def backend(graph, _):
+        compiled.append(1)
+        return graph.forward
+
+    for width in range(9):
+        tower = ImageTower(OfAKind(2 + width), 2 + width, (0.5,) * 3, (0.5,) * 3)
+        assert compile_with(tower, monkeypatch, lambda forward: real(forward, backend=backend)) == ""
+        assert len(compiled) == width + 1
+
+
+class OfAKind(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, width)
+
+    def forward(self, images):
+        return self.layer(images.mean(dim=(2, 3)))
 
 
 def test_image_weights_from_a_local_file_fill_the_backbone(tmp_path):

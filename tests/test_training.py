@@ -118,6 +118,25 @@ def test_workers_do_not_change_the_result(class_folder, tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
 
 
+def test_a_compiled_run_is_the_run(class_folder, tmp_path, monkeypatch, capsys):
+    """--compile with all of torch.compile but its last step, which makes code for the machine."""
+    compiled, real = [], torch.compile
+
+    def backend(graph, _):
+        compiled.append(1)
+        return graph.forward
+
+    assert train(class_folder, tmp_path / "plain", "--epochs", 1) == 0
+    monkeypatch.setattr(torch, "compile", lambda forward: real(forward, backend=backend))
+    assert train(class_folder, tmp_path / "compiled", "--epochs", 1, "--compile") == 0
+    assert "compiled in" in capsys.readouterr().out and len(compiled) == 1  # for batches of 14 and of 15
+    one, other = (
+        json.loads((tmp_path / name / "history.json").read_text()) for name in ("plain", "compiled")
+    )
+    for key in ("train_loss", "val_loss", "val_acc"):
+        assert other[key] == pytest.approx(one[key], rel=1e-4), key
+
+
 def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_folder, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)

@@ -222,7 +222,7 @@ class Config:
     compile: bool = option(
         False,
         "other",
-        "let torch.compile make kernels for the image tower: minutes at the start, faster steps afterwards",
+        "let torch.compile make kernels for the image tower: minutes at the start; may make steps faster",
         on_resume="free",
     )
     num_workers: int = option(
@@ -490,6 +490,11 @@ def contradictions(config: Config) -> list[str]:
         )
     if config.cutmix_prob and config.micro_batch_size == 1:
         problems.append("--cutmix-prob pairs images within a micro batch; give --micro-batch-size 2 or more")
+    if config.compile and config.micro_batch_size:
+        problems.append(
+            "--compile and --micro-batch-size do not go together: the two passes over a part would not be "
+            "the same; leave one out"
+        )
     if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
         problems.append(
             f"--warmup-epochs {config.warmup_epochs:g} must be less than --epochs {config.epochs}"

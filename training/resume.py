@@ -15,7 +15,7 @@ from evaluation.checkpoints import DAMAGED
 from training.config import FIELDS, Config, check_options, contradictions, flag_of
 from training.dataset import DataSet, split_fingerprint
 
-_NOT_FROM_CHECKPOINT = ("resume_from", "overwrite")
+_NOT_FROM_CHECKPOINT = ("resume_from", "overwrite", "compile")
 
 
 def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:

@@ -79,6 +79,11 @@ def run(config: Config, typed: Mapping[str, Any]) -> int:
             f"--cutmix-prob pairs images within a process, and --batch-size {config.batch_size} leaves some "
             f"of the {n_processes()} with one image; raise it, or start fewer processes"
         )
+    if config.compile and n_processes() > 1:
+        raise UserError(
+            "--compile was never tried with several processes, of which each would compile; leave it out, or "
+            "start one process"
+        )
     if n_processes() > 1 and config.multi_config and config.overwrite:
         raise UserError(
             "--overwrite with --multi-config and torchrun: should torchrun start it anew, finished entries "
@@ -228,8 +233,7 @@ def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardw
         return
     print("compiling the image encoder's training passes; this takes minutes", flush=True)
     started = time.monotonic()
-    at_once = min(batch_size // n_processes(), config.micro_batch_size or batch_size)
-    shape = (max(2, at_once), 3, config.img_size, config.img_size)  # sizes of 1 get kernels of their own
+    shape = (batch_size, 3, config.img_size, config.img_size)
     images = torch.zeros(shape, dtype=torch.uint8, device=hardware.device)
     failure = model.image_tower.compile_training(images, hardware.autocast())
     if failure:
