@@ -140,3 +140,13 @@ def test_every_process_has_as_many_parts_and_none_is_empty(monkeypatch):
             facing = torch.cat([indices.flip(0) for _, indices in parts])
             assert torch.equal(opposite(7, most)[share], facing)  # of labels that every process has
             assert torch.equal(torch.cat([indices for _, indices in parts]), torch.arange(7)[share])
+
+
+def test_no_part_is_a_single_image():
+    """BatchNorm over maps of one pixel would have nothing to compare."""
+    for n in range(2, 20):
+        images = torch.zeros(n, 3, 2, 2)
+        for most in (2, 3, 4):
+            sizes = [len(own) for own, _ in parts_of(images, torch.arange(n), most)]
+            assert sum(sizes) == n and min(sizes) >= 2 and max(sizes) <= max(most, min(n, 3))
+        assert [len(own) for own, _ in parts_of(images, torch.arange(n), 1)] == [1] * n

@@ -44,9 +44,11 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
             continue
         if FIELDS[name].metadata["on_resume"] == "fixed":
+            before = options.get(name)
+            trained = "without it" if before in (None, False) else f"with {before}"
             problems.append(
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
-                f"which was trained with {options.get(name)}; leave the option out, or start a new run"
+                f"which was trained {trained}; leave the option out, or start a new run"
             )
         if name == "use_weighted_sampling" and checkpoint["in_epoch"]["steps"]:
             problems.append(

@@ -24,7 +24,7 @@ from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm
-from training.config import FIELDS, PRESETS, Config
+from training.config import FIELDS, PRESETS, Config, flag_of
 from training.dataset import (
     DataSet,
     findings_of,
@@ -105,8 +105,11 @@ def train(config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, An
     `class_texts`: class name -> sentence or list of sentences, for callers from Python.
     """
     if config.preset and not config.resume_from:
-        set_by_it = ", ".join(f"{name} {getattr(config, name)}" for name in PRESETS[config.preset])
-        print(f"preset {config.preset}: {set_by_it}")
+        own = {name: getattr(config, name) for name in PRESETS[config.preset]}
+        by_it = [f"{flag_of(k)} {v}" for k, v in own.items() if v == PRESETS[config.preset][k]]
+        given = [f"{flag_of(k)} {v}" for k, v in own.items() if v != PRESETS[config.preset][k]]
+        instead = f"; given instead: {', '.join(given)}" if given else ""
+        print(f"preset {config.preset} sets {', '.join(by_it) or 'nothing'}{instead}")
     if config.use_cv:
         from training.cross_validation import train_folds
 
