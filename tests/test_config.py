@@ -66,6 +66,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
         ([*NEEDED, "--loss", "clip", "--logit-adjustment"], "no meaning with --loss clip"),
         ([*NEEDED, "--cutmix-prob", "0.5", "--micro-batch-size", "1"], "give --micro-batch-size 2 or more"),
         ([*NEEDED, "--compile", "--micro-batch-size", "4"], "do not go together"),
+        ([*NEEDED, "--preset"], "--preset: expected one argument; --help explains"),
         ([*NEEDED, "--loss", "clip", "--preset", "small-data"], "adjustment of --preset small-data has no"),
         ([*NEEDED, "--fold", "2"], "--fold needs --use-cv"),
         ([*NEEDED, "--use-cv", "--fold", "6"], "between 1 and --n-splits 5"),

@@ -214,3 +214,4 @@ def test_other_mistakes_of_a_worker_are_not_explained_away():
     assert explain_failure(error, None) is None
     full = RuntimeError("unable to write to file </torch_12_3>: No space left on device (28)")
     assert "ran out of shared memory" in explain_failure(full, None)
+    assert "has ended (as head does" in explain_failure(BrokenPipeError(32, "Broken pipe"), None)

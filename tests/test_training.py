@@ -135,6 +135,9 @@ def test_a_compiled_run_is_the_run(class_folder, tmp_path, monkeypatch, capsys):
     )
     for key in ("train_loss", "val_loss", "val_acc"):
         assert other[key] == pytest.approx(one[key], rel=1e-4), key
+    latest = tmp_path / "compiled" / "checkpoint_latest.pth"
+    assert train(class_folder, tmp_path / "compiled", "--epochs", 2, "--resume-from", latest) == 0
+    assert "begun with --compile and goes on without" in capsys.readouterr().out and len(compiled) == 1
 
 
 def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_folder, tmp_path, capsys):
@@ -421,7 +424,13 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
             "n_splits": 5,
             "epochs": 1,
         },
-        {"image_encoder_name": "resnet18", "epochs": 1, "preset": "small-data", "cutmix_prob": 1},
+        {
+            "image_encoder_name": "resnet18",
+            "epochs": 1,
+            "preset": "small-data",
+            "augmentation": "standard",  # the default, and not the preset's
+            "cutmix_prob": 1,
+        },
         {"image_encoder_name": "resnet18", "epochs": 1, "use_cv": True, "n_splits": 2},
     ]
     (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -446,6 +455,8 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
     by_entry = {row["entry"]: row for row in board}
     used = json.loads((tmp_path / "out" / by_entry[2]["folder"] / "config.json").read_text("utf-8"))
     assert (used["logit_adjustment"], used["cutmix_prob"]) == (True, 1)  # by the preset; by the entry itself
+    recipe = {"preset", "augmentation", "logit_adjustment", "cutmix_prob"}
+    assert recipe <= set(used["changed_options"]) and "weight_decay" not in used["changed_options"]
     assert by_entry[2]["folds"] == 1 and by_entry[2]["val_acc_std_sample"] is None
     summary = json.loads((tmp_path / "out" / by_entry[3]["folder"] / "cv_summary.json").read_text("utf-8"))
     assert by_entry[3]["val_acc_mean"] == pytest.approx(summary["last_epoch"]["val_acc"]["mean"])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.cli import Parser
 from common.errors import UserError, did_you_mean
 from common.files import MOST_WRITTEN_BY_HAND, read_json, saved_in
 
@@ -348,13 +349,12 @@ def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
     return f"{shown_as} must be {_range_text(metadata)}, not {value}" if outside else None
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Values stay text, so that `options_from_flags` can report every mistake at once."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_clip.py",
         description="Train a CLIP-style image classifier on a folder with one sub-folder per class.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
     for name, f in FIELDS.items():

@@ -43,6 +43,8 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
         return f"an image could be read at the start but not any more: {last_line(error, 500)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and config:
         return f"no space left on the disk of --output-dir {config.output_dir} ({error}); make room there"
+    if isinstance(error, BrokenPipeError):
+        return "the program that this one's output went to has ended (as head does after some lines)"
     if isinstance(error, OSError):
         return f"the system says: {error}"
     return None

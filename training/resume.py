@@ -62,6 +62,8 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
             changed.append(f"{shown} {options.get(name)} -> {value}")
     if problems:
         raise UserError(*problems)
+    if checkpoint["config"].get("compile") and not typed.get("compile"):
+        print("note: the run was begun with --compile and goes on without it; add it to compile again")
     if changed:
         print("resuming with changed options: " + ", ".join(changed))
     kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}

@@ -110,6 +110,11 @@ def train(config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, An
         given = [f"{flag_of(k)} {v}" for k, v in own.items() if v != PRESETS[config.preset][k]]
         instead = f"; given instead: {', '.join(given)}" if given else ""
         print(f"preset {config.preset} sets {', '.join(by_it) or 'nothing'}{instead}")
+    if config.use_weighted_sampling and config.logit_adjustment:
+        print(
+            "note: --use-weighted-sampling and --logit-adjustment both make up for rare classes; together "
+            "they do it twice, and frequent classes may be missed for it"
+        )
     if config.use_cv:
         from training.cross_validation import train_folds
 
