@@ -1,6 +1,7 @@
 """Whole training runs on a GPU against their floor, in one run on one machine, as Markdown.
 
     python -m benchmarks.speed_gpu --data-dir xray3 --copies 8
+    python -m benchmarks.speed_gpu --data-dir xray3 --copies 8 --compile   # the runs train with --compile
     python -m benchmarks.speed_gpu --data-dir xray3 --copies 8 --eager     # without minutes of compiling
 
 The floor is that of benchmarks.speed, eager and compiled by torch.compile, with ten steps started before the
@@ -63,7 +64,7 @@ def row_of(
     size, batch = options.img_size, options.batch_size
     floors = [floor_of(encoder, size, batch, hardware, how) for how in (False, True)[: 2 - options.eager]]
     flags = ["--img-size", str(size), "--batch-size", str(batch), "--gpu-id", str(options.gpu_id)]
-    flags += ["--freeze-text-encoder", "--epochs", str(options.epochs)]
+    flags += ["--freeze-text-encoder", "--epochs", str(options.epochs), *["--compile"] * options.compile]
     with Utilisation(options.gpu_id) as utilisation:
         run = whole_run(data_dir, encoder, TINY, flags, work)
         end = time.perf_counter()
@@ -103,6 +104,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--copies", type=int, default=0, help="train on so many turned copies of each image instead")
     add("--eager", action="store_true", help="no compiled floor: compiling takes minutes")
+    add("--compile", action="store_true", help="train with --compile")
     return read_with_run_options(parser, typed, ENCODERS, 256)
 
 
