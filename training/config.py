@@ -223,7 +223,8 @@ class Config:
     compile: bool = option(
         False,
         "other",
-        "let torch.compile make kernels for the image tower: minutes at the start; may make steps faster",
+        "let torch.compile make kernels for the image tower: minutes at the start; may make steps faster; "
+        "for one process and whole batches",
         on_resume="free",
     )
     num_workers: int = option(
@@ -492,8 +493,8 @@ def contradictions(config: Config) -> list[str]:
         problems.append("--cutmix-prob pairs images within a micro batch; give --micro-batch-size 2 or more")
     if config.compile and config.micro_batch_size:
         problems.append(
-            "--compile and --micro-batch-size do not go together: the two passes over a part would not be "
-            "the same; leave one out"
+            "--compile and --micro-batch-size do not go together: micro batches compute each image twice, "
+            "and compiled the two results may differ; leave one out"
         )
     if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
         problems.append(
