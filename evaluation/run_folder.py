@@ -117,7 +117,9 @@ def read_run_folder(path: Path) -> RunFolder:
 
 def loss_words(options: Mapping[str, Any]) -> str:
     """The loss that a model was trained with, and how rare classes were given weight."""
-    added = {"logit_adjustment": "logit adjustment", "use_weighted_sampling": "weighted sampling"}
+    tau = options.get("logit_adjustment_tau", 1.0)
+    adjustment = "logit adjustment" if tau == 1 else f"logit adjustment with tau {tau:g}"
+    added = {"logit_adjustment": adjustment, "use_weighted_sampling": "weighted sampling"}
     return ", ".join([options["loss"], *(words for key, words in added.items() if options.get(key))])
 
 

@@ -254,11 +254,9 @@ def test_a_loss_that_is_never_finite_stops_and_names_the_files(class_folder, tmp
     assert "not a finite number" in error and error.count(".png") in (14, 15)  # one batch of 57
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("tau", [0, 0.5, 1])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_what_evens_out_classes_reaches_the_training(
-    lopsided_folder, tmp_path, monkeypatch, adjusted, weighted
-):
+def test_what_evens_out_classes_reaches_the_training(lopsided_folder, tmp_path, monkeypatch, tau, weighted):
     """Of 30 and 6 images 24 and 5 (here and there one more) train."""
     seen = {}
 
@@ -270,7 +268,9 @@ def test_what_evens_out_classes_reaches_the_training(
         raise RunFailed("seen")
 
     monkeypatch.setattr(run_module, "fit", fit)
-    flags = ["--logit-adjustment"] * adjusted + ["--use-weighted-sampling"] * weighted
+    flags = ["--use-weighted-sampling"] * weighted
+    if tau:
+        flags += ["--logit-adjustment", "--logit-adjustment-tau", tau]
     assert train(lopsided_folder, tmp_path / "run", *flags) == 1
     (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["folds"]
     n = np.array([sum(path.startswith(name) for path in fold["train"]) for name in ("few", "many")])
@@ -278,7 +278,7 @@ def test_what_evens_out_classes_reaches_the_training(
     assert np.abs(np.array(seen["shown"]) - expected).max() <= 0.5
     share = n / n.sum()
     assert seen["chance"] == pytest.approx(np.log(2) if weighted else -(share * np.log(share)).sum())
-    weighed = np.exp([[0.3, -0.2], [1.0, 0.5]]) * (share if adjusted else 1)
+    weighed = np.exp([[0.3, -0.2], [1.0, 0.5]]) * share**tau
     assert seen["loss"] == pytest.approx(-np.log(weighed[[0, 1], [0, 1]] / weighed.sum(1)).mean(), rel=1e-5)
 
 

@@ -205,6 +205,14 @@ class Config:
         "training",
         "correct the loss for the classes' frequencies, so that rare classes are found too",
     )
+    logit_adjustment_tau: float = option(
+        1.0,
+        "training",
+        "how far --logit-adjustment goes: 1 as if all classes were equally frequent, 0.5 half of the way, so "
+        "that fewer images are taken for a rare class",
+        above=0,
+        high=5,
+    )
     img_size: int = option(224, "training", "image side in pixels", low=32, high=4096, on_resume="fixed")
     augmentation: str = option(
         "standard", "training", "training augmentation", choices=("none", "minimal", "standard")
@@ -528,6 +536,7 @@ def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
         ("val_ratio", not config.use_cv, "with --use-cv, whose folds are of equal size"),
         ("val_ratio", not config.val_dir, "with --val-dir"),
         ("cache_dir", config.use_cache, "with --no-cache"),
+        ("logit_adjustment_tau", config.logit_adjustment, "without --logit-adjustment"),
         ("early_stopping_min_delta", config.early_stopping_patience, "without --early-stopping-patience"),
     ]
     problems = [

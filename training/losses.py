@@ -35,9 +35,10 @@ def contrastive_loss(
     clip: InfoNCE over the B image-sentence pairs (Radford et al. 2021), same-class pairs taken for negatives.
     ce: image to text only.
 
-    log_prior (C,): log of the classes' frequencies, added to the logits where each image is scored over the
-    classes, so that the logits themselves need not know which class is frequent: logit adjustment with tau 1
-    (Menon et al. 2021, arXiv 2007.07314, eq. 10). The text half, a softmax over images, has no such prior.
+    log_prior (C,): tau times the log of the classes' frequencies, added to the logits where each image is
+    scored over the classes, so that the logits themselves need not know which class is frequent: logit
+    adjustment (Menon et al. 2021, arXiv 2007.07314, eq. 10). The text half, a softmax over images, has no
+    such prior.
     """
     over_classes = image_to_text(logits if log_prior is None else logits + log_prior, labels)
     if kind == "ce":

@@ -347,7 +347,9 @@ def train_on_split(
         for name, record in records.items():  # only now that nothing can be refused any more
             write_json(output_dir / name, record)
     shares = np.bincount(data.labels[split.train], minlength=len(data.folder.classes)) / len(split.train)
-    log_prior = torch.from_numpy(shares).log().float().to(device) if config.logit_adjustment else None
+    log_prior = None
+    if config.logit_adjustment:
+        log_prior = config.logit_adjustment_tau * torch.from_numpy(shares).log().float().to(device)
     if config.use_weighted_sampling:
         shares = (shares > 0) / np.count_nonzero(shares)
     probs = fit(
