@@ -19,7 +19,7 @@ from common.files import BEST, LATEST, MOST_OF_SPLITS, PREVIOUS, read_json, unwr
 from data.scan import ImageFolder, nfc
 from evaluation.checkpoints import DAMAGED, TOWERS, frozen_file, read_checkpoint
 from models.clip import CLIPModel
-from training.config import FIELDS, PRESETS, Config, flag_of
+from training.config import FIELDS, Config, flag_of, of_preset
 from training.dataset import DataSet
 from training.state import frozen_towers
 
@@ -258,13 +258,14 @@ def run_record(
     n_parameters: int,
 ) -> dict[str, Any]:
     """Content of config.json: the options by their JSON keys, then what else made the result."""
-    preset = PRESETS.get(config.preset, ())
+    options = dataclasses.asdict(config)
+    preset = of_preset(options)
     return {
-        **dataclasses.asdict(config),
+        **options,
         "changed_options": [
             name
             for name, f in FIELDS.items()
-            if name not in FREE_ON_CONTINUE and (getattr(config, name) != f.default or name in preset)
+            if name not in FREE_ON_CONTINUE and (options[name] != f.default or name in preset)
         ],
         "classes": list(data.folder.classes),
         "class_texts": {name: list(own) for name, own in class_texts.items()},
