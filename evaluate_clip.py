@@ -191,12 +191,12 @@ def evaluate(typed: Sequence[str]) -> int:
             "warning: these are images the model was made with, so what follows is too good; the honest "
             "numbers are in the run's own metrics.json"
         )
-    images = {
-        size: ImageDataset(data.files, data.labels, size, own, models[0].device)
-        for size, own in squares.items()
-    }
     each = []
     with failures_explained(arguments.batch_size):
+        images = {
+            size: ImageDataset(data.files, data.labels, size, own, models[0].device)
+            for size, own in squares.items()
+        }
         for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
             loader = build_loader(
                 images[model.img_size],

@@ -45,7 +45,7 @@ def _main(arguments: Sequence[str]) -> int:
         if (who := _who(how, if_nothing_else=True)) is not None:
             print(f"\n{who}{how}", file=sys.stderr)
         return exit_code(stop)
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, ValueError, MemoryError, OSError) as error:
         from common.distributed import lost_another
         from training.device import explain_failure
 

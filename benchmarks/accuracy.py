@@ -45,7 +45,7 @@ from data.scan import ImageFolder, groups_from_file, scan_folder
 from data.splits import Split, k_folds, splits_from_record
 from evaluation.results import read_predictions
 from models.clip import build_image_tower
-from training.config import Config, check_options, contradictions, of_preset
+from training.config import Config, check_options, contradictions, layered
 from training.dataset import DataSet, patients_of, read_images, record_of, scan
 from training.fit import duration
 from training.outputs import FREE_ON_CONTINUE, library_versions, locked
@@ -85,7 +85,9 @@ class Recipe:
 def make_recipe(
     name: str, options: Mapping[str, Any], common: Mapping[str, Any], base: Mapping[str, Any]
 ) -> Recipe:
-    """`options` over `common` over `base`. Raises UserError naming every mistake in `options`."""
+    """`options` over `common` over `base`, each over its own preset. Raises UserError naming every mistake in
+    `options`.
+    """
     where, options = f"recipe {name!r}: ", dict(options)
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
         raise UserError(f"{where}a name is letters, digits and . _ + -, since it names a folder")
@@ -96,8 +98,12 @@ def make_recipe(
                 f"{where}no peer {peer!r}{did_you_mean(str(peer), PEERS)}; peers: {', '.join(PEERS)}"
             )
         own = {key: options.pop(key, default) for key, default in PEERS[peer].own.items()}
-        unused = sorted(options.keys() - PEERS[peer].options | common.keys() & {"preset"})
+        unused = sorted(options.keys() - PEERS[peer].options)
         problems += [f"{where}{key!r} has no effect on {peer}; leave it out" for key in unused]
+        if "preset" in common:
+            problems.append(
+                f"{where}{peer} takes no preset; give 'preset' to the recipes that it is meant for"
+            )
         problems += [
             f"{where}{key!r} must be a number, not {own[key]!r}"
             for key, default in PEERS[peer].own.items()
@@ -107,8 +113,7 @@ def make_recipe(
     problems += [f"{where}{key!r} is the same for all recipes; give it on the command line" for key in fixed]
     problems += check_options(options, where)
     if not problems:
-        given = {**common, **options}
-        merged = {**base, **of_preset(given), **given}
+        merged = layered(base, common, options)
         problems = [where + problem for problem in contradictions(Config(**{**merged, "output_dir": name}))]
     if problems:
         raise UserError(*problems)

@@ -175,6 +175,9 @@ def whole_run(data_dir: Path, encoder: str, text: str, options: Sequence[str], w
                 status = Path(f"/proc/{run.pid}/status").read_text() if sys.platform == "linux" else ""
                 memory += [int(row.split()[1]) / 1024 for row in status.splitlines() if "VmRSS" in row]
                 last = now
+            elif line.startswith("warning: torch.compile cannot"):
+                run.kill()
+                raise RunFailed(line.strip())
             elif line.startswith("done:"):
                 done = True
                 run.kill()  # what follows, the report, is measured elsewhere

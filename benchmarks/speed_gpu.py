@@ -118,7 +118,7 @@ def main(typed: Sequence[str] | None = None) -> int:
             raise UserError("there is no GPU; python -m benchmarks.speed measures a CPU")
         print(
             f"{hardware.description}; torch {torch.__version__}; {options.img_size} px, "
-            f"batch {options.batch_size}"
+            f"batch {options.batch_size}{', runs with --compile' if options.compile else ''}"
         )
         print(f"a bf16 matrix product of 8192: {matrix_teraflops(hardware.device):.0f} TFLOP/s\n", flush=True)
         with tempfile.TemporaryDirectory() as work:

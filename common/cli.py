@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from common.errors import RunFailed, UserError, did_you_mean
+from common.errors import PIPE_CLOSED, RunFailed, UserError, did_you_mean
 from common.files import printable
 from common.stopping import exit_code, sigterm_stops
 
@@ -87,7 +87,7 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
             print(f"\ninterrupted; {interrupted}", file=sys.stderr)
             return exit_code(stop)
         except (MemoryError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {PIPE_CLOSED if isinstance(error, BrokenPipeError) else error}", file=sys.stderr)
             return 1
 
 

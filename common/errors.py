@@ -20,6 +20,9 @@ class RunFailed(UserError):
     """The run could not go on though its input was accepted. Exit code 1."""
 
 
+PIPE_CLOSED = "the program that this one's output went to has ended (as head does after some lines)"
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return " (did you mean 'x' or 'y'?)" with the nearest valid names, or "" when none is near."""
     by_lower = {v.lower(): v for v in valid}

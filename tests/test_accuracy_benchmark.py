@@ -123,6 +123,16 @@ def test_a_recipe_wins_over_what_is_common():
     assert recipe.own == {"label_smoothing": 0.0}
 
 
+def test_a_recipe_has_what_its_preset_sets_and_a_peer_takes_none():
+    base = {"epochs": 2, "data_dir": "d", "output_dir": "o"}
+    config = make_recipe("a", {"preset": "small-data"}, {"augmentation": "standard"}, base).config
+    assert (config.augmentation, config.cutmix_prob, config.logit_adjustment) == ("minimal", 0.5, True)
+    config = make_recipe("a", {"cutmix_prob": 0.0}, {"preset": "small-data"}, base).config
+    assert (config.augmentation, config.cutmix_prob, config.logit_adjustment) == ("minimal", 0, True)
+    with pytest.raises(UserError, match="softmax takes no preset"):
+        make_recipe("a", {"peer": "softmax"}, {"preset": "small-data"}, base)
+
+
 def test_a_lopsided_subset_keeps_patients_together(class_folder):
     folder = scan_folder(class_folder)
     patients = [path.split("/")[1].split("_")[0] for path in folder.paths]

@@ -14,6 +14,7 @@ import pytest
 
 import test_clip_model
 import train_clip
+from common.cli import exit_code_of
 from tests.quick import QUICK, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,3 +180,20 @@ def test_no_network_is_noticed_within_ten_seconds_even_when_the_hub_never_answer
         )
         assert done.returncode == 0, done.stderr
         assert float(done.stdout.split()[-1]) < 10 and time.monotonic() - started < 60
+
+
+def test_output_into_a_program_that_ends_is_said_in_words(class_folder, tmp_path):
+    process = start(*small(class_folder, tmp_path / "run", "--image-weights", "none", "--epochs", "50"))
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=300) == 1
+    assert "has ended (as head does" in error and "Traceback" not in error
+
+
+def test_a_closed_pipe_reads_alike_in_the_other_programs(capsys):
+    def program():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert exit_code_of(program, "nothing was written") == 1
+    assert "has ended (as head does" in capsys.readouterr().err

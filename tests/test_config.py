@@ -64,6 +64,11 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
         ([*NEEDED, "--use-cv", "--val-dir", "x"], "exclude each other"),
         ([*NEEDED, "--epochs", "3", "--warmup-epochs", "3"], "less than --epochs"),
         ([*NEEDED, "--loss", "clip", "--logit-adjustment"], "no meaning with --loss clip"),
+        ([*NEEDED, "--logit-adjustment-tau", "0.5"], "no effect without --logit-adjustment"),
+        (
+            [*NEEDED, "--preset", "small-data", "--micro-batch-size", "1"],
+            "--cutmix-prob of --preset small-data",
+        ),
         ([*NEEDED, "--cutmix-prob", "0.5", "--micro-batch-size", "1"], "give --micro-batch-size 2 or more"),
         ([*NEEDED, "--compile", "--micro-batch-size", "4"], "do not go together"),
         ([*NEEDED, "--preset"], "--preset: expected one argument; --help explains"),

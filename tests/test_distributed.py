@@ -66,9 +66,9 @@ def of_several(request, tmp_path_factory):
 
 @pytest.mark.parametrize("encoder", several.ENCODERS)
 def test_several_processes_have_the_loss_and_gradients_of_the_whole_batch(of_several, encoder):
-    """7 images on 2 and 3 processes, at once and in parts; BatchNorm over what all have at the moment."""
+    """13 images on 2 and 3 processes, at once and in parts; BatchNorm over what all have at the moment."""
     n, found = of_several
-    shares = np.array_split(np.arange(7), n)
+    shares = np.array_split(np.arange(len(several.LABELS)), n)
     for (name, kind, most), (loss, gradients) in found.items():
         if name == encoder:
             groups = (

@@ -23,7 +23,7 @@ from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
 from evaluation.report import FIGURES, main, write_report
 from evaluation.results import Predictions, write_results
-from evaluation.run_folder import read_run_folder
+from evaluation.run_folder import loss_words, read_run_folder
 from evaluation.trained import load_trained
 from models.clip import build_clip
 from training.config import Config
@@ -430,3 +430,19 @@ def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     assert main([str(tmp_path)]) == 2
     assert "metrics.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "unicl"),
+        ({"use_weighted_sampling": True, "logit_adjustment_tau": 0.5}, "unicl, weighted sampling"),
+        ({"logit_adjustment": True}, "unicl, logit adjustment"),
+        (
+            {"logit_adjustment": True, "logit_adjustment_tau": 0.5},
+            "unicl, logit adjustment with tau 0.5",
+        ),
+    ],
+)
+def test_the_loss_is_named_with_what_gave_rare_classes_weight(options, words):
+    assert loss_words({"loss": "unicl", **options}) == words

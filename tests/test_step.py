@@ -129,9 +129,11 @@ def test_an_encoder_without_gradient_checkpointing_is_refused():
 
 
 def test_every_process_has_as_many_parts_and_none_is_empty(monkeypatch):
-    """Shares of 3, 2 and 2 images: with parts of one image the first process takes two together."""
+    """Shares of 3, 2 and 2 images: with parts of one image the first process takes two together, with more
+    none is alone.
+    """
     monkeypatch.setattr("training.step.n_processes", lambda: 3)
-    for most, sizes in ((1, [[2, 1], [1, 1], [1, 1]]), (2, [[2, 1], [1, 1], [1, 1]]), (3, [[3], [2], [2]])):
+    for most, sizes in ((1, [[2, 1], [1, 1], [1, 1]]), (2, [[3], [2], [2]]), (3, [[3], [2], [2]])):
         for number, own in enumerate(sizes):
             share = slice(*[(0, 3), (3, 5), (5, 7)][number])
             monkeypatch.setattr("training.step.own_share", lambda n, share=share: share)
@@ -150,3 +152,17 @@ def test_no_part_is_a_single_image():
             sizes = [len(own) for own, _ in parts_of(images, torch.arange(n), most)]
             assert sum(sizes) == n and min(sizes) >= 2 and max(sizes) <= max(most, min(n, 3))
         assert [len(own) for own, _ in parts_of(images, torch.arange(n), 1)] == [1] * n
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_no_part_of_a_process_is_a_single_image(processes, monkeypatch):
+    monkeypatch.setattr("training.step.n_processes", lambda: processes)
+    for n in range(2 * processes, 30):
+        for most in (2, 3, 4):
+            n_parts = set()
+            for own in torch.arange(n).tensor_split(processes):
+                monkeypatch.setattr("training.step.own_share", lambda n, own=own: slice(own[0], own[-1] + 1))
+                sizes = [len(i) for _, i in parts_of(torch.zeros(len(own), 3, 2, 2), torch.arange(n), most)]
+                assert sum(sizes) == len(own) and min(sizes) >= 2 and max(sizes) <= most + 2
+                n_parts.add(len(sizes))
+            assert len(n_parts) == 1

@@ -17,6 +17,9 @@ from common.errors import RunFailed, UserError
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
 from train_clip import main
+from training.config import make_config
+from training.multi_config import read_entries
+from training.resume import config_of_resumed_run
 from training.state import HISTORY_KEYS, EarlyStopping
 
 pytestmark = pytest.mark.usefixtures("quick_report")
@@ -138,6 +141,8 @@ def test_a_compiled_run_is_the_run(class_folder, tmp_path, monkeypatch, capsys):
     latest = tmp_path / "compiled" / "checkpoint_latest.pth"
     assert train(class_folder, tmp_path / "compiled", "--epochs", 2, "--resume-from", latest) == 0
     assert "begun with --compile and goes on without" in capsys.readouterr().out and len(compiled) == 1
+    folds = ("--use-cv", "--n-splits", 2, "--epochs", 1, "--compile")
+    assert train(class_folder, tmp_path / "folds", *folds) == 0 and len(compiled) == 2  # once for both
 
 
 def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_folder, tmp_path, capsys):
@@ -159,6 +164,47 @@ def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_fold
     assert code == 0 and len(history_of(copy)["val_acc"]) == 5
     assert "--epochs 4 -> 5" in capsys.readouterr().out
     assert history_of(copy)["val_acc"][:4] == history_of(finished)["val_acc"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ({"random_state": 7}, "--random-state 7 does not fit.*which was trained with 0"),
+        ({"preset": "small-data"}, "--preset small-data does not fit.*which was trained without it"),
+        ({"logit_adjustment_tau": 0.5}, "tau 0.5 has no effect without --logit-adjustment"),
+    ],
+)
+def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
+    checkpoint = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
+    checkpoint["config"]["random_state"] = 0
+    needed = {"data_dir": "d", "output_dir": "o", "resume_from": "latest.pth"}
+    with pytest.raises(UserError, match=said):
+        config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        (
+            {"preset": "small-data"},
+            "preset small-data sets --augmentation minimal, --logit-adjustment, --cutmix-prob 0.5\n",
+        ),
+        (
+            {"preset": "small-data", "cutmix_prob": 0.0, "logit_adjustment": False},
+            "preset small-data sets --augmentation minimal; given instead: no --logit-adjustment, "
+            "--cutmix-prob 0.0\n",
+        ),
+        (
+            {"logit_adjustment": True, "use_weighted_sampling": True},
+            "note: --use-weighted-sampling and --logit-adjustment both make up for rare classes; together "
+            "they do it twice, and frequent classes may be missed for it\n",
+        ),
+    ],
+)
+def test_a_run_says_what_its_preset_sets_and_what_is_done_twice(options, said, capsys):
+    run_module.say_what_options_do(make_config({"data_dir": "d", "output_dir": "o", **options}))
+    assert capsys.readouterr().out == said
 
 
 def test_training_mode_lasts_the_whole_epoch_and_each_image_passes_the_tower_once(
@@ -252,6 +298,11 @@ def test_a_loss_that_is_never_finite_stops_and_names_the_files(class_folder, tmp
     assert train(class_folder, tmp_path / "run", "--epochs", 1) == 1
     error = capsys.readouterr().err
     assert "not a finite number" in error and error.count(".png") in (14, 15)  # one batch of 57
+
+
+def test_a_single_image_that_batchnorm_cannot_compare_is_said_in_words(class_folder, tmp_path, capsys):
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--micro-batch-size", 1) == 1
+    assert "BatchNorm got a single image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tau", [0, 0.5, 1])
@@ -410,6 +461,49 @@ def test_other_options_or_other_images_do_not_continue_a_cross_validation(
 
 
 # --- several configurations ---------------------------------------------------------------------------------
+
+
+def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
+    """As typed options do; a preset in the file does not win over what its own entry says."""
+    entries = [{"augmentation": "standard", "epochs": 3}, {"preset": "small-data", "cutmix_prob": 1}, {}]
+    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
+    typed = {
+        "data_dir": "d",
+        "output_dir": str(tmp_path / "out"),
+        "multi_config": True,
+        "config_file": str(tmp_path / "c.json"),
+    }
+    plain = [entry.config for entry in read_entries(make_config(typed), typed)]
+    assert [c.augmentation for c in plain] == ["standard", "minimal", "standard"]
+    assert [c.cutmix_prob for c in plain] == [0, 1, 0] and capsys.readouterr().out == ""
+
+    typed |= {"preset": "small-data", "logit_adjustment": False}
+    configs = [entry.config for entry in read_entries(make_config(typed), typed)]
+    for config in configs:
+        found = (config.augmentation, config.cutmix_prob, config.logit_adjustment)
+        assert found == ("minimal", 0.5, False)
+    assert configs[0].epochs == 3
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: {flag} of --preset small-data on the command line wins over {own} in the file"
+        for flag, own in (("--augmentation minimal", "standard"), ("--cutmix-prob 0.5", "1"))
+    ]
+
+
+def test_an_entry_that_several_processes_cannot_train_is_refused_with_its_number(tmp_path, monkeypatch):
+    entries = [{"batch_size": 2}, {"compile": True}, {"preset": "small-data", "batch_size": 3}]
+    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
+    typed = {
+        "data_dir": "d",
+        "output_dir": str(tmp_path / "out"),
+        "multi_config": True,
+        "config_file": str(tmp_path / "c.json"),
+    }
+    monkeypatch.setattr(run_module, "n_processes", lambda: 2)
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    second, third = refused.value.problems
+    assert "entry 2: --compile was never tried with several processes" in second
+    assert "entry 3: --cutmix-prob of --preset small-data pairs images within a process" in third
 
 
 def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_finished(

@@ -41,6 +41,8 @@ from training.run import (
     n_parameters,
     print_use,
     refuse_few_images,
+    refuse_for_processes,
+    say_what_options_do,
     tokenise,
     train_on_split,
 )
@@ -56,6 +58,8 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     Images are read once and weights once; each fold starts from the same initial weights with its own seed.
     The summary is written whenever all folds are there.
     """
+    refuse_for_processes(config)
+    say_what_options_do(config)
     output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     with first_here_first():  # the others find the shards fetched

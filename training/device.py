@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from common.distributed import lost_another
-from common.errors import RunFailed, first_line, last_line
+from common.errors import PIPE_CLOSED, RunFailed, first_line, last_line
 from data.images import UnreadableImage
 from training.config import Config
 
@@ -28,6 +28,11 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
             "an encoder has parameters that nothing uses, which several processes cannot train; start one "
             "process, or take another encoder"
         )
+    if isinstance(error, ValueError) and "Expected more than 1 value per channel" in text:
+        return (
+            "BatchNorm got a single image whose last feature map is a single pixel, and has nothing to "
+            "compare it with; raise --batch-size, --micro-batch-size or --img-size"
+        )
     if isinstance(error, RuntimeError) and ("is killed by signal" in text or "exited unexpectedly" in text):
         return (
             f"a process that loads images was killed ({first_line(error, 120)}); lower --num-workers, or "
@@ -44,7 +49,7 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and config:
         return f"no space left on the disk of --output-dir {config.output_dir} ({error}); make room there"
     if isinstance(error, BrokenPipeError):
-        return "the program that this one's output went to has ended (as head does after some lines)"
+        return PIPE_CLOSED
     if isinstance(error, OSError):
         return f"the system says: {error}"
     return None

@@ -23,11 +23,11 @@ from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
 from models.clip import check_image_encoder
-from training.config import Config, flag_of, make_config, of_preset, read_config_file
+from training.config import Config, flag_of, layered, make_config, of_preset, read_config_file
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
 from training.outputs import FREE_ON_CONTINUE, check_writable, continues, locked, refuse_other_images
-from training.run import train
+from training.run import refuse_for_processes, train
 
 _NOT_PER_ENTRY = (
     "data_dir",
@@ -59,11 +59,11 @@ class Entry:
     config: Config
 
 
-def folder_name(number: int, options: Mapping[str, Any], name: str | None) -> str:
+def folder_name(number: int, config: Config, name: str | None) -> str:
     """`01_resnet50_bert-base-chinese`, or `01_NAME`: unique by its number, valid on every file system."""
     if name is None:
-        text = Path(options["text_encoder_name"]).name or options["text_encoder_name"]
-        name = f"{options['image_encoder_name']}_{text}"
+        text = Path(config.text_encoder_name).name or config.text_encoder_name
+        name = f"{config.image_encoder_name}_{text}"
     name = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", name)).strip("-. ")[:80].rstrip("-. ")
     return f"{number:02d}_{name or 'unnamed'}"
 
@@ -88,24 +88,21 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
                 f"entry {number}: val_dir may be a command to run or an address; type --val-dir to allow that"
             )
             continue
-        for key, value in typed.items():
+        for key, value in {**of_preset(typed), **typed}.items():
             if key in options and options[key] != value and key not in said:
                 said.add(key)
+                of = "" if key in typed else f" of --preset {typed['preset']}"
                 print(
-                    f"note: {flag_of(key)} {value} on the command line wins over {options[key]} in the file"
+                    f"note: {flag_of(key)} {value}{of} on the command line wins over {options[key]} in the "
+                    "file"
                 )
-        given = {**options, **typed}
-        merged = {**dataclasses.asdict(Config()), **of_preset(given), **given}
-        folder = Path(config.output_dir) / folder_name(number, merged, name)
-        merged |= {
-            "output_dir": str(folder),
-            "multi_config": False,
-            "config_file": None,
-            "config_index": None,
-        }
+        of_this_run = {"multi_config": False, "config_file": None, "config_index": None}
         try:
-            entries.append(Entry(number, folder, make_config(merged)))
-            check_image_encoder(merged["image_encoder_name"])
+            own = make_config({**layered(options, typed), **of_this_run})
+            refuse_for_processes(own)
+            check_image_encoder(own.image_encoder_name)
+            folder = Path(config.output_dir) / folder_name(number, own, name)
+            entries.append(Entry(number, folder, dataclasses.replace(own, output_dir=str(folder))))
         except UserError as error:
             problems += [f"entry {number}: {problem}" for problem in error.problems]
     if problems:

@@ -45,7 +45,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
             continue
         if FIELDS[name].metadata["on_resume"] == "fixed":
             before = options.get(name)
-            trained = "without it" if before in (None, False) else f"with {before}"
+            trained = "without it" if before is None or before is False else f"with {before}"
             problems.append(
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
                 f"which was trained {trained}; leave the option out, or start a new run"

@@ -24,7 +24,7 @@ from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm
-from training.config import FIELDS, PRESETS, Config, flag_of
+from training.config import FIELDS, PRESETS, Config, flag_of, named
 from training.dataset import (
     DataSet,
     findings_of,
@@ -69,21 +69,6 @@ def run(config: Config, typed: Mapping[str, Any]) -> int:
 
     Returns the exit code.
     """
-    if config.batch_size < n_processes():
-        raise UserError(
-            f"--batch-size {config.batch_size} is for all {n_processes()} processes together, and each needs "
-            "an image; raise it, or start fewer processes"
-        )
-    if config.cutmix_prob and config.batch_size < 2 * n_processes():
-        raise UserError(
-            f"--cutmix-prob pairs images within a process, and --batch-size {config.batch_size} leaves some "
-            f"of the {n_processes()} with one image; raise it, or start fewer processes"
-        )
-    if config.compile and n_processes() > 1:
-        raise UserError(
-            "--compile was never tried with several processes, of which each would compile; leave it out, or "
-            "start one process"
-        )
     if n_processes() > 1 and config.multi_config and config.overwrite:
         raise UserError(
             "--overwrite with --multi-config and torchrun: should torchrun start it anew, finished entries "
@@ -104,10 +89,47 @@ def train(config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, An
 
     `class_texts`: class name -> sentence or list of sentences, for callers from Python.
     """
-    if config.preset and not config.resume_from:
-        own = {name: getattr(config, name) for name in PRESETS[config.preset]}
-        by_it = [f"{flag_of(k)} {v}" for k, v in own.items() if v == PRESETS[config.preset][k]]
-        given = [f"{flag_of(k)} {v}" for k, v in own.items() if v != PRESETS[config.preset][k]]
+    if config.use_cv:
+        from training.cross_validation import train_folds
+
+        train_folds(config, class_texts)
+    else:
+        train_single(config, typed, class_texts)
+
+
+def refuse_for_processes(config: Config) -> None:
+    """Raises UserError for options that so many processes cannot train with."""
+    n = n_processes()
+    problems = []
+    if config.batch_size < n:
+        problems.append(
+            f"--batch-size {config.batch_size} is for all {n} processes together, and each needs an image; "
+            "raise it, or start fewer processes"
+        )
+    elif config.cutmix_prob and config.batch_size < 2 * n:
+        problems.append(
+            f"{named('cutmix_prob', config)} pairs images within a process, and --batch-size "
+            f"{config.batch_size} leaves some of the {n} with one image; raise it, or start fewer processes"
+        )
+    if config.compile and n > 1:
+        problems.append(
+            "--compile was never tried with several processes, of which each would compile; leave it out, or "
+            "start one process"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def say_what_options_do(config: Config) -> None:
+    """What the preset sets, and of what is set twice."""
+    if config.preset:
+        by_it, given = [], []
+        for name, value in PRESETS[config.preset].items():
+            own = getattr(config, name)
+            words = f"{flag_of(name)} {own}"
+            if isinstance(own, bool):
+                words = flag_of(name) if own else f"no {flag_of(name)}"
+            (by_it if own == value else given).append(words)
         instead = f"; given instead: {', '.join(given)}" if given else ""
         print(f"preset {config.preset} sets {', '.join(by_it) or 'nothing'}{instead}")
     if config.use_weighted_sampling and config.logit_adjustment:
@@ -115,12 +137,6 @@ def train(config: Config, typed: Mapping[str, Any], class_texts: Mapping[str, An
             "note: --use-weighted-sampling and --logit-adjustment both make up for rare classes; together "
             "they do it twice, and frequent classes may be missed for it"
         )
-    if config.use_cv:
-        from training.cross_validation import train_folds
-
-        train_folds(config, class_texts)
-    else:
-        train_single(config, typed, class_texts)
 
 
 def train_single(
@@ -132,6 +148,8 @@ def train_single(
         checkpoint, file = read_to_resume(Path(config.resume_from))
         config = dataclasses.replace(config, resume_from=str(file))
         config = config_of_resumed_run(config, checkpoint, typed)
+    refuse_for_processes(config)
+    say_what_options_do(config)
     output_dir = Path(config.output_dir)
     refuse_results(output_dir, config)
     if output_dir.exists():
@@ -239,6 +257,8 @@ def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardw
     if model.image_tower in model.frozen:
         print("note: --compile changes nothing: the image encoder is frozen")
         return
+    if model.image_tower.compiled:
+        return  # for the fold before
     print("compiling the image encoder's training passes; this takes minutes", flush=True)
     started = time.monotonic()
     shape = (batch_size, 3, config.img_size, config.img_size)

@@ -49,7 +49,7 @@ def parts_of(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This process's `images` (b, 3, S, S), and which of the batch's `indices` (B,) they are, in even parts
     of at most `most`; as many on every process, which exchange the statistics of each (so one may hold an
-    image more than `most` where another has none left, and where one image would be left alone).
+    image or two more than `most` where one would be left alone, here or on another process).
     """
     n_parts, own = _n_parts(len(indices), most), indices[own_share(len(indices))]
     return list(zip(images.tensor_split(n_parts), own.tensor_split(n_parts), strict=True))
@@ -58,7 +58,7 @@ def parts_of(
 def _n_parts(n: int, most: int | None) -> int:
     longest, shortest = -(-n // n_processes()), n // n_processes()
     parts = min(-(-longest // (most or longest)), shortest)
-    if most != 1 and longest == shortest:  # no part of a single image: BatchNorm may have nothing to compare
+    if most != 1:  # no part of a single image: BatchNorm may have nothing to compare
         parts = min(parts, max(1, shortest // 2))
     return parts
 
