@@ -155,6 +155,7 @@ def test_results_of_the_shorter_run_do_not_lie_beside_the_longer_ones_weights(
         (["--use-cv", "--val-ratio", "0.3"], "--val-ratio"),
         (["--val-dir", "v", "--val-ratio", "0.3"], "--val-ratio"),
         (["--early-stopping-min-delta", "0.1"], "--early-stopping-min-delta"),
+        (["--logit-adjustment-tau", "1"], "--logit-adjustment-tau"),
     ],
 )
 def test_typed_options_without_effect_are_refused(flags, named):

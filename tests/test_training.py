@@ -191,6 +191,11 @@ def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
             "preset small-data sets --augmentation minimal, --logit-adjustment, --cutmix-prob 0.5\n",
         ),
         (
+            {"preset": "small-data", "logit_adjustment_tau": 0.5},
+            "preset small-data sets --augmentation minimal, --logit-adjustment (with --logit-adjustment-tau "
+            "0.5), --cutmix-prob 0.5\n",
+        ),
+        (
             {"preset": "small-data", "cutmix_prob": 0.0, "logit_adjustment": False},
             "preset small-data sets --augmentation minimal; given instead: no --logit-adjustment, "
             "--cutmix-prob 0.0\n",

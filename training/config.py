@@ -557,6 +557,7 @@ def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
         ("val_ratio", not config.use_cv, "with --use-cv, whose folds are of equal size"),
         ("val_ratio", not config.val_dir, "with --val-dir"),
         ("cache_dir", config.use_cache, "with --no-cache"),
+        ("logit_adjustment_tau", config.logit_adjustment, "without --logit-adjustment"),
         ("early_stopping_min_delta", config.early_stopping_patience, "without --early-stopping-patience"),
     ]
     problems = [

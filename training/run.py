@@ -129,6 +129,8 @@ def say_what_options_do(config: Config) -> None:
             words = f"{flag_of(name)} {own}"
             if isinstance(own, bool):
                 words = flag_of(name) if own else f"no {flag_of(name)}"
+            if name == "logit_adjustment" and own and config.logit_adjustment_tau != 1:
+                words += f" (with --logit-adjustment-tau {config.logit_adjustment_tau:g})"
             (by_it if own == value else given).append(words)
         instead = f"; given instead: {', '.join(given)}" if given else ""
         print(f"preset {config.preset} sets {', '.join(by_it) or 'nothing'}{instead}")
