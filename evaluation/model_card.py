@@ -14,6 +14,7 @@ import jinja2
 
 from common.files import BEST, printable, read_json
 from data.scan import nfc
+from evaluation.run_folder import loss_words
 from evaluation.tables import OVERALL, with_interval
 from evaluation.trained import TrainedModel
 
@@ -87,6 +88,7 @@ def model_card(
         files=[*files, "README.md"],
         difference=difference,
         overall=OVERALL,
+        loss=loss_words(about["training_options"]),
         counts={side: defaultdict(lambda: "–", own) for side, own in counts.items()},
     )
     return re.sub(r"\n{3,}", "\n\n", text)

@@ -195,9 +195,16 @@ def _curves_caption(run: RunFolder) -> str:
         if len(run.histories) > 1
         else ""
     )
+    own = {"logit_adjustment": "logit adjustment", "cutmix_prob": "CutMix"}
+    of_training = " and ".join(words for key, words in own.items() if run.config.get(key))
+    alike = (
+        f"in training with {of_training}, which validation goes without, so the two curves lie apart"
+        if of_training
+        else "the same for training and validation"
+    )
     return (
-        f"{folds}The loss is the image-to-text part, the same for training and validation; training is "
-        "measured with augmentation and while the weights change."
+        f"{folds}The loss is the image-to-text part, {alike}; training is measured with augmentation and "
+        "while the weights change."
     )
 
 

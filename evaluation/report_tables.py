@@ -225,5 +225,10 @@ def temperature_table(run: RunFolder) -> tuple[Table, str]:
         f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program here "
         "applies it by itself, and it is that of single models, not of an ensemble's mean."
     )
+    if run.config.get("logit_adjustment") or run.config.get("use_weighted_sampling"):
+        caption += (
+            f" Training made up for rare classes ({loss_words(run.config)}): probabilities do not follow how "
+            "frequent classes are in these images, and a temperature cannot mend that."
+        )
     header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
     return {"header": header, "rows": rows}, caption

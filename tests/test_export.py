@@ -23,6 +23,7 @@ import evaluation.export as module
 import train_clip
 from common.errors import RunFailed
 from data.images import read_image, to_square
+from evaluation.checkpoints import write_file
 from evaluation.results import read_predictions
 from evaluation.trained import TrainedModel
 from export_clip import main
@@ -221,6 +222,16 @@ def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
     ):
         assert words in card
     assert "separated by image" not in card and "\n\n\n" not in card
+
+
+def test_the_card_says_what_frequencies_the_probabilities_suppose(run, exported, tmp_path):
+    assert "classes as frequent as in training" in (exported / "README.md").read_text("utf-8")
+    evened = torch.load(run / "checkpoint_latest.pth", weights_only=True)
+    evened["config"] |= {"logit_adjustment": True, "logit_adjustment_tau": 0.5}
+    write_file(tmp_path / "evened.pth", evened)
+    assert export(tmp_path / "evened.pth", tmp_path / "out", "--format", "safetensors") == 0
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "as frequent as in training" not in card and "logit adjustment with tau 0.5" in card
 
 
 def test_the_card_of_the_best_epoch_names_the_bias(run, tmp_path):

@@ -432,6 +432,18 @@ def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
     assert "metrics.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("evened", [False, True])
+def test_captions_say_what_training_had_that_validation_had_not(runs, tmp_path, evened):
+    shutil.copytree(runs["single"], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    config |= {"logit_adjustment": evened, "cutmix_prob": 0.5 * evened}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    html = write_report(tmp_path / "run").read_text("utf-8")
+    assert ("in training with logit adjustment and CutMix" in html) is evened
+    assert ("the same for training and validation" in html) is not evened
+    assert ("a temperature cannot mend that" in html) is evened
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
