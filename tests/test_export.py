@@ -23,7 +23,7 @@ import evaluation.export as module
 import train_clip
 from common.errors import RunFailed
 from data.images import read_image, to_square
-from evaluation.checkpoints import write_file
+from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.results import read_predictions
 from evaluation.trained import TrainedModel
 from export_clip import main
@@ -226,7 +226,7 @@ def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
 
 def test_the_card_says_what_frequencies_the_probabilities_suppose(run, exported, tmp_path):
     assert "classes as frequent as in training" in (exported / "README.md").read_text("utf-8")
-    evened = torch.load(run / "checkpoint_latest.pth", weights_only=True)
+    evened = read_checkpoint(run / "checkpoint_latest.pth")
     evened["config"] |= {"logit_adjustment": True, "logit_adjustment_tau": 0.5}
     write_file(tmp_path / "evened.pth", evened)
     assert export(tmp_path / "evened.pth", tmp_path / "out", "--format", "safetensors") == 0
