@@ -14,7 +14,7 @@ import jinja2
 
 from common.files import BEST, printable, read_json
 from data.scan import nfc
-from evaluation.run_folder import loss_words
+from evaluation.run_folder import loss_words, weight_for_rare_classes
 from evaluation.tables import OVERALL, with_interval
 from evaluation.trained import TrainedModel
 
@@ -89,6 +89,7 @@ def model_card(
         difference=difference,
         overall=OVERALL,
         loss=loss_words(about["training_options"]),
+        evened=weight_for_rare_classes(about["training_options"]),
         counts={side: defaultdict(lambda: "–", own) for side, own in counts.items()},
     )
     return re.sub(r"\n{3,}", "\n\n", text)

@@ -12,6 +12,7 @@ from evaluation.run_folder import (
     RunFolder,
     augmentation_words,
     loss_words,
+    weight_for_rare_classes,
 )
 from evaluation.tables import OVERALL, PER_CLASS
 
@@ -225,7 +226,7 @@ def temperature_table(run: RunFolder) -> tuple[Table, str]:
         f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program here "
         "applies it by itself, and it is that of single models, not of an ensemble's mean."
     )
-    if run.config.get("logit_adjustment") or run.config.get("use_weighted_sampling"):
+    if weight_for_rare_classes(run.config):
         caption += (
             f" Training made up for rare classes ({loss_words(run.config)}): probabilities do not follow how "
             "frequent classes are in these images, and a temperature cannot mend that."

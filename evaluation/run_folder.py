@@ -115,12 +115,17 @@ def read_run_folder(path: Path) -> RunFolder:
     )
 
 
-def loss_words(options: Mapping[str, Any]) -> str:
-    """The loss that a model was trained with, and how rare classes were given weight."""
+def weight_for_rare_classes(options: Mapping[str, Any]) -> list[str]:
+    """How training gave rare classes weight, in words; empty where it did not."""
     tau = options.get("logit_adjustment_tau", 1.0)
     adjustment = "logit adjustment" if tau == 1 else f"logit adjustment with tau {tau:g}"
-    added = {"logit_adjustment": adjustment, "use_weighted_sampling": "weighted sampling"}
-    return ", ".join([options["loss"], *(words for key, words in added.items() if options.get(key))])
+    ways = {"logit_adjustment": adjustment, "use_weighted_sampling": "weighted sampling"}
+    return [words for key, words in ways.items() if options.get(key)]
+
+
+def loss_words(options: Mapping[str, Any]) -> str:
+    """The loss that a model was trained with, and how rare classes were given weight."""
+    return ", ".join([options["loss"], *weight_for_rare_classes(options)])
 
 
 def augmentation_words(options: Mapping[str, Any]) -> str:

@@ -468,16 +468,18 @@ def test_other_options_or_other_images_do_not_continue_a_cross_validation(
 # --- several configurations ---------------------------------------------------------------------------------
 
 
+def typed_for(entries, folder):
+    """The options that have `entries` trained from a file in `folder`."""
+    file = folder / "c.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    out = str(folder / "out")
+    return {"data_dir": "d", "output_dir": out, "multi_config": True, "config_file": str(file)}
+
+
 def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
     """As typed options do; a preset in the file does not win over what its own entry says."""
     entries = [{"augmentation": "standard", "epochs": 3}, {"preset": "small-data", "cutmix_prob": 1}, {}]
-    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
-    typed = {
-        "data_dir": "d",
-        "output_dir": str(tmp_path / "out"),
-        "multi_config": True,
-        "config_file": str(tmp_path / "c.json"),
-    }
+    typed = typed_for(entries, tmp_path)
     plain = [entry.config for entry in read_entries(make_config(typed), typed)]
     assert [c.augmentation for c in plain] == ["standard", "minimal", "standard"]
     assert [c.cutmix_prob for c in plain] == [0, 1, 0] and capsys.readouterr().out == ""
@@ -496,13 +498,7 @@ def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
 
 def test_an_entry_that_several_processes_cannot_train_is_refused_with_its_number(tmp_path, monkeypatch):
     entries = [{"batch_size": 2}, {"compile": True}, {"preset": "small-data", "batch_size": 3}]
-    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
-    typed = {
-        "data_dir": "d",
-        "output_dir": str(tmp_path / "out"),
-        "multi_config": True,
-        "config_file": str(tmp_path / "c.json"),
-    }
+    typed = typed_for(entries, tmp_path)
     monkeypatch.setattr(run_module, "n_processes", lambda: 2)
     with pytest.raises(UserError) as refused:
         read_entries(make_config(typed), typed)
