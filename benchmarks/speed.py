@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common.torchvision_compat  # noqa: F401
+import training.fit
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
 from common.errors import RunFailed, UserError
@@ -258,8 +259,7 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
             (tower.backbone, "forward", "image tower, forward"),
             (state.model, "encode_text", "class sentences"),
             (torch.Tensor, "backward", "backward"),
-            (torch.nn.utils, "get_total_norm", "clip gradients"),
-            (torch.nn.utils, "clip_grads_with_norm_", "clip gradients"),
+            (training.fit, "gradient_norm", "gradient norm"),
             (state.optimizer, "step", "AdamW"),
         ):
             stack.enter_context(timed(owner, method, name))

@@ -20,7 +20,7 @@ class Box:
     kept: float
 
     def paste(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S), each with the box of the image opposite: the first has the last one's, and so on."""
+        """(B, C, S, S), each with the box of the image opposite: the first has the last one's, and so on."""
         pasted = images.clone()
         pasted[..., self.rows, self.columns] = images[..., self.rows, self.columns].flip(0)
         return pasted
@@ -88,8 +88,8 @@ class Augmentation:
     def __call__(
         self, images: torch.Tensor, epoch: int, indices: Sequence[int], box: Box | None = None
     ) -> torch.Tensor:
-        """(B, 3, S, S) uint8 on any device -> the same shape, 0..255 float32; "none" leaves `images` as they
-        are. The `box` is pasted in last.
+        """(B, 3, S, S) uint8 on any device -> 0..255 float32, on a CPU (B, 1, S, S) where all are grey,
+        else (B, 3, S, S); "none" leaves `images` as they are. The `box` is pasted in last.
         """
         # in bf16 the places that `resample` reads would be off by up to a pixel at 224 px
         with torch.autocast(images.device.type, enabled=False):
@@ -101,14 +101,22 @@ class Augmentation:
             return images
         drawn = torch.from_numpy(self.draw(epoch, indices, images.shape[-1])).float()
         drawn = drawn.to(images.device, non_blocking=True)  # a GPU is not waited for
+        images = images.contiguous()
+        if images.is_cpu and _is_grey(images):
+            images = images[:, :1]  # a third of the work
         images = resample(images, drawn)
         return change_colour(images, drawn[:, 4], drawn[:, 5]) if self.preset == "standard" else images
+
+
+def _is_grey(images: torch.Tensor) -> bool:
+    red, green, blue = images.unbind(dim=1)
+    return torch.equal(red, green) and torch.equal(red, blue)
 
 
 def resample(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Mirror, then zoom and rotate about the centre, then shift: one bilinear resampling, 0..255 float32.
 
-    images (B, 3, S, S), drawn (B, 7) as `Augmentation.draw` gives it.
+    images (B, C, S, S), drawn (B, 7) as `Augmentation.draw` gives it.
     """
     degrees, right, down, zoom, _, _, mirror = drawn.T
     radians = degrees * (math.pi / 180)
@@ -129,9 +137,10 @@ def resample(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 def change_colour(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
     """Stretch about the image's mean grey by `contrast` (B,), then multiply by `brightness` (B,), in place.
 
-    The other order gives the same but for what is clipped between the two. images (B, 3, S, S) 0..255 float.
+    The other order gives the same but for what is clipped between the two. images (B, 3, S, S), or grey ones
+    (B, 1, S, S), 0..255 float.
     """
-    red, green, blue = images.mean(dim=(2, 3)).T  # (B,) each
+    red, green, blue = images.mean(dim=(2, 3)).expand(-1, 3).T  # (B,) each
     grey = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
     factor, offset = brightness * contrast, brightness * (1 - contrast) * grey
     return images.mul_(factor.view(-1, 1, 1, 1)).add_(offset.view(-1, 1, 1, 1)).clamp_(0, 255)

@@ -68,7 +68,7 @@ class CLIPModel(nn.Module):
         return self
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 or 0..255 float -> (B, D) of unit length, float32 or wider."""
+        """Images as `ImageTower.normalise` takes them -> (B, D) of unit length, float32 or wider."""
         return _unit(self.image_projection(self.image_tower(images)))
 
     @torch.no_grad()

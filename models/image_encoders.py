@@ -40,13 +40,15 @@ class ImageTower(nn.Module):
         self.compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         # (image / 255 - mean) / std = image * scale + shift
         scale, shift = 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
-        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 or 0..255 float -> what the backbone takes."""
-        images = images.float().contiguous(memory_format=torch.channels_last)
-        return torch.addcmul(self.shift, images, self.scale)
+        """(B, 3, S, S), or (B, 1, S, S) of grey images, uint8 or 0..255 float -> what the backbone takes:
+        (B, 3, S, S) in channels-last memory.
+        """
+        images = images.permute(0, 2, 3, 1).float().contiguous()
+        return torch.addcmul(self.shift, images, self.scale).permute(0, 3, 1, 2)
 
     def checkpoint_gradients(self, name: str) -> None:
         """Hold no activations within stages; compute them again in the backward pass (Chen et al. 2016, arXiv
@@ -85,7 +87,7 @@ class ImageTower(nn.Module):
         return ""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 or 0..255 float -> (B, num_features)."""
+        """What `normalise` takes -> (B, num_features)."""
         images = self.normalise(images)
         if self.compiled is None or not self.training or not torch.is_grad_enabled():
             return self.backbone(images)

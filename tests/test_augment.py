@@ -56,6 +56,21 @@ def test_no_random_stream_of_the_caller_is_read_or_moved(preset):
     assert torch.equal(*shown)
 
 
+@pytest.mark.parametrize("preset", ["minimal", "standard"])
+def test_grey_images_are_one_channel_that_equals_each_of_three(preset):
+    grey = batch_of(np.repeat(PIXELS[..., :1], 3, axis=3))
+    augment = Augmentation(preset, True, 0)
+    shown = augment(grey, 3, range(N))
+    assert shown.shape == (N, 1, SIZE, SIZE)
+    mixed = torch.cat([grey, batch_of(PIXELS[:1])])  # one image in colour gives all of them three
+    in_colour = augment(mixed, 3, [*range(N), 0])[:N]
+    torch.testing.assert_close(in_colour, shown.expand(-1, 3, -1, -1), rtol=0, atol=1e-3)
+    for channel in range(3):
+        almost = grey.clone()
+        almost[3, channel, 5, 5] ^= 1
+        assert augment(almost, 3, range(N)).shape == (N, 3, SIZE, SIZE)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_images_given_are_not_changed(preset):
     pixels = PIXELS.copy()

@@ -1,9 +1,10 @@
 import math
 
 import pytest
+import torch
 
 from models.clip import build_clip
-from training.optim import lr_factor, parameter_groups
+from training.optim import gradient_norm, lr_factor, parameter_groups
 
 
 def test_learning_rate_at_the_start_the_end_of_warm_up_half_way_and_the_end():
@@ -13,6 +14,18 @@ def test_learning_rate_at_the_start_the_end_of_warm_up_half_way_and_the_end():
     assert lr_factor(55, 100, 10) == pytest.approx(0.5)
     assert lr_factor(99, 100, 10) == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
     assert lr_factor(0, 1, 0) == 1.0
+
+
+def test_the_norm_is_that_of_all_gradients_in_any_memory_layout():
+    torch.manual_seed(0)
+    shapes = [(), (7,), (30, 20), (5, 4, 3, 3)]
+    gradients = [torch.randn(shape) * (i + 1) for i, shape in enumerate(shapes)]
+    expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    gradients[2] = gradients[2].T.contiguous().T
+    gradients[3] = gradients[3].contiguous(memory_format=torch.channels_last)
+    assert float(gradient_norm(gradients)) == pytest.approx(expected, rel=1e-6)
+    gradients[1][3] = float("nan")
+    assert math.isnan(gradient_norm(gradients))
 
 
 @pytest.fixture

@@ -80,3 +80,5 @@ def test_normalisation_equals_its_formula_whatever_the_layout():
         found = tower.normalise(given)
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
         assert found.is_contiguous(memory_format=torch.channels_last)
+    grey = images[:, :1]
+    assert torch.equal(tower.normalise(grey.float()), tower.normalise(grey.repeat(1, 3, 1, 1)))

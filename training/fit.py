@@ -24,7 +24,7 @@ from evaluation.predict import predict_probs
 from models.clip import ClassSentences
 from training.finite import FiniteSteps
 from training.losses import with_boxes
-from training.optim import lr_factor
+from training.optim import gradient_norm, lr_factor
 from training.state import CheckpointWriter, InEpoch, TrainState, send_statistics
 from training.step import Criterion, loss_and_gradients, opposite, parts_of
 
@@ -85,10 +85,9 @@ def train_one_epoch(
             state.towers, views, texts, labels, criterion_now, state.scaler, hardware.autocast
         )
         state.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if grad_clip and (device.type != "cpu" or norm > grad_clip):  # to look at it would make a GPU wait
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+        norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if grad_clip:
+            optimizer.grad_scale = (norm / grad_clip).clamp(min=1).float()  # a fused one divides by it
         # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
         finite = torch.isfinite(loss if state.scaler.is_enabled() else loss + norm)
         steps.allow(finite, indices)
