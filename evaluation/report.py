@@ -131,7 +131,7 @@ def page(
 ) -> str:
     """The whole HTML, with the font of its Chinese characters."""
     epochs, epochs_caption = report_tables.epochs_table(run) if run.histories else (None, "")
-    temperature, temperature_caption = report_tables.temperature_table(run)
+    temperature, temperature_caption = report_tables.temperature_table(run, trained_with)
     changed = run.config.get("changed_options")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -206,7 +206,7 @@ def per_class_table(run: RunFolder) -> Table:
     return {"header": ["Class\n类别", "Images\n图像", *titles], "rows": rows}
 
 
-def temperature_table(run: RunFolder) -> tuple[Table, str]:
+def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) -> tuple[Table, str]:
     metrics = run.metrics
     scaling = metrics["calibration"]["temperature_scaling"]
     names = {"ece": "ECE", "nll": "NLL (nats)", "brier": "Brier score"}
@@ -226,9 +226,9 @@ def temperature_table(run: RunFolder) -> tuple[Table, str]:
         f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program here "
         "applies it by itself, and it is that of single models, not of an ensemble's mean."
     )
-    if weight_for_rare_classes(run.config):
+    if trained_with is not None and weight_for_rare_classes(trained_with):
         caption += (
-            f" Training made up for rare classes ({loss_words(run.config)}): probabilities do not follow how "
+            f" Training made up for rare classes ({loss_words(trained_with)}): probabilities do not follow how "
             "frequent classes are in these images, and a temperature cannot mend that."
         )
     header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]

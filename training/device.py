@@ -17,8 +17,8 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
     if is_out_of_memory(error):
         now = f" (now {config.batch_size} and {config.img_size})" if config else ""
         return (
-            f"out of memory; lower --batch-size or --img-size{now}, take a smaller encoder, or freeze one "
-            "(--freeze-text-encoder, --freeze-image-encoder)"
+            f"out of memory; lower --batch-size or --img-size{now}, give --micro-batch-size, take a smaller "
+            "encoder, or freeze one (--freeze-text-encoder, --freeze-image-encoder)"
         )
     if lost_another(error):
         return "another process of this run was ended, perhaps for want of memory"

@@ -261,7 +261,7 @@ def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardw
         return
     if model.image_tower.compiled:
         return  # for the fold before
-    print("compiling the image encoder's training passes; this takes minutes", flush=True)
+    print("compiling the image encoder's training passes; this takes minutes, in silence", flush=True)
     started = time.monotonic()
     shape = (batch_size, 3, config.img_size, config.img_size)
     images = torch.zeros(shape, dtype=torch.uint8, device=hardware.device)
@@ -434,7 +434,7 @@ def _grouping(config: Config) -> str:
 
 def print_summary(config: Config, result: RunResult, baseline: float) -> None:
     history, last = result.history, len(result.history["val_acc"])
-    print(f"\ndone: {last} epochs, {duration(sum(history['epoch_seconds']))}")
+    print(f"\ndone: {last} epoch{'s' * (last != 1)}, {duration(sum(history['epoch_seconds']))}")
     for title, epoch in (
         (f"last epoch ({last})", last),
         (f"best epoch ({result.best_epoch})", result.best_epoch),
