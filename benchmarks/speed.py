@@ -191,9 +191,10 @@ def whole_run(data_dir: Path, encoder: str, text: str, options: Sequence[str], w
 def in_memory(
     encoder: str, size: int, batch: int, n_classes: int, n_images: int, hardware: Hardware
 ) -> tuple[TrainState, ClassSentences, EpochBatches, ImageDataset]:
-    """What a run with a frozen tiny text tower holds, over random images."""
+    """What a run with a frozen tiny text tower holds, over random images, grey as radiographs are."""
     random = np.random.default_rng(0)
-    squares = Squares(random.integers(0, 256, (n_images, size, size, 3), np.uint8))
+    grey = random.integers(0, 256, (n_images, size, size, 1), np.uint8)
+    squares = Squares(grey.repeat(3, axis=3))
     labels = random.integers(0, n_classes, n_images)
     model = build_clip(encoder, TINY, img_size=size, embed_dim=512, temperature=0.07, image_weights="none",
                        freeze_text=True)  # fmt: skip
