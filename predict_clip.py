@@ -171,7 +171,7 @@ def print_summary(
         print(shorten(tally.failures, 5) if tally.n_failed <= 5 else shorten(tally.failures[:5]) + "\n  ...")
     print(f"{arguments.output}: one row per image")
     if arguments.heatmaps is not None and n_good:
-        print(f"{arguments.heatmaps}: one heat map per predicted image, numbered as the rows")
+        print(f"{arguments.heatmaps}: one heat map per predicted image: row_class_path.png")
 
 
 def predict(arguments: argparse.Namespace) -> int:

@@ -286,11 +286,18 @@ def _rows(
         yield [path_cell(name), text_cell(classes[c]), float(mean[c]), spread, *mean.tolist(), ""]
 
 
-def heat_map_name(number: int, name: str) -> str:
-    """Unique by the image's number, readable by its path, and safe on every file system."""
-    stem = re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", writable(os.path.splitext(name)[0])).strip(" ._")
-    short = stem.encode()[-120:].decode(errors="ignore")  # file systems allow 255 bytes
-    return f"{number:06d}_{short}.png"
+def heat_map_name(number: int, predicted: str, name: str) -> str:
+    """Unique by the image's number, readable by its predicted class and its path, and safe on every file
+    system.
+    """
+
+    def safe(text: str) -> str:
+        return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", writable(text)).strip(" ._")
+
+    # file systems allow 255 bytes
+    of_class = safe(predicted).encode()[:90].decode(errors="ignore")
+    of_path = safe(os.path.splitext(name)[0]).encode()[-120:].decode(errors="ignore")
+    return f"{number:06d}_{of_class}_{of_path}.png"
 
 
 def _picture(path: Path, square: np.ndarray) -> Image.Image:
@@ -316,9 +323,9 @@ def _write_heat_maps(
     maps = ensemble.heat_maps(batch.images, torch.from_numpy(predictions))
     squares = batch.images[ensemble.models[0].img_size].permute(0, 2, 3, 1).numpy()  # (b, S, S, 3)
     read = [i for i, error in enumerate(batch.errors) if not error]
-    for i, square, heat in zip(read, squares, maps.numpy(), strict=True):
+    for i, target, square, heat in zip(read, predictions, squares, maps.numpy(), strict=True):
         picture = _picture(_path_of(root, batch.names[i]), square)
         heat = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))
         picture = Image.fromarray(overlay(np.asarray(picture), heat))
-        path = folder / heat_map_name(first + i + 1, batch.names[i])
+        path = folder / heat_map_name(first + i + 1, ensemble.classes[target], batch.names[i])
         write_whole(path, lambda file, picture=picture: picture.save(file, "PNG"))

@@ -258,7 +258,9 @@ def test_heat_maps_are_one_picture_per_predicted_image(folds, other_size, pictur
     flags = ["--heatmaps", maps, "--batch-size", 5]
     assert predict([folds / "fold_1", other_size], pictures, tmp_path / "p.csv", *flags) == 0
     rows = rows_of(tmp_path / "p.csv")
-    expected = [heat_map_name(i, row["path"]) for i, row in enumerate(rows, 1) if not row["error"]]
+    expected = [
+        heat_map_name(i, row["prediction"], row["path"]) for i, row in enumerate(rows, 1) if not row["error"]
+    ]
     assert sorted(p.name for p in maps.iterdir()) == expected
     for row, name in zip((row for row in rows if not row["error"]), expected, strict=True):
         width, height = Image.open(pictures / row["path"]).size
@@ -269,9 +271,9 @@ def test_heat_maps_are_one_picture_per_predicted_image(folds, other_size, pictur
 
 
 def test_names_of_heat_maps_are_unique_short_and_safe():
-    assert heat_map_name(7, 'a/b\\c:*?"<>|\n.png') == "000007_a_b_c.png"
-    assert heat_map_name(7, "../../x.png") == "000007_x.png"
-    assert len(os.fsencode(heat_map_name(1234567, "肺" * 300 + ".png"))) < 200
+    assert heat_map_name(7, "正常", 'a/b\\c:*?"<>|\n.png') == "000007_正常_a_b_c.png"
+    assert heat_map_name(7, "../..", "../../x.png") == "000007__x.png"
+    assert len(os.fsencode(heat_map_name(1234567, "炎" * 300, "肺" * 300 + ".png"))) < 255
 
 
 def test_an_ensembles_heat_map_is_the_mean_of_its_models_maps(folds, class_folder):
