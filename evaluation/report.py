@@ -195,10 +195,15 @@ def _curves_caption(run: RunFolder) -> str:
         if len(run.histories) > 1
         else ""
     )
-    own = {"logit_adjustment": "logit adjustment", "cutmix_prob": "CutMix"}
-    of_training = " and ".join(words for key, words in own.items() if run.config.get(key))
+    own = {
+        "use_weighted_sampling": "weighted sampling",
+        "logit_adjustment": "logit adjustment",
+        "cutmix_prob": "CutMix",
+    }
+    of_training = [words for key, words in own.items() if run.config.get(key)]
     alike = (
-        f"in training with {of_training}, which validation goes without, so the two curves lie apart"
+        f"in training with {' and '.join(of_training)}, which validation goes without, so the two curves lie "
+        "apart"
         if of_training
         else "the same for training and validation"
     )

@@ -228,8 +228,9 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
     )
     if trained_with is not None and weight_for_rare_classes(trained_with):
         caption += (
-            f" Training made up for rare classes ({loss_words(trained_with)}): probabilities do not follow "
-            "how frequent classes are in these images, and a temperature cannot mend that."
+            f" Training made up for rare classes ({loss_words(trained_with)}): probabilities suppose a "
+            "class that was rare in training to be more frequent than it was, and a temperature cannot mend "
+            "that."
         )
     header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
     return {"header": header, "rows": rows}, caption

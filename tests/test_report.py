@@ -447,10 +447,11 @@ def test_an_evaluations_calibration_says_how_its_model_was_trained(runs):
 def test_captions_say_what_training_had_that_validation_had_not(runs, tmp_path, evened):
     shutil.copytree(runs["single"], tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
-    config |= {"logit_adjustment": evened, "cutmix_prob": 0.5 * evened}
+    config |= {"logit_adjustment": evened, "cutmix_prob": 0.5 * evened, "use_weighted_sampling": evened}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     html = write_report(tmp_path / "run").read_text("utf-8")
-    assert ("in training with logit adjustment and CutMix" in html) is evened
+    said = "in training with weighted sampling and logit adjustment and CutMix, which"
+    assert (said in html) is evened
     assert ("the same for training and validation" in html) is not evened
     assert ("a temperature cannot mend that" in html) is evened
 

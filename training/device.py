@@ -16,9 +16,12 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
     """A sentence for failures that come from the machine rather than from this program, else None."""
     if is_out_of_memory(error):
         now = f" (now {config.batch_size} and {config.img_size})" if config else ""
+        parts = ""
+        if config and not config.compile:  # which micro batches do not go with
+            parts = "lower --micro-batch-size, " if config.micro_batch_size else "give --micro-batch-size, "
         return (
-            f"out of memory; lower --batch-size or --img-size{now}, give --micro-batch-size, take a smaller "
-            "encoder, or freeze one (--freeze-text-encoder, --freeze-image-encoder)"
+            f"out of memory; lower --batch-size or --img-size{now}, {parts}take a smaller encoder, or freeze "
+            "one (--freeze-text-encoder, --freeze-image-encoder)"
         )
     if lost_another(error):
         return "another process of this run was ended, perhaps for want of memory"

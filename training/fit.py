@@ -87,7 +87,7 @@ def train_one_epoch(
         state.scaler.unscale_(optimizer)
         norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])
         if grad_clip:
-            optimizer.grad_scale = (norm / grad_clip).clamp(min=1).float()  # a fused one divides by it
+            optimizer.grad_scale = (norm / grad_clip).clamp(min=1)  # a fused optimizer divides by it
         # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
         finite = torch.isfinite(loss if state.scaler.is_enabled() else loss + norm)
         steps.allow(finite, indices)

@@ -51,8 +51,8 @@ def _no_weight_decay(backbone: nn.Module) -> Iterable[str]:
 
 
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """() L2 norm of all of them together, on one device. On a CPU by dot products, which take a third of the
-    time of PyTorch's own norm: of 100 million numbers 17 instead of 40 ms.
+    """() L2 norm of all of them together, on one device. On a CPU by dot products where memory is contiguous,
+    which take less than half the time of PyTorch's own norm: of 100 million numbers 17 instead of 40 ms.
     """
     if gradients[0].is_cuda:
         return torch.nn.utils.get_total_norm(gradients)
