@@ -20,6 +20,7 @@ from common.errors import UserError
 from data.augment import Augmentation
 from data.images import Squares, UnreadableImage
 from data.loader import EpochBatches, ImageDataset, build_loader
+from training.config import Config
 from training.device import explain_failure
 
 N, SIZE = 10, 24
@@ -207,6 +208,20 @@ def test_a_killed_worker_is_explained(monkeypatch):
     assert (
         "a process that loads images was killed" in said and "--num-workers" in said and "--shm-size" in said
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "give --micro-batch-size"),
+        ({"micro_batch_size": 8}, "lower --micro-batch-size"),
+        ({"compile": True}, None),  # which excludes it
+    ],
+)
+def test_the_advice_for_want_of_memory_can_be_followed(options, advice):
+    said = explain_failure(torch.OutOfMemoryError("CUDA out of memory"), Config(**options))
+    assert "lower --batch-size or --img-size" in said
+    assert advice in said if advice else "--micro-batch-size" not in said
 
 
 def test_other_mistakes_of_a_worker_are_not_explained_away():
