@@ -22,7 +22,6 @@ from common.files import write_json
 from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
 from evaluation.report import FIGURES, main, write_report
-from evaluation.report_tables import temperature_table
 from evaluation.results import Predictions, write_results
 from evaluation.run_folder import loss_words, read_run_folder
 from evaluation.trained import load_trained
@@ -433,14 +432,12 @@ def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
     assert "metrics.json" in capsys.readouterr().err
 
 
-def test_an_evaluations_calibration_says_how_its_model_was_trained(runs):
-    run = read_run_folder(runs["evaluation"])
-    plain, evened = (
-        temperature_table(run, {"loss": "unicl", "logit_adjustment": on})[1] for on in (False, True)
-    )
-    said = evened.removeprefix(plain)
-    assert "unicl, logit adjustment" in said and "a temperature cannot mend that" in said
-    assert temperature_table(run, None)[1] == plain  # the model is not known any more
+def test_an_evaluations_calibration_says_how_its_model_was_trained(tmp_path):
+    run = make_run(tmp_path, CHINESE, "evaluation", logit_adjustment=True)
+    caption = "Training made up for rare classes (unicl, logit adjustment): probabilities suppose"
+    assert caption in Page(write_report(run)).text
+    (tmp_path / "model.pth").unlink()
+    assert caption not in Page(write_report(run)).text  # the model is not known any more
 
 
 @pytest.mark.parametrize("evened", [False, True])
