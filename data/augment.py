@@ -101,7 +101,7 @@ class Augmentation:
             return images
         drawn = torch.from_numpy(self.draw(epoch, indices, images.shape[-1])).float()
         drawn = drawn.to(images.device, non_blocking=True)  # a GPU is not waited for
-        images = images.contiguous()
+        images = images.contiguous()  # a channel's pixels side by side
         if images.is_cpu and _is_grey(images):
             images = images[:, :1]  # a third of the work
         images = resample(images, drawn)
@@ -131,7 +131,7 @@ def resample(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         dim=1,
     )  # (B, 2, 3)
     grid = F.affine_grid(inverse, list(images.shape), align_corners=False)  # (B, S, S, 2)
-    return F.grid_sample(images.contiguous().float(), grid, align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
 
 
 def change_colour(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,13 @@ from common.files import printable, write_whole
 from evaluation import figures, fonts, report_tables, report_text
 from evaluation.claim import claim_items
 from evaluation.model_views import Mistake, Views, look
-from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder, read_run_folder
+from evaluation.run_folder import (
+    CROSS_VALIDATION,
+    EVALUATION,
+    RunFolder,
+    read_run_folder,
+    weight_for_rare_classes,
+)
 
 FIGURES = (
     "learning_loss", "learning_accuracy", "confusion_matrix", "roc", "precision_recall", "calibration",
@@ -195,12 +201,9 @@ def _curves_caption(run: RunFolder) -> str:
         if len(run.histories) > 1
         else ""
     )
-    own = {
-        "use_weighted_sampling": "weighted sampling",
-        "logit_adjustment": "logit adjustment",
-        "cutmix_prob": "CutMix",
-    }
-    of_training = [words for key, words in own.items() if run.config.get(key)]
+    of_training = weight_for_rare_classes(run.config)
+    if run.config.get("cutmix_prob"):
+        of_training.append("CutMix")
     alike = (
         f"in training with {' and '.join(of_training)}, which validation goes without, so the two curves lie "
         "apart"

@@ -119,7 +119,7 @@ def weight_for_rare_classes(options: Mapping[str, Any]) -> list[str]:
     """How training gave rare classes weight, in words; empty where it did not."""
     tau = options.get("logit_adjustment_tau", 1.0)
     adjustment = "logit adjustment" if tau == 1 else f"logit adjustment with tau {tau:g}"
-    ways = {"logit_adjustment": adjustment, "use_weighted_sampling": "weighted sampling"}
+    ways = {"use_weighted_sampling": "weighted sampling", "logit_adjustment": adjustment}
     return [words for key, words in ways.items() if options.get(key)]
 
 
