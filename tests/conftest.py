@@ -27,6 +27,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Each test draws the same weights, dropped paths and so on, whichever tests ran before it in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Real images and stand-ins for downloads; absent outside the project's own machines."""
