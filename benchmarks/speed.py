@@ -1,30 +1,34 @@
 """Where the time goes: whole training runs against their floor, in one run on one machine, as Markdown.
 
-    python -m benchmarks.speed --data-dir xray3     # some 12 minutes on two cores
+    python -m benchmarks.speed --data-dir xray3     # some 20 minutes on two cores
     python -m benchmarks.speed --data-dir xray3 --image-encoder resnet18 --text-encoder bert-base-chinese
     python -m benchmarks.speed --data-dir xray3 --upscale 1024     # the same images as large originals
 
 The floor is the image tower alone: same architecture, precision, batch and size, on random tensors in memory,
-forward + backward + AdamW for training and forward for validation. It is measured before and after each run,
-and the faster one counts. A run's share of it is the time its images would take at the floor over the time
-they took, everything included: from one epoch's line on the screen to the next, with validation and
-checkpoints. The first epoch counts from where images begin to be read, with no cache.
+forward + backward + AdamW for training and forward for validation. It is measured in turn with the run: the
+run is stopped every other second for a few steps of the floor, so that both meet the same machine even where
+its speed drifts. A run's share of it is the time its images would take at the floor over the time they took,
+everything included: from one epoch's line on the screen to the next, with validation and checkpoints. The
+first epoch counts from where images begin to be read, with no cache.
 """
 
 import argparse
 import os
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from unittest.mock import patch
 
 import numpy as np
@@ -54,6 +58,7 @@ from training.state import EarlyStopping, InEpoch, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "bert-tiny-bytes"
+TURN = 2.0  # seconds that a run trains between two measurements of its floor
 SENTENCE = "这是一张{}的胸部X光图像，可见双肺纹理、心影与膈面，供放射科医师参考诊断之用，请结合临床"
 
 
@@ -83,37 +88,59 @@ def seconds_of(
     return median([timed() for _ in range(repeats + warm_up)][warm_up:])
 
 
-def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: bool = False) -> Floor:
-    """The tower by itself, on normalised tensors in memory. A GPU is waited for after every tenth step."""
+def in_turn(device: torch.device, *works: Callable[[], object], rounds: int = 6) -> list[float]:
+    """Mean time of each of `works`, one after the other in every round; the first does not count."""
+    spent = [[seconds_of(work, device, 1, 0) for work in works] for _ in range(rounds + 1)]
+    return [mean(of_one) for of_one in zip(*spent[1:], strict=True)]
+
+
+def tower_alone(
+    encoder: str, size: int, batch: int, hardware: Hardware, compiled: bool = False
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A training step and a forward pass of the tower by itself, on normalised tensors in memory."""
     device = hardware.device
-    repeats, at_once = (3, 10) if device.type == "cuda" else (5, 1)
-    backbone = build_image_tower(encoder, "none", size).backbone.to(device, memory_format=torch.channels_last)
+    towers = [
+        build_image_tower(encoder, "none", size).backbone.to(device, memory_format=torch.channels_last)
+        for _ in range(2)
+    ]
     if compiled:
-        backbone.compile()
-    optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-4, fused=True)
+        for tower in towers:
+            tower.compile()
+    trained, evaluated = towers[0].train(), towers[1].eval()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=True)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def train() -> None:
         with hardware.autocast():
-            features = backbone(images)
+            features = trained(images)
         features.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def evaluate() -> None:
         with torch.no_grad(), hardware.autocast():
-            backbone(images)
+            evaluated(images)
 
-    train_seconds = seconds_of(train, device, repeats, at_once=at_once)
-    backbone.eval()
-    floor = Floor(batch / train_seconds, batch / seconds_of(evaluate, device, repeats, at_once=at_once))
+    return train, evaluate
+
+
+def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: bool = False) -> Floor:
+    """The tower by itself. A GPU is waited for after every tenth step."""
+    device = hardware.device
+    repeats, at_once = (3, 10) if device.type == "cuda" else (5, 1)
+    train, evaluate = tower_alone(encoder, size, batch, hardware, compiled)
+    floor = Floor(
+        batch / seconds_of(train, device, repeats, at_once=at_once),
+        batch / seconds_of(evaluate, device, repeats, at_once=at_once),
+    )
     if device.type == "cuda":
+        del train, evaluate
         torch.cuda.empty_cache()  # for the run, which is another process
     return floor
 
 
-def text_seconds(text_encoder: str, n_classes: int, hardware: Hardware) -> float:
-    """One step of the text tower alone: a sentence per class, forward + backward + AdamW on its weights."""
+def text_alone(text_encoder: str, n_classes: int, hardware: Hardware) -> Callable[[], None]:
+    """A step of the text tower by itself: a sentence per class, forward + backward + AdamW on its weights."""
     device = hardware.device
     tower = build_text_tower(text_encoder, "none").to(device).train()
     tokens, _ = tower.tokenize([SENTENCE.format(i) for i in range(n_classes)])
@@ -127,26 +154,36 @@ def text_seconds(text_encoder: str, n_classes: int, hardware: Hardware) -> float
         optimizer.step()
         optimizer.zero_grad()
 
-    return seconds_of(step, device, 3)
+    return step
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A whole run, in seconds: to read the images; each epoch; from the start to where the first step begins.
 
-    memory: MB held at each epoch's end.
+    memory: MB held at each epoch's end. floors: for each epoch what was measured while it was stopped.
     """
 
-    n_train: int
-    n_val: int
-    read: float
-    epochs: list[float]
-    start: float
-    memory: list[float]
+    n_train: int = 0
+    n_val: int = 0
+    read: float = 0.0
+    start: float = 0.0
+    epochs: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    floors: list[list[list[float]]] = field(default_factory=list)
 
 
-def whole_run(data_dir: Path, encoder: str, text: str, options: Sequence[str], work: Path) -> Run:
-    """Train as a user would, in a process of its own, and note when it prints what."""
+def whole_run(
+    data_dir: Path,
+    encoder: str,
+    text: str,
+    options: Sequence[str],
+    work: Path,
+    floor: Callable[[], list[float]] | None = None,
+) -> Run:
+    """Train as a user would, in a process of its own, and note when it prints what. With `floor` the training
+    is stopped after every `TURN` seconds to call it; that time does not count.
+    """
     work.mkdir(exist_ok=True)
     texts = work / "texts.json"
     write_json(texts, {name: SENTENCE.format(name) for name in scan_folder(data_dir).classes})
@@ -156,36 +193,60 @@ def whole_run(data_dir: Path, encoder: str, text: str, options: Sequence[str], w
         "--image-weights", "none", "--text-weights", "none",
         "--class-texts-file", str(texts), "--cache-dir", str(work / "cache"), *options,
     ]  # fmt: skip
-    started = last = time.perf_counter()
-    n_train = n_val = 0
-    read = start = 0.0
-    epochs, memory, done = [], [], False
+    found, floors = Run(), []
+    printed: queue.SimpleQueue[tuple[float, str]] = queue.SimpleQueue()
+    stopped = 0.0  # seconds so far
+
+    def listen(lines: Iterable[str]) -> None:
+        for line in lines:
+            printed.put((time.perf_counter() - stopped, line))
+        printed.put((0.0, ""))
+
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    started = last = time.perf_counter()
     with open(work / "errors.txt", "w") as errors, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
     ) as run:  # fmt: skip
-        for line in run.stdout:
-            now = time.perf_counter()
-            if line.startswith("read "):
-                read = float(line.split(" images in ")[1].split()[0])
-            elif line.startswith("training on "):
-                n_train, n_val = int(line.split()[2]), int(line.split("validating on ")[1].split()[0])
-                start, last = now - started, now
-            elif line.startswith("epoch "):
-                epochs.append(now - last)
-                status = Path(f"/proc/{run.pid}/status").read_text() if sys.platform == "linux" else ""
-                memory += [int(row.split()[1]) / 1024 for row in status.splitlines() if "VmRSS" in row]
-                last = now
-            elif line.startswith("warning: torch.compile cannot"):
-                run.kill()
-                raise RunFailed(line.strip())
-            elif line.startswith("done:"):
-                done = True
-                run.kill()  # what follows, the report, is measured elsewhere
-                break
-        if not done:
-            raise RunFailed(f"{' '.join(command)} failed: {(work / 'errors.txt').read_text()[-500:]}")
-    return Run(n_train, n_val, read, epochs, start, memory)
+        listener = threading.Thread(target=listen, args=(run.stdout,), daemon=True)
+        listener.start()
+        try:
+            while True:
+                try:
+                    now, line = printed.get(timeout=TURN if floor and found.n_train else None)
+                except queue.Empty:
+                    run.send_signal(signal.SIGSTOP)
+                    began = time.perf_counter()
+                    floors.append(floor())
+                    stopped += time.perf_counter() - began
+                    run.send_signal(signal.SIGCONT)
+                    continue
+                if line.startswith("read "):
+                    found.read = float(line.split(" images in ")[1].split()[0])
+                elif line.startswith("training on "):
+                    found.n_train = int(line.split()[2])
+                    found.n_val = int(line.split("validating on ")[1].split()[0])
+                    found.start, last = now - started, now
+                elif line.startswith("epoch "):
+                    found.epochs.append(now - last)
+                    found.floors.append(floors)
+                    found.memory += memory_of(run.pid)
+                    last, floors = now, []
+                elif line.startswith("warning: torch.compile cannot"):
+                    raise RunFailed(line.strip())
+                elif line.startswith("done:"):
+                    return found  # what follows, the report, is measured elsewhere
+                elif not line:
+                    said = (work / "errors.txt").read_text()
+                    raise RunFailed(f"{' '.join(command)} failed: {said[-500:]}")
+        finally:
+            run.kill()
+            listener.join()
+
+
+def memory_of(pid: int) -> list[float]:
+    """MB that a process holds: one number, none where the system is not Linux."""
+    status = Path(f"/proc/{pid}/status").read_text() if sys.platform == "linux" else ""
+    return [int(row.split()[1]) / 1024 for row in status.splitlines() if "VmRSS" in row]
 
 
 def in_memory(
@@ -213,15 +274,13 @@ def in_memory(
     return state, sentences, batches, images
 
 
-def step_seconds(
-    encoder: str, size: int, batch: int, n_classes: int, hardware: Hardware, steps: int = 6
-) -> float:
-    """Time of the program's own training step, `standard` augmentation: a mean over `steps`, of several the
-    median.
-    """
+def own_steps(
+    encoder: str, size: int, batch: int, n_classes: int, hardware: Hardware, steps: int
+) -> Callable[[], None]:
+    """So many of the program's own training steps, `standard` augmentation."""
     state, sentences, batches, images = in_memory(encoder, size, batch, n_classes, steps * batch, hardware)
     loader = build_loader(images, batches, 0)
-    return seconds_of(lambda: one_epoch(state, sentences, loader, hardware), hardware.device, 3) / steps
+    return lambda: one_epoch(state, sentences, loader, hardware)
 
 
 def one_epoch(state: TrainState, sentences: ClassSentences, loader: DataLoader, hardware: Hardware) -> None:
@@ -273,21 +332,17 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
     return [(name, seconds / total) for name, seconds in spent.items()]
 
 
-def evaluation_speed(model: CLIPModel, images: ImageDataset, batch: int, hardware: Hardware) -> float:
-    """Images/s of the program's own predict path over decoded images."""
+def own_prediction(model: CLIPModel, images: ImageDataset, batch: int, hardware: Hardware) -> Callable:
+    """The program's own predict path over decoded images, once over all of them."""
     loader = build_loader(images, EpochBatches(np.arange(len(images)), batch, None), 0)
     features = torch.nn.functional.normalize(torch.randn(3, 512, device=hardware.device), dim=-1)
     model.eval()
-    return len(images) / seconds_of(
-        lambda: predict_probs(model, features, loader, hardware.autocast(), hardware.device),
-        hardware.device,
-        3,
-    )
+    return lambda: predict_probs(model, features, loader, hardware.autocast(), hardware.device)
 
 
-def timm_speed(data_dir: Path, size: int, batch: int, hardware: Hardware) -> float:
-    """Images/s of training a plain resnet18 classifier by timm's own means: data set, loader (2 workers),
-    augmentation (crop, mirror, colour) and optimizer, over one epoch after a warm one.
+def timm_epoch(data_dir: Path, size: int, batch: int, hardware: Hardware) -> tuple[Callable[[], None], int]:
+    """An epoch of training a plain resnet18 classifier by timm's own means: data set, loader (2 workers),
+    augmentation (crop, mirror, colour) and optimizer. And its number of steps.
     """
     import timm
     from timm.data import create_dataset, create_loader
@@ -310,8 +365,7 @@ def timm_speed(data_dir: Path, size: int, batch: int, hardware: Hardware) -> flo
             loss.backward()
             optimizer.step()
 
-    epoch()
-    return len(loader) * batch / seconds_of(epoch, hardware.device, 1, warm_up=0)
+    return epoch, len(loader)
 
 
 def copied(data_dir: Path, target: Path, change: Callable[[Image.Image], Iterable[Image.Image]]) -> Path:
@@ -368,8 +422,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 HEAD = (
-    "image encoder", "floor, train / forward, img/s", "an epoch at the floor", "epoch 2 on",
-    "share of the floor", "first epoch, no cache", "share of the floor",
+    "image encoder", "floor, train / forward, img/s", "epoch 2 on, a mean", "at the floor",
+    "share of the floor (of each epoch)", "first epoch, no cache", "share of the floor",
     "predict path over squares in memory, share of the forward floor", "start to first step, warm cache",
     "MB after each epoch",
 )  # fmt: skip
@@ -378,28 +432,40 @@ HEAD = (
 def row_of(
     encoder: str, data_dir: Path, options: argparse.Namespace, hardware: Hardware, work: Path
 ) -> tuple[str, ...]:
-    """One encoder's line of the table: a cold run, then a warm one, between two measurements of the floor."""
+    """One encoder's line of the table: a cold run in turn with its floor, then how a warm one starts."""
     size, batch, frozen = options.img_size, options.batch_size, options.text_encoder == TINY
     flags = ["--img-size", str(size), "--batch-size", str(batch), "--gpu-id", str(options.gpu_id)]
     flags += ["--freeze-text-encoder"] if frozen else []
-    before = floor_of(encoder, size, batch, hardware)
-    cold, warm = (
-        whole_run(data_dir, encoder, options.text_encoder, [*flags, "--epochs", str(n)], work)
-        for n in (options.epochs, 1)
-    )
-    after = floor_of(encoder, size, batch, hardware)
-    floor = Floor(max(before.train, after.train), max(before.evaluate, after.evaluate))
-    at_floor = cold.n_train / floor.train + cold.n_val / floor.evaluate
+    train, evaluate = tower_alone(encoder, size, batch, hardware)
+    works = [train, evaluate]
     if not frozen:
-        n_classes = len(scan_folder(data_dir).classes)
-        at_floor += -(-cold.n_train // batch) * text_seconds(options.text_encoder, n_classes, hardware)
-    later, first = median(cold.epochs[1:]), cold.epochs[0] + cold.read
+        works.append(text_alone(options.text_encoder, len(scan_folder(data_dir).classes), hardware))
+
+    def floor() -> list[float]:
+        return in_turn(hardware.device, *works, rounds=1)
+
+    cold, warm = (
+        whole_run(data_dir, encoder, options.text_encoder, [*flags, "--epochs", str(n)], work, measured)
+        for n, measured in ((options.epochs, floor), (1, None))
+    )
+    if not all(cold.floors):
+        raise UserError(f"{data_dir}: too few images, an epoch takes less than {TURN:.0f} s")
+    # [epoch, work]: seconds of the tower's training step, of its forward pass, and of the text tower's step
+    floors = [[mean(of_one) for of_one in zip(*measured, strict=True)] for measured in cold.floors]
+    times = [cold.n_train / batch, cold.n_val / batch, -(-cold.n_train // batch)][: len(works)]
+    at_floor = [sum(n * seconds for n, seconds in zip(times, row, strict=True)) for row in floors]
+    shares = " ".join(f"{a / b:.2f}" for a, b in zip(at_floor, cold.epochs, strict=True))
+    first = cold.epochs[0] + cold.read
+    step, forward = (batch / mean(row[i] for row in floors) for i in range(2))
     state, _, _, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
-    predicted = evaluation_speed(state.model, images, batch, hardware)
+    predict = own_prediction(state.model, images, batch, hardware)
+    predicted, passes = in_turn(hardware.device, predict, lambda: [evaluate() for _ in range(8)])
     return (
-        encoder, f"{floor.train:.1f} / {floor.evaluate:.0f}", f"{at_floor:.1f} s", f"{later:.1f} s",
-        f"**{at_floor / later:.2f}**", f"{cold.epochs[0]:.1f} s + {cold.read:.1f} s reading",
-        f"**{at_floor / first:.2f}**", f"{predicted:.0f} img/s, **{predicted / floor.evaluate:.2f}**",
+        encoder, f"{step:.1f} / {forward:.0f}",
+        f"{mean(cold.epochs[1:]):.1f} s", f"{mean(at_floor[1:]):.1f} s",
+        f"**{sum(at_floor[1:]) / sum(cold.epochs[1:]):.3f}** ({shares})",
+        f"{cold.epochs[0]:.1f} s + {cold.read:.1f} s reading", f"**{at_floor[0] / first:.2f}**",
+        f"{len(images) / predicted:.0f} img/s, **{passes / predicted:.3f}**",
         f"{warm.start:.1f} s", " ".join(f"{mb:.0f}" for mb in cold.memory),
     )  # fmt: skip
 
@@ -425,23 +491,27 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
     for encoder in encoders if hardware.device.type == "cpu" else ():
         parts = parts_of_a_step(encoder, size, batch, hardware)
         print(f"a step of {encoder}: " + ", ".join(f"{name} {share:.1%}" for name, share in parts) + "\n")
-    peer, ours = (
-        timm_speed(data_dir, size, batch, hardware),
-        batch / step_seconds("resnet18", size, batch, 3, hardware),
-    )
+    peer, steps = timm_epoch(data_dir, size, batch, hardware)
+    seconds = in_turn(hardware.device, peer, own_steps("resnet18", size, batch, 3, hardware, steps), rounds=2)
+    theirs, ours = (steps * batch / s for s in seconds)
     print(
         f"training resnet18: {ours:.1f} img/s; a plain classifier with timm's data set, loader (2 workers) "
-        f"and optimizer: {peer:.1f} img/s\n"
+        f"and optimizer: {theirs:.1f} img/s; {ours / theirs:.2f} times as fast\n"
     )
-    few, many = (1e3 * step_seconds(encoders[0], size, batch, n, hardware) for n in (3, 1000))
-    print(f"classes 3 -> 1000, {encoders[0]}: {few:.0f} -> {many:.0f} ms a step ({many / few - 1:+.1%})\n")
-    print(growth(data_dir, encoders[0], options, work))
-    s1, rcf = (floor_of(e, size, batch, hardware) for e in ("timm:starnet_s1", "starnet_dual_pyramid_rcf"))
+    works = (own_steps(encoders[0], size, batch, n, hardware, 6) for n in (3, 1000))
+    few, many = in_turn(hardware.device, *works)
     print(
-        "starnet_dual_pyramid_rcf against its local pyramid, StarNet-S1, towers alone: "
-        f"{rcf.train:.1f} / {s1.train:.1f} img/s = {rcf.train / s1.train:.2f} in training, "
-        f"{rcf.evaluate:.0f} / {s1.evaluate:.0f} = {rcf.evaluate / s1.evaluate:.2f} forward\n"
+        f"classes 3 -> 1000, {encoders[0]}: {few / 6e-3:.0f} -> {many / 6e-3:.0f} ms a step "
+        f"({many / few - 1:+.1%})\n"
     )
+    print(growth(data_dir, encoders[0], options, work))
+    towers = [tower_alone(e, size, batch, hardware) for e in ("timm:starnet_s1", "starnet_dual_pyramid_rcf")]
+    for i, what in enumerate(("training", "forward")):
+        s1, rcf = (batch / s for s in in_turn(hardware.device, towers[0][i], towers[1][i]))
+        print(
+            f"starnet_dual_pyramid_rcf against its local pyramid, StarNet-S1, towers alone, {what}: "
+            f"{rcf:.1f} / {s1:.1f} img/s = {rcf / s1:.2f}\n"
+        )
     command = [sys.executable, str(ROOT / "train_clip.py"), "--help"]
     seconds = seconds_of(
         lambda: subprocess.run(command, capture_output=True, check=True), torch.device("cpu")

@@ -29,7 +29,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(autouse=True)
 def same_draws():
-    """Each test draws the same weights, dropped paths and so on, whichever tests ran before it in this process."""
+    """Each test draws the same weights and dropped paths, whichever tests ran before it in this process."""
     torch.manual_seed(0)
 
 
