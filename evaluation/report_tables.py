@@ -211,26 +211,25 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
     scaling = metrics["calibration"]["temperature_scaling"]
     names = {"ece": "ECE", "nll": "NLL (nats)", "brier": "Brier score"}
     if scaling is None:
+        header = ["", "Value 值"]
         rows = [[title, f"{metrics[key]['value']:.3f}"] for key, title in names.items()]
-        return {
-            "header": ["", "Value 值"],
-            "rows": rows,
-        }, "No temperature was fitted: there is nothing to fit on."
-    rows = [
-        [title, f"{scaling[f'{key}_before']:.3f}", f"{scaling[f'{key}_after']:.3f}"]
-        for key, title in names.items()
-    ]
-    parts = "the other folds" if run.kind == CROSS_VALIDATION else "the other half of the images"
-    caption = (
-        f"“After” is fair: each image is scaled by a temperature fitted on {parts}. For new images the "
-        f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program here "
-        "applies it by itself, and it is that of single models, not of an ensemble's mean."
-    )
+        caption = "No temperature was fitted: there is nothing to fit on."
+    else:
+        header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
+        rows = [
+            [title, f"{scaling[f'{key}_before']:.3f}", f"{scaling[f'{key}_after']:.3f}"]
+            for key, title in names.items()
+        ]
+        parts = "the other folds" if run.kind == CROSS_VALIDATION else "the other half of the images"
+        caption = (
+            f"“After” is fair: each image is scaled by a temperature fitted on {parts}. For new images the "
+            f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program "
+            "here applies it by itself, and it is that of single models, not of an ensemble's mean."
+        )
     if trained_with is not None and weight_for_rare_classes(trained_with):
         caption += (
             f" Training made up for rare classes ({loss_words(trained_with)}): probabilities suppose a "
             "class that was rare in training to be more frequent than it was, and a temperature cannot mend "
             "that."
         )
-    header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
     return {"header": header, "rows": rows}, caption

@@ -440,6 +440,15 @@ def test_an_evaluations_calibration_says_how_its_model_was_trained(tmp_path):
     assert caption not in Page(write_report(run)).text  # the model is not known any more
 
 
+def test_where_no_temperature_was_fitted_it_says_so_and_how_the_model_was_trained(tmp_path):
+    run = make_run(tmp_path, CHINESE, "evaluation", logit_adjustment=True)
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    metrics["calibration"]["temperature_scaling"] = None
+    (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    text = Page(write_report(run)).text
+    assert "No temperature was fitted" in text and "Training made up for rare classes" in text
+
+
 @pytest.mark.parametrize("evened", [False, True])
 def test_captions_say_what_training_had_that_validation_had_not(runs, tmp_path, evened):
     shutil.copytree(runs["single"], tmp_path / "run")
