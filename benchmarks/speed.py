@@ -5,14 +5,18 @@
     python -m benchmarks.speed --data-dir xray3 --upscale 1024     # the same images as large originals
 
 The floor is the image tower alone: same architecture, precision, batch and size, on random tensors in memory,
-forward + backward + AdamW for training and forward for validation. It is measured in turn with the run: the
-run is stopped every other second for a few steps of the floor, so that both meet the same machine even where
-its speed drifts. A run's share of it is the time its images would take at the floor over the time they took,
-everything included: from one epoch's line on the screen to the next, with validation and checkpoints. The
-first epoch counts from where images begin to be read, with no cache.
+forward + backward + AdamW for training and forward for validation; where the text tower is trained, also its
+forward + backward + AdamW. It is measured in turn with the run: after every two seconds the run is stopped
+for two steps of the floor, of which the second counts, so that both meet the same machine even where its
+speed drifts. A run's share of it is the time its images would take at the floor over the time they took,
+everything included: from one epoch's line on the screen to the next, with validation and checkpoints (of
+which such a run writes more than it would by itself, since its clock goes on while it is stopped). The first
+epoch counts from where images begin to be read, with no cache. A CPU alone: benchmarks.speed_gpu measures a
+GPU.
 """
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
@@ -28,7 +32,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import harmonic_mean, mean, median
 from unittest.mock import patch
 
 import numpy as np
@@ -88,9 +92,12 @@ def seconds_of(
     return median([timed() for _ in range(repeats + warm_up)][warm_up:])
 
 
-def in_turn(device: torch.device, *works: Callable[[], object], rounds: int = 6) -> list[float]:
-    """Mean time of each of `works`, one after the other in every round; the first does not count."""
-    spent = [[seconds_of(work, device, 1, 0) for work in works] for _ in range(rounds + 1)]
+def in_turn(*works: Callable[[], object], rounds: int = 6) -> list[float]:
+    """Mean seconds of each of `works` on a CPU, one after the other in every round; the first round does not
+    count.
+    """
+    cpu = torch.device("cpu")
+    spent = [[seconds_of(work, cpu, 1, 0) for work in works] for _ in range(rounds + 1)]
     return [mean(of_one) for of_one in zip(*spent[1:], strict=True)]
 
 
@@ -194,32 +201,35 @@ def whole_run(
         "--class-texts-file", str(texts), "--cache-dir", str(work / "cache"), *options,
     ]  # fmt: skip
     found, floors = Run(), []
-    printed: queue.SimpleQueue[tuple[float, str]] = queue.SimpleQueue()
-    stopped = 0.0  # seconds so far
+    printed: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen(lines: Iterable[str]) -> None:
-        for line in lines:
-            printed.put((time.perf_counter() - stopped, line))
-        printed.put((0.0, ""))
+        try:
+            for line in lines:
+                printed.put(line)
+        finally:
+            printed.put("")
 
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = last = time.perf_counter()
+    stopped = 0.0  # seconds so far
     with open(work / "errors.txt", "w") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
     ) as run:  # fmt: skip
         listener = threading.Thread(target=listen, args=(run.stdout,), daemon=True)
         listener.start()
         try:
             while True:
                 try:
-                    now, line = printed.get(timeout=TURN if floor and found.n_train else None)
+                    line = printed.get(timeout=TURN if floor and found.n_train else None)
                 except queue.Empty:
-                    run.send_signal(signal.SIGSTOP)
+                    os.killpg(run.pid, signal.SIGSTOP)  # with the processes that load its images
                     began = time.perf_counter()
                     floors.append(floor())
                     stopped += time.perf_counter() - began
-                    run.send_signal(signal.SIGCONT)
+                    os.killpg(run.pid, signal.SIGCONT)
                     continue
+                now = time.perf_counter() - stopped
                 if line.startswith("read "):
                     found.read = float(line.split(" images in ")[1].split()[0])
                 elif line.startswith("training on "):
@@ -227,6 +237,8 @@ def whole_run(
                     found.n_val = int(line.split("validating on ")[1].split()[0])
                     found.start, last = now - started, now
                 elif line.startswith("epoch "):
+                    if floor and not floors:
+                        raise UserError(f"{data_dir}: too few images, an epoch takes less than {TURN:g} s")
                     found.epochs.append(now - last)
                     found.floors.append(floors)
                     found.memory += memory_of(run.pid)
@@ -239,7 +251,8 @@ def whole_run(
                     said = (work / "errors.txt").read_text()
                     raise RunFailed(f"{' '.join(command)} failed: {said[-500:]}")
         finally:
-            run.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
             listener.join()
 
 
@@ -332,7 +345,9 @@ def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> 
     return [(name, seconds / total) for name, seconds in spent.items()]
 
 
-def own_prediction(model: CLIPModel, images: ImageDataset, batch: int, hardware: Hardware) -> Callable:
+def own_prediction(
+    model: CLIPModel, images: ImageDataset, batch: int, hardware: Hardware
+) -> Callable[[], object]:
     """The program's own predict path over decoded images, once over all of them."""
     loader = build_loader(images, EpochBatches(np.arange(len(images)), batch, None), 0)
     features = torch.nn.functional.normalize(torch.randn(3, 512, device=hardware.device), dim=-1)
@@ -442,24 +457,23 @@ def row_of(
         works.append(text_alone(options.text_encoder, len(scan_folder(data_dir).classes), hardware))
 
     def floor() -> list[float]:
-        return in_turn(hardware.device, *works, rounds=1)
+        return in_turn(*works, rounds=1)
 
-    cold, warm = (
-        whole_run(data_dir, encoder, options.text_encoder, [*flags, "--epochs", str(n)], work, measured)
-        for n, measured in ((options.epochs, floor), (1, None))
-    )
-    if not all(cold.floors):
-        raise UserError(f"{data_dir}: too few images, an epoch takes less than {TURN:.0f} s")
-    # [epoch, work]: seconds of the tower's training step, of its forward pass, and of the text tower's step
-    floors = [[mean(of_one) for of_one in zip(*measured, strict=True)] for measured in cold.floors]
+    floor()  # memory is new to the first two steps
+    run = partial(whole_run, data_dir, encoder, options.text_encoder, work=work)
+    cold = run([*flags, "--epochs", str(options.epochs)], floor=floor)
+    warm = run([*flags, "--epochs", "1"])
+    # [epoch, work]: seconds of the tower's training step, of its forward pass, and of the text tower's step.
+    # They were taken at even distances in time, so it is speeds that have a mean.
+    floors = [[harmonic_mean(of_one) for of_one in zip(*measured, strict=True)] for measured in cold.floors]
     times = [cold.n_train / batch, cold.n_val / batch, -(-cold.n_train // batch)][: len(works)]
     at_floor = [sum(n * seconds for n, seconds in zip(times, row, strict=True)) for row in floors]
     shares = " ".join(f"{a / b:.2f}" for a, b in zip(at_floor, cold.epochs, strict=True))
     first = cold.epochs[0] + cold.read
-    step, forward = (batch / mean(row[i] for row in floors) for i in range(2))
+    step, forward = (batch / harmonic_mean([row[i] for row in floors]) for i in range(2))
     state, _, _, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
     predict = own_prediction(state.model, images, batch, hardware)
-    predicted, passes = in_turn(hardware.device, predict, lambda: [evaluate() for _ in range(8)])
+    predicted, passes = in_turn(predict, lambda: [evaluate() for _ in range(8)])
     return (
         encoder, f"{step:.1f} / {forward:.0f}",
         f"{mean(cold.epochs[1:]):.1f} s", f"{mean(at_floor[1:]):.1f} s",
@@ -488,26 +502,24 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
     )
     if not frozen:
         return
-    for encoder in encoders if hardware.device.type == "cpu" else ():
+    for encoder in encoders:
         parts = parts_of_a_step(encoder, size, batch, hardware)
         print(f"a step of {encoder}: " + ", ".join(f"{name} {share:.1%}" for name, share in parts) + "\n")
     peer, steps = timm_epoch(data_dir, size, batch, hardware)
-    seconds = in_turn(hardware.device, peer, own_steps("resnet18", size, batch, 3, hardware, steps), rounds=2)
+    seconds = in_turn(peer, own_steps("resnet18", size, batch, 3, hardware, steps), rounds=2)
     theirs, ours = (steps * batch / s for s in seconds)
     print(
         f"training resnet18: {ours:.1f} img/s; a plain classifier with timm's data set, loader (2 workers) "
         f"and optimizer: {theirs:.1f} img/s; {ours / theirs:.2f} times as fast\n"
     )
-    works = (own_steps(encoders[0], size, batch, n, hardware, 6) for n in (3, 1000))
-    few, many = in_turn(hardware.device, *works)
-    print(
-        f"classes 3 -> 1000, {encoders[0]}: {few / 6e-3:.0f} -> {many / 6e-3:.0f} ms a step "
-        f"({many / few - 1:+.1%})\n"
-    )
+    steps = 6
+    works = (own_steps(encoders[0], size, batch, n, hardware, steps) for n in (3, 1000))
+    few, many = (1e3 * seconds / steps for seconds in in_turn(*works))
+    print(f"classes 3 -> 1000, {encoders[0]}: {few:.0f} -> {many:.0f} ms a step ({many / few - 1:+.1%})\n")
     print(growth(data_dir, encoders[0], options, work))
     towers = [tower_alone(e, size, batch, hardware) for e in ("timm:starnet_s1", "starnet_dual_pyramid_rcf")]
     for i, what in enumerate(("training", "forward")):
-        s1, rcf = (batch / s for s in in_turn(hardware.device, towers[0][i], towers[1][i]))
+        s1, rcf = (batch / s for s in in_turn(towers[0][i], towers[1][i]))
         print(
             f"starnet_dual_pyramid_rcf against its local pyramid, StarNet-S1, towers alone, {what}: "
             f"{rcf:.1f} / {s1:.1f} img/s = {rcf / s1:.2f}\n"
@@ -547,11 +559,13 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
 
 
 def main(typed: Sequence[str] | None = None) -> int:
-    """Measure and print. Returns the exit code: 0 done, 2 bad input."""
+    """Measure and print. Returns the exit code: 0 done, 1 a run failed, 2 bad input."""
 
     def program() -> int:
         options = read_arguments(sys.argv[1:] if typed is None else typed)
         hardware = choose_hardware(options.gpu_id, True)
+        if hardware.device.type != "cpu":
+            raise UserError("python -m benchmarks.speed_gpu measures a GPU; give --gpu-id -1 for the CPU")
         keep_freed_memory()  # as training does: the floor shall be as fast as it can be
         with tempfile.TemporaryDirectory() as work:
             measure(options, hardware, Path(work))

@@ -4,10 +4,11 @@
     python -m benchmarks.speed_gpu --data-dir xray3 --copies 8 --compile   # the runs train with --compile
     python -m benchmarks.speed_gpu --data-dir xray3 --copies 8 --eager     # without minutes of compiling
 
-The floor is that of benchmarks.speed, eager and compiled by torch.compile, with ten steps started before the
-GPU is waited for. A run's share of it is the time that its images would take at the floor over the time from
-one epoch's line to the next, validation and checkpoints included, from the second epoch on. A few hundred
-images are a second of such a GPU's work: --copies makes more of them, each turned by another degree.
+The floor is the image tower alone, measured before the run, eager and compiled by torch.compile, with ten
+steps started before the GPU is waited for. A run's share of it is the time that its images would take at the
+floor over the time from one epoch's line to the next, validation and checkpoints included, from the second
+epoch on. A few hundred images are a second of such a GPU's work: --copies makes more of them, each turned by
+another degree.
 """
 
 import argparse

@@ -1,10 +1,16 @@
 """benchmarks/speed.py and speed_gpu.py run with the program as it is; what they measure is not tested."""
 
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
+from benchmarks import speed
 from benchmarks.speed import floor_of, in_turn, own_steps, parts_of_a_step, turned_copies, upscaled
 from benchmarks.speed_gpu import Utilisation, main
 from common.device import choose_hardware
+from common.errors import RunFailed, UserError
 from data.images import read_image
 from data.scan import scan_folder
 
@@ -12,9 +18,8 @@ HARDWARE = choose_hardware(-1, False)
 
 
 def test_a_step_and_its_parts_are_measured():
-    assert all(
-        s > 0 for s in in_turn(HARDWARE.device, own_steps("resnet18", 32, 4, 3, HARDWARE, 1), rounds=1)
-    )
+    (seconds,) = in_turn(own_steps("resnet18", 32, 4, 3, HARDWARE, 1), rounds=1)
+    assert seconds > 0
     parts = dict(parts_of_a_step("resnet18", 32, 2, HARDWARE))
     assert sum(parts.values()) == pytest.approx(1) and parts["backward"] > 0.1
 
@@ -22,6 +27,75 @@ def test_a_step_and_its_parts_are_measured():
 def test_the_floor_counts_images_a_second():
     floor = floor_of("resnet18", 32, 4, HARDWARE)
     assert floor.evaluate > 0 and floor.train > 0
+
+
+STAND_IN = """
+import os, pathlib, sys, time
+def wait_for(name):
+    while not (folder / name).exists():
+        time.sleep(0.001)
+folder = pathlib.Path(__file__).parent
+(folder / "pid").write_text(str(os.getpid()))
+print("read 30 images in 0.5 s")
+print("training on 24 images, validating on 6 images")
+for epoch in (1, 2):
+    wait_for(f"floor {epoch}")
+    print(f"epoch {epoch}/2")
+"""
+
+
+class StandIn:
+    """In place of the program: ends an epoch when its floor was measured, and itself as `end` says."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, end: str):
+        self.folder, self.away, self.floors = folder, 0.0, 0
+        (folder / "train_clip.py").write_text(STAND_IN + end, encoding="utf-8")
+        monkeypatch.setattr(speed, "ROOT", folder)
+        monkeypatch.setattr(speed, "TURN", 0.01)
+        self.clock = time.perf_counter
+        monkeypatch.setattr(speed.time, "perf_counter", lambda: self.clock() + self.away)
+
+    def state(self) -> str:
+        """One letter of the system's: T for stopped."""
+        status = Path("/proc", (self.folder / "pid").read_text(), "stat")
+        return status.read_text().rsplit(") ", 1)[1][0]
+
+    def floor(self) -> list[float]:
+        deadline = self.clock() + 60
+        while self.state() != "T":  # a signal takes its time
+            assert self.clock() < deadline, "the run goes on while its floor is measured"
+        self.away += 1000  # as if it had taken so many seconds
+        self.floors += 1
+        (self.folder / f"floor {self.floors}").touch()
+        return [float(self.floors)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_stands_still_while_its_floor_is_measured_and_that_time_does_not_count(
+    class_folder, tmp_path, monkeypatch
+):
+    run = StandIn(tmp_path, monkeypatch, "print('done:'); time.sleep(600)")
+    found = speed.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
+    assert (found.n_train, found.n_val, found.read) == (24, 6, 0.5)
+    assert len(found.epochs) == len(found.floors) == len(found.memory) == 2 and all(found.floors)
+    assert all(0 <= seconds < 1000 for seconds in [found.start, *found.epochs])
+    with pytest.raises(FileNotFoundError):
+        run.state()  # it was ended, though it would have gone on
+
+
+def test_a_run_that_fails_is_reported_with_its_last_words(class_folder, tmp_path, monkeypatch):
+    run = StandIn(tmp_path, monkeypatch, "raise SystemExit('no room')")
+    with pytest.raises(RunFailed, match="no room"):
+        speed.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
+
+
+def test_a_run_too_short_to_be_measured_is_refused_after_its_first_epoch(class_folder, tmp_path, monkeypatch):
+    run = StandIn(tmp_path, monkeypatch, "")
+    monkeypatch.setattr(speed, "TURN", 600)
+    for epoch in (1, 2):
+        (tmp_path / f"floor {epoch}").touch()
+    with pytest.raises(UserError, match="too few images"):
+        speed.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
 
 
 def test_folders_for_measuring_hold_the_same_classes(class_folder, tmp_path):
