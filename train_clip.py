@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import as_program, say
+from common.cli import as_program, not_installed, say
 from common.errors import RunFailed, UserError
 from common.files import LATEST
 from common.stopping import exit_code
@@ -40,6 +40,8 @@ def _main(arguments: Sequence[str]) -> int:
             return run(config, typed)
     except UserError as error:
         return _say(error)
+    except ModuleNotFoundError as error:
+        return _say(not_installed(error))
     except KeyboardInterrupt as stop:
         how = f"interrupted; {_how_to_continue(config, given, started)}"
         if (who := _who(how, if_nothing_else=True)) is not None:
@@ -100,7 +102,7 @@ def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: f
         if given.get("resume_from") in ("auto", str(latest)):
             return f"what was trained is saved, and the same command{once_more} continues"
         return f"what was trained is saved; to go on, the same command{once_more}, and --resume-from {latest}"
-    return "nothing was trained, so there is nothing to resume from"
+    return "nothing was saved yet, so there is nothing to resume from"
 
 
 if __name__ == "__main__":

@@ -191,13 +191,15 @@ def write_tables(out: Path, first: str, results: Results, failures: Mapping[str,
         smallest = whole.classes[int(np.bincount(whole.labels, minlength=len(whole.classes)).argmin())]
         lines += [
             "Percent, last epoch: mean ± sample std over folds and seeds (95 % interval of all their "
-            "predictions).\n",
+            "predictions taken together, over patients where they are known; where folds are small it may "
+            "lie beside the mean).\n",
             score_table(summaries, smallest),
         ]
     if compared:
         lines += [
-            f"Against {first}, percentage points on the same images (paired 95 % interval; p of the "
-            "corrected t-test over folds and seeds, after Holm). Bold: beyond noise.\n",
+            f"Against {first}, percentage points on the same images, of all predictions taken together "
+            "(paired 95 % interval; p of the corrected t-test over folds and seeds, after Holm). Bold: "
+            "beyond noise.\n",
             difference_table(compared),
         ]
     lines += [f"{name} failed: {why}\n" for name, why in failures.items()]

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import harmonic_mean, mean, median
@@ -484,6 +485,11 @@ def row_of(
     )  # fmt: skip
 
 
+def stage(what: str) -> None:
+    """Say what is measured next, beside the Markdown."""
+    print(f"{datetime.now():%H:%M:%S} {what}", file=sys.stderr, flush=True)
+
+
 def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None:
     """Print the table, and with a frozen text tower what else costs time."""
     size, batch, encoders = options.img_size, options.batch_size, options.image_encoder
@@ -491,7 +497,10 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
     if options.upscale:
         data_dir = upscaled(data_dir, options.upscale, work / "large")
     frozen = options.text_encoder == TINY
-    rows = [row_of(e, data_dir, options, hardware, work / str(i)) for i, e in enumerate(encoders)]
+    rows = []
+    for i, encoder in enumerate(encoders):
+        stage(f"{encoder}: a run of {options.epochs} epochs, in turn with its floor, and one of 1 epoch")
+        rows.append(row_of(encoder, data_dir, options, hardware, work / str(i)))
     print(
         "The floor is eager; torch.compile was not tried. The first epoch's files are in the system's page "
         "cache.\n"
@@ -503,8 +512,10 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
     if not frozen:
         return
     for encoder in encoders:
+        stage(f"{encoder}: the parts of a step")
         parts = parts_of_a_step(encoder, size, batch, hardware)
         print(f"a step of {encoder}: " + ", ".join(f"{name} {share:.1%}" for name, share in parts) + "\n")
+    stage("three epochs of timm's trainer and of this one, in turn")
     peer, steps = timm_epoch(data_dir, size, batch, hardware)
     seconds = in_turn(peer, own_steps("resnet18", size, batch, 3, hardware, steps), rounds=2)
     theirs, ours = (steps * batch / s for s in seconds)
@@ -512,11 +523,14 @@ def measure(options: argparse.Namespace, hardware: Hardware, work: Path) -> None
         f"training resnet18: {ours:.1f} img/s; a plain classifier with timm's data set, loader (2 workers) "
         f"and optimizer: {theirs:.1f} img/s; {ours / theirs:.2f} times as fast\n"
     )
+    stage("3 and 1,000 classes, in turn")
     steps = 6
     works = (own_steps(encoders[0], size, batch, n, hardware, steps) for n in (3, 1000))
     few, many = (1e3 * seconds / steps for seconds in in_turn(*works))
     print(f"classes 3 -> 1000, {encoders[0]}: {few:.0f} -> {many:.0f} ms a step ({many / few - 1:+.1%})\n")
+    stage("runs over all images and over four times as many, at 64 px")
     print(growth(data_dir, encoders[0], options, work))
+    stage("dual pyramid and StarNet-S1, in turn; the last")
     towers = [tower_alone(e, size, batch, hardware) for e in ("timm:starnet_s1", "starnet_dual_pyramid_rcf")]
     for i, what in enumerate(("training", "forward")):
         s1, rcf = (batch / s for s in in_turn(towers[0][i], towers[1][i]))

@@ -28,12 +28,7 @@ class Parser(argparse.ArgumentParser):
         """
         found, unknown = self.parse_known_args(arguments)
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        problems = [
-            f"unknown option {word}{did_you_mean(word.split('=')[0], flags)}; --help explains the options"
-            if word.startswith("-")
-            else f"unexpected argument {word!r}; quote values that contain spaces"
-            for word in unknown
-        ]
+        problems = problems_with_unknown(unknown, flags)
         problems += [
             f"{flag} is required"
             for flag in required
@@ -42,6 +37,21 @@ class Parser(argparse.ArgumentParser):
         if problems:
             raise UserError(*problems)
         return found
+
+
+def problems_with_unknown(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A sentence for each word of a command line that no option took; the word after an unknown option counts
+    as its value.
+    """
+    problems, may_be_value = [], False
+    for word in words:
+        if word.startswith("-"):
+            near = did_you_mean(word.split("=")[0], flags)
+            problems.append(f"unknown option {word}{near}; --help explains the options")
+        elif not may_be_value:
+            problems.append(f"unexpected argument {word!r}; quote values that contain spaces")
+        may_be_value = word.startswith("-") and "=" not in word
+    return problems
 
 
 class _Shown:
@@ -83,12 +93,21 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
             return program()
         except UserError as error:
             return say(error)
+        except ModuleNotFoundError as error:
+            return say(not_installed(error))
         except KeyboardInterrupt as stop:
             print(f"\ninterrupted; {interrupted}", file=sys.stderr)
             return exit_code(stop)
         except (MemoryError, OSError) as error:
             print(f"error: {PIPE_CLOSED if isinstance(error, BrokenPipeError) else error}", file=sys.stderr)
             return 1
+
+
+def not_installed(error: ModuleNotFoundError) -> UserError:
+    return UserError(
+        f"the Python at {sys.executable} has no package {error.name!r}; run this with .venv/bin/python where "
+        "there is a folder .venv, else install the packages: pip install -r requirements.txt"
+    )
 
 
 def say(error: UserError, who: str = "", silent: bool = False) -> int:

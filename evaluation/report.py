@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from common.cli import Parser, exit_code_of
 from common.files import printable, write_whole
@@ -98,7 +99,7 @@ def draw(run: RunFolder, views: Views) -> dict[str, str]:
         shown = [mistake for mistake in views.mistakes if mistake.picture is not None]
         if shown:
             made["mistakes"] = figures.gallery([_for_paper(run, mistake) for mistake in shown])
-        for name, figure in made.items():
+        for name, figure in tqdm(made.items(), desc="drawing", leave=False, disable=None):
             drawn[name] = _data_uri(figures.save(figure, folder, name).encode(), "image/svg+xml")
     for name in FIGURES:
         if name not in drawn:

@@ -220,12 +220,20 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
             [title, f"{scaling[f'{key}_before']:.3f}", f"{scaling[f'{key}_after']:.3f}"]
             for key, title in names.items()
         ]
-        parts = "the other folds" if run.kind == CROSS_VALIDATION else "the other half of the images"
+        of_folds = run.kind == CROSS_VALIDATION
+        parts = "the other folds" if of_folds else "the other half of the images"
         caption = (
             f"“After” is fair: each image is scaled by a temperature fitted on {parts}. For new images the "
             f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program "
-            "here applies it by itself, and it is that of single models, not of an ensemble's mean."
+            "here applies it by itself."
         )
+        if of_folds:
+            caption += " It is that of the folds' single models, not of their mean."
+        if scaling["nll_after"] >= scaling["nll_before"]:
+            caption += (
+                " Here it makes the probabilities no better: none is needed, or the images are too few to "
+                "fit it."
+            )
     if trained_with is not None and weight_for_rare_classes(trained_with):
         caption += (
             f" Training made up for rare classes ({loss_words(trained_with)}): probabilities suppose a "

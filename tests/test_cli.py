@@ -49,6 +49,18 @@ def test_help_imports_nothing_heavy():
     assert not re.search(r"\| +(torch|timm|transformers|sklearn|numpy)$", imports, re.MULTILINE)
 
 
+@pytest.mark.parametrize("program", ["train_clip", "predict_clip", "evaluate_clip"])
+def test_a_missing_package_is_said_in_one_line(program, class_folder, tmp_path):
+    given = {
+        "train_clip": ["--data-dir", class_folder, "--output-dir", tmp_path / "run"],
+        "predict_clip": ["--checkpoint", "x", "--input", class_folder, "--output", tmp_path / "p.csv"],
+        "evaluate_clip": ["--checkpoint", "x", "--data-dir", class_folder, "--output-dir", tmp_path / "e"],
+    }[program]
+    without_torch = f"import sys; sys.modules['torch'] = None; import {program}; sys.exit({program}.main())"
+    code, _, error = run("-c", without_torch, *given)
+    assert code == 2 and "pip install -r requirements.txt" in error and len(error.splitlines()) == 1
+
+
 BAD_DATA = [
     ([], "nowhere", "is not a folder"),
     ([], "empty", "at least two class folders"),

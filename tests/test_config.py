@@ -48,6 +48,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
             ["--epoch", "3", "--batch-size", "0", "--learning-rate", "fast", "--loss", "unicle"]
         )
     text = str(caught.value)
+    assert "'3'" not in text  # the value of an option that is unknown
     for part in ("--epoch (did you mean '--epochs'", "--batch-size", "'fast'", "did you mean 'unicl'"):
         assert part in text
 

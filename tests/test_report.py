@@ -8,6 +8,7 @@ import shutil
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from common.files import write_json
 from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
 from evaluation.report import FIGURES, main, write_report
+from evaluation.report_tables import temperature_table
 from evaluation.results import Predictions, write_results
 from evaluation.run_folder import loss_words, read_run_folder
 from evaluation.trained import load_trained
@@ -447,6 +449,24 @@ def test_where_no_temperature_was_fitted_it_says_so_and_how_the_model_was_traine
     (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     text = Page(write_report(run)).text
     assert "No temperature was fitted" in text and "Training made up for rare classes" in text
+
+
+@pytest.mark.parametrize(("kind", "after", "better", "of_folds"), [
+    ("cross-validation", 0.4, True, True), ("evaluation", 0.5, False, False), ("single", 0.6, False, False),
+])  # fmt: skip
+def test_the_temperatures_caption_says_whose_it_is_and_whether_it_helps(
+    kind, after, better, of_folds, tmp_path
+):
+    scaling = {"temperature": 1.25} | {
+        f"{key}_{when}": value
+        for key in ("ece", "nll", "brier")
+        for when, value in (("before", 0.5), ("after", after))
+    }
+    run = SimpleNamespace(kind=kind, metrics={"calibration": {"temperature_scaling": scaling}})
+    _, caption = temperature_table(run, None)
+    assert "fitted on all is 1.250" in caption
+    assert ("not of their mean" in caption) is of_folds
+    assert ("no better" in caption) is not better
 
 
 @pytest.mark.parametrize("evened", [False, True])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser
+from common.cli import Parser, problems_with_unknown
 from common.errors import UserError, did_you_mean
 from common.files import MOST_WRITTEN_BY_HAND, read_json, saved_in
 
@@ -389,15 +389,7 @@ def options_from_flags(arguments: Sequence[str]) -> dict[str, Any]:
     """The options typed on the command line, converted and checked. Raises UserError naming every mistake."""
     parser = build_parser()
     found, unknown = parser.parse_known_args(arguments)
-    problems = []
-    flags = [flag_of(name) for name in FIELDS]
-    for word in unknown:
-        if word.startswith("--"):
-            problems.append(
-                f"unknown option {word}{did_you_mean(word.split('=')[0], flags)}; --help lists all"
-            )
-        else:
-            problems.append(f"unexpected argument {word!r}; quote values that contain spaces")
+    problems = problems_with_unknown(unknown, [flag_of(name) for name in FIELDS])
     options: dict[str, Any] = {}
     for name, value in vars(found).items():
         _, kind = _optional_and_type(name)

@@ -223,11 +223,14 @@ def print_cv_summary(summary: Mapping[str, Any]) -> None:
     print(f"\ncross-validation, {summary['n_splits']} folds, mean ± sample standard deviation")
     for title in ("last_epoch", "best_epoch"):
         cells = "  ".join(
-            f"{key} {value['mean']:.4f} ± {value['std_sample']:.4f}" for key, value in summary[title].items()
+            f"{key} {value['mean']:.4f} ± {value['std_sample']:.4f}"
+            if key.endswith("loss")
+            else f"{key} {value['mean']:.2f} ± {value['std_sample']:.2f} %"
+            for key, value in summary[title].items()
         )
         print(f"  {title}: {cells}")
     best = summary["best_val_acc"]
     print(
-        f"  best_val_acc {best['mean']:.2f} ± {best['std_sample']:.2f} (chosen on the images it is "
+        f"  best_val_acc {best['mean']:.2f} ± {best['std_sample']:.2f} % (chosen on the images it is "
         "reported on)"
     )

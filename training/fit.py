@@ -183,7 +183,7 @@ def fit(
     """
     batches = train_loader.batch_sampler
     assert isinstance(batches, EpochBatches)
-    started, first, probs = time.monotonic(), state.epoch, None
+    first, probs = state.epoch, None
     if state.epoch and is_main():  # the run may have been killed between its checkpoint and its history
         write_json(output_dir / "history.json", state.history)
     if hardware.device.type == "cpu":
@@ -236,7 +236,7 @@ def fit(
                 state.best_value, state.best_epoch = value, state.epoch
             state.stopped_early = state.early_stopping.update(value)
             save(class_features, save_best and is_best)
-            left = (time.monotonic() - started) / (state.epoch - first) * (epochs - state.epoch)
+            left = np.mean(state.history["epoch_seconds"][first:]) * (epochs - state.epoch)
             print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)
             if stuck_at_chance(state.history["train_loss_image_to_text"], chance_loss):
                 print(CHANCE_HINT, flush=True)
