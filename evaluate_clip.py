@@ -130,7 +130,10 @@ def match_classes(
             print(f"note: the folder {name!r} is taken for the class {ours_of[name]!r}")
     absent = [name for name in classes if name not in ours_of.values()]
     if absent:
-        print(f"note: no images of {', '.join(absent)}; what cannot be measured without them is null")
+        print(
+            f"note: no images of {', '.join(absent)}; what cannot be measured without them is null, and "
+            "where they were predicted their F1 is 0 in the macro-F1"
+        )
     new = np.array([classes.index(ours_of[n]) if n not in extra else -1 for n in folder.classes])[
         folder.labels
     ]

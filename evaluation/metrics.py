@@ -215,6 +215,8 @@ class WeightedMetrics:
     def __init__(self, probs: np.ndarray, labels: np.ndarray):
         self.n_classes = probs.shape[1]
         predictions = probs.argmax(1)
+        classes = np.arange(self.n_classes)
+        self.only_predicted = np.isin(classes, predictions) & ~np.isin(classes, labels)
         self.cells = _Sums(labels * self.n_classes + predictions)
         self.bins = _Sums(adaptive_bins(probs.max(1)))
         self.gap = (predictions == labels) - probs.max(1)  # (N,)
@@ -225,7 +227,8 @@ class WeightedMetrics:
         total = weights.sum(1)
         confusion = np.zeros((len(weights), self.n_classes**2))
         confusion[:, self.cells.keys] = self.cells(weights)
-        of_classes = _of_confusion(confusion.reshape(-1, self.n_classes, self.n_classes))
+        confusion = confusion.reshape(-1, self.n_classes, self.n_classes)
+        of_classes = _of_confusion(confusion, self.only_predicted)
         areas = [ranking(weights) for ranking in self.rankings]
         of_classes["roc_auc"] = np.stack([auc for auc, _ in areas], axis=1)  # (r, C)
         of_classes["average_precision"] = np.stack([ap for _, ap in areas], axis=1)
@@ -239,14 +242,18 @@ class WeightedMetrics:
         }
 
 
-def _of_confusion(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics of confusion matrices (r, C, C): headline ones (r,), those of the classes (r, C)."""
+def _of_confusion(confusion: np.ndarray, only_predicted: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics of confusion matrices (r, C, C): headline ones (r,), those of the classes (r, C).
+
+    only_predicted (C,): of the classes that have no image; they count in every macro-F1, or it would be over
+    fewer classes in a resample where they are not predicted.
+    """
     right = np.diagonal(confusion, axis1=1, axis2=2)  # (r, C)
     support, predicted = confusion.sum(2), confusion.sum(1)  # (r, C)
     total, all_right = support.sum(1), right.sum(1)  # (r,)
     rest = total[:, None] - support
     sensitivity = _ratio(right, support)
-    f1 = _ratio(2 * right, support + predicted)
+    f1 = np.where(only_predicted, 0.0, _ratio(2 * right, support + predicted))
     # chance: what labels and predictions of these frequencies would agree on if independent, times total**2
     chance = (support * predicted).sum(1)
     covariance = all_right * total - chance

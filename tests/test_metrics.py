@@ -188,6 +188,21 @@ def test_bootstrap_equals_a_slow_loop_over_scikit_learn(grouped):
     assert found["n_groups"] == (11 if grouped else None)
 
 
+def test_the_interval_of_the_macro_f1_is_over_the_classes_of_its_value():
+    """Class 2 has no image and is predicted once: a resample without that image still counts it."""
+    labels, predictions = np.repeat([0, 1], 10), np.r_[[0] * 9, 2, [1] * 8, 0, 0]
+    found = full_metrics(0.1 + 0.7 * np.eye(3)[predictions], labels, list("abc"), resamples=200)
+    random = np.random.default_rng(0)
+    resampled = [
+        sk.f1_score(labels[drawn], predictions[drawn], labels=[0, 1, 2], average="macro", zero_division=0)
+        for drawn in random.integers(20, size=(200, 20))
+    ]
+    entry = found["macro_f1"]
+    assert entry["value"] == pytest.approx(sk.f1_score(labels, predictions, average="macro", zero_division=0))
+    assert [entry["low"], entry["high"]] == pytest.approx(np.percentile(resampled, [2.5, 97.5]))
+    assert entry["high"] <= 2 / 3
+
+
 def test_copies_of_an_image_of_one_patient_add_no_certainty():
     probs, labels = draw(80, 3)
     single = full_metrics(probs, labels, list("abc"), groups=np.arange(80), resamples=100)
