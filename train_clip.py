@@ -41,7 +41,7 @@ def _main(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _say(error)
     except ModuleNotFoundError as error:
-        return _say(not_installed(error))
+        return _say(RunFailed(f"{not_installed(error)}; {_how_to_continue(config, given, started)}"))
     except KeyboardInterrupt as stop:
         how = f"interrupted; {_how_to_continue(config, given, started)}"
         if (who := _who(how, if_nothing_else=True)) is not None:

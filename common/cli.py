@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
@@ -45,12 +46,13 @@ def problems_with_unknown(words: Sequence[str], flags: Sequence[str]) -> list[st
     """
     problems, may_be_value = [], False
     for word in words:
-        if word.startswith("-"):
+        is_option = re.match("--?[A-Za-z]", word) is not None  # not -1
+        if is_option:
             near = did_you_mean(word.split("=")[0], flags)
             problems.append(f"unknown option {word}{near}; --help explains the options")
         elif not may_be_value:
             problems.append(f"unexpected argument {word!r}; quote values that contain spaces")
-        may_be_value = word.startswith("-") and "=" not in word
+        may_be_value = is_option and "=" not in word
     return problems
 
 
@@ -94,7 +96,7 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
         except UserError as error:
             return say(error)
         except ModuleNotFoundError as error:
-            return say(not_installed(error))
+            return say(RunFailed(not_installed(error)))
         except KeyboardInterrupt as stop:
             print(f"\ninterrupted; {interrupted}", file=sys.stderr)
             return exit_code(stop)
@@ -103,10 +105,10 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
             return 1
 
 
-def not_installed(error: ModuleNotFoundError) -> UserError:
-    return UserError(
-        f"the Python at {sys.executable} has no package {error.name!r}; run this with .venv/bin/python where "
-        "there is a folder .venv, else install the packages: pip install -r requirements.txt"
+def not_installed(error: ModuleNotFoundError) -> str:
+    return (
+        f"the Python at {sys.executable} has no package {error.name!r}; run this with .venv/bin/python, or "
+        f"install the packages: {sys.executable} -m pip install -r requirements.txt"
     )
 
 

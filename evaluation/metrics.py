@@ -6,8 +6,9 @@ An INTERVAL ENTRY is {"value", "low", "high", "method"}: the metric on all image
 "bootstrap" or "wilson". A PROPORTION (a count over a count) also has "wilson": [low, high], Wilson's score
 interval over images, which takes the images of one patient for independent.
   * "bootstrap": percentiles over resamples of the patients, each with all its images, or of the images where
-    patients are not known. A resample is scored as if it were the data; where the metric is undefined on it,
-    it is left out. Low and high are null where all resamples agree, as for a perfect score.
+    patients are not known. A resample is scored as if it were the data (but see macro_f1); where the metric
+    is undefined on it, it is left out. Low and high are null where all resamples agree, as for a perfect
+    score.
   * "wilson": proportions where patients are not known; then low and high are those of the key "wilson". And
     proportions where patients are known but all resamples agree; then they are Wilson's over the patients.
   * What is undefined, as the sensitivity of a class without images, is null in every field, never 0.
@@ -18,7 +19,8 @@ classes                   the names, in the order of the columns of the probabil
 
 accuracy                  a proportion; the predicted class is the one of highest probability
 balanced_accuracy         mean sensitivity of the classes that have images
-macro_f1                  mean F1 of the classes that have images or were predicted
+macro_f1                  mean F1 of the classes that have images or were predicted; one that has none and was
+                          predicted counts as 0 in every resample
 mcc                       Matthews' correlation for C classes (Gorodkin 2004); 0 where all labels, or all
                           predictions, are one class
 cohen_kappa               unweighted; null where all labels and all predictions are one and the same class

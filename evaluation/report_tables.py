@@ -230,10 +230,7 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
         if of_folds:
             caption += " It is that of the folds' single models, not of their mean."
         if scaling["nll_after"] >= scaling["nll_before"]:
-            caption += (
-                " Here it makes the probabilities no better: none is needed, or the images are too few to "
-                "fit it."
-            )
+            caption += " Here it does not lower the NLL: none is needed, or the images are too few to fit it."
     if trained_with is not None and weight_for_rare_classes(trained_with):
         caption += (
             f" Training made up for rare classes ({loss_words(trained_with)}): probabilities suppose a "

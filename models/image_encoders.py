@@ -48,13 +48,12 @@ class ImageTower(nn.Module):
         (B, 3, S, S) in channels-last memory.
         """
         images = images.permute(0, 2, 3, 1).float().contiguous()
-        b, height, width, channels = images.shape
+        width, channels = images.shape[2:]
         if channels == 1:
             return torch.addcmul(self.shift, images, self.scale).permute(0, 3, 1, 2)
         # a row of pixels at once: on a CPU, loops over three channels take three times as long
-        rows = images.view(b, height, 3 * width)
-        rows = torch.addcmul(self.shift.repeat(width), rows, self.scale.repeat(width))
-        return rows.view(b, height, width, 3).permute(0, 3, 1, 2)
+        rows = torch.addcmul(self.shift.repeat(width), images.flatten(2), self.scale.repeat(width))
+        return rows.view_as(images).permute(0, 3, 1, 2)
 
     def checkpoint_gradients(self, name: str) -> None:
         """Hold no activations within stages; compute them again in the backward pass (Chen et al. 2016, arXiv

@@ -58,7 +58,7 @@ def test_a_missing_package_is_said_in_one_line(program, class_folder, tmp_path):
     }[program]
     without_torch = f"import sys; sys.modules['torch'] = None; import {program}; sys.exit({program}.main())"
     code, _, error = run("-c", without_torch, *given)
-    assert code == 2 and "pip install -r requirements.txt" in error and len(error.splitlines()) == 1
+    assert code == 1 and "pip install -r requirements.txt" in error and len(error.splitlines()) == 1
 
 
 BAD_DATA = [

@@ -45,10 +45,21 @@ def test_flags_that_are_named_unlike_their_key():
 def test_every_mistake_is_reported_at_once_with_the_nearest_name():
     with pytest.raises(UserError) as caught:
         options_from_flags(
-            ["--epoch", "3", "--batch-size", "0", "--learning-rate", "fast", "--loss", "unicle"]
+            [
+                "--epoch",
+                "3",
+                "--gpu",
+                "-1",
+                "--batch-size",
+                "0",
+                "--learning-rate",
+                "fast",
+                "--loss",
+                "unicle",
+            ]
         )
     text = str(caught.value)
-    assert "'3'" not in text  # the value of an option that is unknown
+    assert "'3'" not in text and " -1" not in text  # values of options that are unknown
     for part in ("--epoch (did you mean '--epochs'", "--batch-size", "'fast'", "did you mean 'unicl'"):
         assert part in text
 

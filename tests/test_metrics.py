@@ -188,8 +188,8 @@ def test_bootstrap_equals_a_slow_loop_over_scikit_learn(grouped):
     assert found["n_groups"] == (11 if grouped else None)
 
 
-def test_the_interval_of_the_macro_f1_is_over_the_classes_of_its_value():
-    """Class 2 has no image and is predicted once: a resample without that image still counts it."""
+def test_a_class_without_images_that_was_predicted_counts_in_every_resample_of_the_macro_f1():
+    """Class 2 has no image and is predicted once; some resamples lack that image."""
     labels, predictions = np.repeat([0, 1], 10), np.r_[[0] * 9, 2, [1] * 8, 0, 0]
     found = full_metrics(0.1 + 0.7 * np.eye(3)[predictions], labels, list("abc"), resamples=200)
     random = np.random.default_rng(0)

@@ -466,7 +466,7 @@ def test_the_temperatures_caption_says_whose_it_is_and_whether_it_helps(
     _, caption = temperature_table(run, None)
     assert "fitted on all is 1.250" in caption
     assert ("not of their mean" in caption) is of_folds
-    assert ("no better" in caption) is not better
+    assert ("does not lower the NLL" in caption) is not better
 
 
 @pytest.mark.parametrize("evened", [False, True])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from common.stopping import (
     sigterm_stops,
     stop_after_the_parent,
 )
-from evaluation.checkpoints import read_checkpoint
+from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import find_checkpoints, load_trained
 
 pytestmark = [
@@ -138,6 +139,22 @@ def test_stopped_in_validation_the_epoch_is_not_trained_again(whole, class_folde
     assert (saved["epoch"], saved["in_epoch"]["steps"]) == (0, STEPS)
     assert train(class_folder, out, *FLAGS, "--resume-from", "auto") == 0
     assert same(contents(out), whole)
+
+
+def test_the_time_left_counts_what_an_epoch_took_before_it_was_resumed(
+    class_folder, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    latest = out / "checkpoint_latest.pth"
+    signal_at_steps(monkeypatch, {0: signal.SIGTERM})
+    assert train(class_folder, out, *FLAGS) == 143
+    monkeypatch.undo()
+    saved = read_checkpoint(latest)
+    saved["in_epoch"]["seconds"] = 7230.0
+    write_file(latest, saved)
+    capsys.readouterr()
+    assert train(class_folder, out, *FLAGS, "--resume-from", "auto") == 0
+    assert re.search(r"epoch 1/2 .*left 2 h 0\d min", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("minutes", [0, 1e-6])
