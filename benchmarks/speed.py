@@ -16,20 +16,15 @@ GPU.
 """
 
 import argparse
-import contextlib
-import os
-import queue
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -44,10 +39,10 @@ from tqdm import tqdm
 
 import common.torchvision_compat  # noqa: F401
 import training.fit
+from benchmarks.whole_run import ROOT, SENTENCE, whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
-from common.errors import RunFailed, UserError
-from common.files import write_json
+from common.errors import UserError
 from common.stopping import Requests
 from data.augment import Augmentation
 from data.images import Squares, read_image
@@ -61,10 +56,7 @@ from training.losses import contrastive_loss
 from training.optim import parameter_groups
 from training.state import EarlyStopping, InEpoch, TrainState
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = "bert-tiny-bytes"
-TURN = 2.0  # seconds that a run trains between two measurements of its floor
-SENTENCE = "这是一张{}的胸部X光图像，可见双肺纹理、心影与膈面，供放射科医师参考诊断之用，请结合临床"
 
 
 @dataclass(frozen=True)
@@ -163,104 +155,6 @@ def text_alone(text_encoder: str, n_classes: int, hardware: Hardware) -> Callabl
         optimizer.zero_grad()
 
     return step
-
-
-@dataclass
-class Run:
-    """A whole run, in seconds: to read the images; each epoch; from the start to where the first step begins.
-
-    memory: MB held at each epoch's end. floors: for each epoch what was measured while it was stopped.
-    """
-
-    n_train: int = 0
-    n_val: int = 0
-    read: float = 0.0
-    start: float = 0.0
-    epochs: list[float] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)
-    floors: list[list[list[float]]] = field(default_factory=list)
-
-
-def whole_run(
-    data_dir: Path,
-    encoder: str,
-    text: str,
-    options: Sequence[str],
-    work: Path,
-    floor: Callable[[], list[float]] | None = None,
-) -> Run:
-    """Train as a user would, in a process of its own, and note when it prints what. With `floor` the training
-    is stopped after every `TURN` seconds to call it; that time does not count.
-    """
-    work.mkdir(exist_ok=True)
-    texts = work / "texts.json"
-    write_json(texts, {name: SENTENCE.format(name) for name in scan_folder(data_dir).classes})
-    command = [
-        sys.executable, str(ROOT / "train_clip.py"), "--data-dir", str(data_dir),
-        "--output-dir", str(work / "run"), "--overwrite", "--image-encoder", encoder, "--text-encoder", text,
-        "--image-weights", "none", "--text-weights", "none",
-        "--class-texts-file", str(texts), "--cache-dir", str(work / "cache"), *options,
-    ]  # fmt: skip
-    found, floors = Run(), []
-    printed: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def listen(lines: Iterable[str]) -> None:
-        try:
-            for line in lines:
-                printed.put(line)
-        finally:
-            printed.put("")
-
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    started = last = time.perf_counter()
-    stopped = 0.0  # seconds so far
-    with open(work / "errors.txt", "w") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
-    ) as run:  # fmt: skip
-        listener = threading.Thread(target=listen, args=(run.stdout,), daemon=True)
-        listener.start()
-        try:
-            while True:
-                try:
-                    line = printed.get(timeout=TURN if floor and found.n_train else None)
-                except queue.Empty:
-                    os.killpg(run.pid, signal.SIGSTOP)  # with the processes that load its images
-                    began = time.perf_counter()
-                    floors.append(floor())
-                    stopped += time.perf_counter() - began
-                    os.killpg(run.pid, signal.SIGCONT)
-                    continue
-                now = time.perf_counter() - stopped
-                if line.startswith("read "):
-                    found.read = float(line.split(" images in ")[1].split()[0])
-                elif line.startswith("training on "):
-                    found.n_train = int(line.split()[2])
-                    found.n_val = int(line.split("validating on ")[1].split()[0])
-                    found.start, last = now - started, now
-                elif line.startswith("epoch "):
-                    if floor and not floors:
-                        raise UserError(f"{data_dir}: too few images, an epoch takes less than {TURN:g} s")
-                    found.epochs.append(now - last)
-                    found.floors.append(floors)
-                    found.memory += memory_of(run.pid)
-                    last, floors = now, []
-                elif line.startswith("warning: torch.compile cannot"):
-                    raise RunFailed(line.strip())
-                elif line.startswith("done:"):
-                    return found  # what follows, the report, is measured elsewhere
-                elif not line:
-                    said = (work / "errors.txt").read_text()
-                    raise RunFailed(f"{' '.join(command)} failed: {said[-500:]}")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGKILL)
-            listener.join()
-
-
-def memory_of(pid: int) -> list[float]:
-    """MB that a process holds: one number, none where the system is not Linux."""
-    status = Path(f"/proc/{pid}/status").read_text() if sys.platform == "linux" else ""
-    return [int(row.split()[1]) / 1024 for row in status.splitlines() if "VmRSS" in row]
 
 
 def in_memory(

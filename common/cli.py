@@ -46,7 +46,7 @@ def problems_with_unknown(words: Sequence[str], flags: Sequence[str]) -> list[st
     """
     problems, may_be_value = [], False
     for word in words:
-        is_option = re.match("--?[A-Za-z]", word) is not None  # not -1
+        is_option = re.match(r"-(?![\d.])", word) is not None  # not -1
         if is_option:
             near = did_you_mean(word.split("=")[0], flags)
             problems.append(f"unknown option {word}{near}; --help explains the options")

@@ -50,6 +50,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
                 "3",
                 "--gpu",
                 "-1",
+                "--批次",
                 "--batch-size",
                 "0",
                 "--learning-rate",
@@ -60,7 +61,13 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
         )
     text = str(caught.value)
     assert "'3'" not in text and " -1" not in text  # values of options that are unknown
-    for part in ("--epoch (did you mean '--epochs'", "--batch-size", "'fast'", "did you mean 'unicl'"):
+    for part in (
+        "--epoch (did you mean '--epochs'",
+        "unknown option --批次",
+        "--batch-size",
+        "'fast'",
+        "did you mean 'unicl'",
+    ):
         assert part in text
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import speed
+from benchmarks import whole_run
 from benchmarks.speed import floor_of, in_turn, own_steps, parts_of_a_step, turned_copies, upscaled
 from benchmarks.speed_gpu import Utilisation, main
 from common.device import choose_hardware
@@ -50,10 +50,10 @@ class StandIn:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, end: str):
         self.folder, self.away, self.floors = folder, 0.0, 0
         (folder / "train_clip.py").write_text(STAND_IN + end, encoding="utf-8")
-        monkeypatch.setattr(speed, "ROOT", folder)
-        monkeypatch.setattr(speed, "TURN", 0.5)
+        monkeypatch.setattr(whole_run, "ROOT", folder)
+        monkeypatch.setattr(whole_run, "TURN", 0.5)
         self.clock = time.perf_counter
-        monkeypatch.setattr(speed.time, "perf_counter", lambda: self.clock() + self.away)
+        monkeypatch.setattr(whole_run.time, "perf_counter", lambda: self.clock() + self.away)
 
     def state(self) -> str:
         """One letter of the system's: T for stopped."""
@@ -75,7 +75,7 @@ def test_a_run_stands_still_while_its_floor_is_measured_and_that_time_does_not_c
     class_folder, tmp_path, monkeypatch
 ):
     run = StandIn(tmp_path, monkeypatch, "print('done:'); time.sleep(600)")
-    found = speed.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
+    found = whole_run.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
     assert (found.n_train, found.n_val, found.read) == (24, 6, 0.5)
     assert len(found.epochs) == len(found.floors) == len(found.memory) == 2 and all(found.floors)
     assert all(0 <= seconds < 1000 for seconds in [found.start, *found.epochs])
@@ -87,16 +87,16 @@ def test_a_run_stands_still_while_its_floor_is_measured_and_that_time_does_not_c
 def test_a_run_that_fails_is_reported_with_its_last_words(class_folder, tmp_path, monkeypatch):
     run = StandIn(tmp_path, monkeypatch, "raise SystemExit('no room')")
     with pytest.raises(RunFailed, match="no room"):
-        speed.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
+        whole_run.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
 
 
 def test_a_run_too_short_to_be_measured_is_refused_after_its_first_epoch(class_folder, tmp_path, monkeypatch):
     run = StandIn(tmp_path, monkeypatch, "")
-    monkeypatch.setattr(speed, "TURN", 600)
+    monkeypatch.setattr(whole_run, "TURN", 600)
     for epoch in (1, 2):
         (tmp_path / f"floor {epoch}").touch()
     with pytest.raises(UserError, match="too few images"):
-        speed.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
+        whole_run.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
 
 
 def test_folders_for_measuring_hold_the_same_classes(class_folder, tmp_path):
