@@ -156,7 +156,7 @@ def evaluate(typed: Sequence[str]) -> int:
     import numpy as np  # the heavy libraries, only now
 
     from common.files import write_json
-    from data.findings import print_findings
+    from data.findings import MOST_EXAMPLES, by_danger, finding, number, print_findings
     from data.loader import EpochBatches, ImageDataset, build_loader
     from evaluation.predict import Ensemble, predict_probs
     from evaluation.report import write_report
@@ -189,11 +189,21 @@ def evaluate(typed: Sequence[str]) -> int:
     squares = {options.img_size: data.squares}
     for size in ensemble.sizes[1:]:
         squares[size] = inspect(dataclasses.replace(options, img_size=size), [data.folder]).squares
-    if known := images_known_to(models, data):
+    known = images_known_to(models, data)
+    findings = findings_of(data, [])
+    if known is None:
         print(
-            "warning: these are images the model was made with, so what follows is too good; the honest "
-            "numbers are in the run's own metrics.json"
+            "note: a model was trained by an earlier version of this program, which did not keep which "
+            "images it was trained on; whether these are among them is not known"
         )
+    elif known:
+        message = (
+            f"{number(len(known), 'image is', 'images are')} among those that the model was trained or "
+            f"validated on (of {len(data.files)}, by their pixels), so what follows is too good; remove them "
+            "from the folder, or take the honest numbers from the run's own metrics.json"
+        )
+        examples = [data.paths[i] for i in known[:MOST_EXAMPLES]]
+        findings = by_danger([*findings, finding("danger", "known_to_model", message, examples, len(known))])
     each = []
     with failures_explained(arguments.batch_size):
         images = {
@@ -212,7 +222,6 @@ def evaluate(typed: Sequence[str]) -> int:
     output_dir = arguments.output_dir
     prepare_output_folder(output_dir, arguments.overwrite)
     write_json(output_dir / "config.json", record_of(arguments, data, models, known))
-    findings = findings_of(data, [])
     print_findings(findings)
     write_json(output_dir / "data_check.json", {"findings": findings})
     metrics = write_results(output_dir, predictions, "predictions.csv")
@@ -236,19 +245,23 @@ def refuse_run_folder(output_dir: Path) -> None:
         )
 
 
-def images_known_to(models: "Sequence[TrainedModel]", data: "DataSet") -> bool:
-    """Whether a model was made with these images, or with the folder they are in, or one of two folders."""
-    root = data.folder.root.resolve()
-    for model in models:
-        stored, config = model.facts["dataset_fingerprint"], model.facts["config"]
-        folders = {Path(config[name]).resolve() for name in ("data_dir", "val_dir") if config[name]}
-        if data.fingerprint in stored or root in folders:  # with --val-dir one string holds both fingerprints
-            return True
-    return False
+def images_known_to(models: "Sequence[TrainedModel]", data: "DataSet") -> list[int] | None:
+    """Which of the images a model was trained or validated on, by their pixels; None where a model does not
+    say.
+    """
+    import numpy as np
+
+    keys = [model.facts.get("image_keys") for model in models]
+    if any(own is None for own in keys):
+        return None
+    return np.flatnonzero(np.isin(data.inspection.keys(), np.concatenate(keys))).tolist()
 
 
 def record_of(
-    arguments: argparse.Namespace, data: "DataSet", models: "Sequence[TrainedModel]", known: bool
+    arguments: argparse.Namespace,
+    data: "DataSet",
+    models: "Sequence[TrainedModel]",
+    known: Sequence[int] | None,
 ) -> dict[str, Any]:
     """Content of the evaluation's config.json: what was evaluated on what, with what."""
     from training.outputs import library_versions
@@ -266,7 +279,7 @@ def record_of(
         "class_texts": models[0].class_texts,
         "images_per_class": data.images_per_class(),
         "dataset_fingerprint": data.fingerprint,
-        "images_known_to_model": known,
+        "images_known_to_model": None if known is None else len(known),
         "gpu_id": arguments.gpu_id,
         **library_versions(),
     }

@@ -148,6 +148,7 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
     config, classes, features = (checkpoint.get(key) for key in ("config", "classes", "class_features"))
     config = config if isinstance(config, dict) else {}
     begun = checkpoint.get("in_epoch", {"steps": 0})
+    keys = checkpoint.get("image_keys")  # versions before 2026-11-28 kept none
 
     def texts(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
@@ -175,6 +176,7 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
         "history": isinstance(checkpoint.get("history"), dict)
         and all(isinstance(own, list) for own in checkpoint["history"].values()),
         **{key: isinstance(checkpoint.get(key), str) for key in ("dataset_fingerprint", "split_fingerprint")},
+        "image_keys": keys is None or (isinstance(keys, torch.Tensor) and keys.dtype == torch.int64),
         "pretrained": isinstance(checkpoint.get("pretrained"), dict)
         and all(isinstance(checkpoint["pretrained"].get(side), list) for side in ("image", "text")),
     }  # fmt: skip

@@ -79,15 +79,22 @@ def notes(run: RunFolder, views: Views) -> list[Text]:
     if run.kind == EVALUATION:
         n_models = len(run.config["checkpoints"])
         ensemble = f" The probabilities are the mean of {n_models} models." if n_models > 1 else ""
-        if run.config["images_known_to_model"]:
-            en = "These are images that a model was made with, so the numbers are too good."
-            zh = "这些图像曾用于制作模型，结果过于乐观。"
+        known, n = run.config["images_known_to_model"], run.metrics["n_images"]
+        if known:
+            en = (
+                f"{known} of these {n} images are among those that a model was trained or validated on, so "
+                "the numbers are too good."
+            )
+            zh = f"这 {n} 张图像中有 {known} 张曾用于训练或验证模型，结果过于乐观。"
+        elif known is None:
+            en = "Whether a model was trained or validated on some of these images is not known."
+            zh = "模型是否用过其中的图像，无法得知。"
         else:
             en = (
-                "This is not the folder that a model was made with; whether single images of it were is not "
-                "known to the program."
+                "None of these images is, by its pixels, one that a model was trained or validated on; other "
+                "images of the same patients are not noticed."
             )
-            zh = "这不是制作模型所用的文件夹；其中个别图像是否用过，程序无法得知。"
+            zh = "按像素比较，这些图像都没有用于训练或验证模型；相同患者的其他图像认不出来。"
         found.append(both(en + ensemble, zh))
     else:
         monitor = run.config["early_stopping_monitor"]

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 import evaluate_clip
 from common.errors import UserError
 from data.scan import ImageFolder, scan_folder
+from evaluation.checkpoints import write_file
 from evaluation.results import read_predictions
 from evaluation.trained import find_checkpoints, load_trained
 
@@ -37,7 +39,8 @@ def elsewhere(class_folder, tmp_path_factory):
     shutil.copytree(class_folder / "正常", root / "正常")
     shutil.copytree(class_folder / "肺炎", root / "pneumonia")
     shutil.copytree(class_folder / "气胸", root / "骨折")
-    for path in root.rglob("*.png"):  # not the very images that the model knows
+    for path in root.rglob("*.png"):
+        ImageOps.invert(Image.open(path).convert("L")).save(path)  # not the images that the model knows
         path.rename(path.with_name(f"x_{path.name}"))
     return root
 
@@ -76,10 +79,42 @@ def test_several_checkpoints_are_averaged(finished, elsewhere, tmp_path):
     np.testing.assert_allclose(probs[2], (probs[0] + probs[1]) / 2, atol=1e-6)
 
 
-def test_a_run_is_told_when_it_is_evaluated_on_its_own_images(finished, class_folder, tmp_path, capsys):
-    assert evaluate([finished], class_folder, tmp_path) == 0
-    assert "these are images the model was made with" in capsys.readouterr().out
-    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["images_known_to_model"] is True
+def known_to_model(folder):
+    return json.loads((folder / "config.json").read_text("utf-8"))["images_known_to_model"]
+
+
+def test_images_that_the_model_was_trained_on_are_named(finished, class_folder, elsewhere, tmp_path, capsys):
+    assert evaluate([finished], class_folder, tmp_path / "own") == 0
+    n = len(scan_folder(class_folder).paths)
+    assert f"danger: {n} images are among those that the model was trained" in capsys.readouterr().out
+    assert known_to_model(tmp_path / "own") == n
+
+    fits = ["--rename", "pneumonia=肺炎", "--skip-extra"]
+    assert evaluate([finished], elsewhere, tmp_path / "none", *fits) == 0
+    assert "the model was trained or" not in capsys.readouterr().out
+    assert known_to_model(tmp_path / "none") == 0
+
+    mixed = Path(shutil.copytree(elsewhere, tmp_path / "mixed"))
+    one = sorted((class_folder / "肺炎").iterdir())[0]
+    Image.open(one).save(mixed / "pneumonia" / "renamed.bmp")  # the same pixels in another kind of file
+    assert evaluate([finished], mixed, tmp_path / "one", *fits) == 0
+    assert "danger: 1 image is among those" in capsys.readouterr().out
+    assert known_to_model(tmp_path / "one") == 1
+    found = json.loads((tmp_path / "one" / "data_check.json").read_text("utf-8"))["findings"][0]
+    assert found["kind"] == "known_to_model" and found["examples"] == ["pneumonia/renamed.bmp"]
+
+
+def test_a_model_that_keeps_no_images_says_so(finished, elsewhere, tmp_path, capsys):
+    content = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
+    write_file(
+        tmp_path / "old.pth", {k: v for k, v in content.items() if k not in ("image_keys", "checksum")}
+    )
+    for tower in finished.glob("frozen_*"):
+        shutil.copy(tower, tmp_path)
+    flags = ["--rename", "pneumonia=肺炎", "--skip-extra"]
+    assert evaluate([tmp_path / "old.pth"], elsewhere, tmp_path / "out", *flags) == 0
+    assert "did not keep which images" in capsys.readouterr().out
+    assert known_to_model(tmp_path / "out") is None
 
 
 def test_results_are_not_overwritten_without_being_told(finished, class_folder, capsys):

@@ -143,7 +143,7 @@ def make_run(root, classes, kind, **options):
         )
         record = {key: record[key] for key in keep} | {
             "checkpoints": [str(root / "model.pth")] * 2,
-            "images_known_to_model": False,
+            "images_known_to_model": 0,
         }
     write_json(run / "config.json", record)
     predictions = Predictions(
@@ -386,16 +386,19 @@ def test_a_split_by_image_is_named_as_the_danger_it_is(tmp_path):
 
 def test_an_evaluation_on_the_training_images_is_named(runs, tmp_path):
     text = Page(runs["evaluation"] / "report.html").text
-    assert "This is not the folder that a model was made with" in text
+    assert "None of these images is, by its pixels, one that a model was trained" in text
     assert "the data are external is for the authors" in text
     assert "mean of 2 models" in text and "Learning curves" not in text
     run = Path(shutil.copytree(runs["evaluation"], tmp_path / "copy"))
     record = json.loads((run / "config.json").read_text())
-    write_json(run / "config.json", record | {"images_known_to_model": True})
+    write_json(run / "config.json", record | {"images_known_to_model": 3})
     write_report(run)
     text = Page(run / "report.html").text
-    assert "images that a model was made with, so the numbers are too good" in text
-    assert "not known to the program" not in text and "external is for the authors" not in text
+    assert re.search(r"3 of these \d+ images are among those that a model was trained or validated on", text)
+    assert "external is for the authors" not in text
+    write_json(run / "config.json", record | {"images_known_to_model": None})
+    write_report(run)
+    assert "some of these images is not known" in Page(run / "report.html").text
 
 
 def test_the_checklist_has_44_items_and_answers_with_the_runs_facts(runs):

@@ -361,6 +361,7 @@ def train_on_split(
         },
         "dataset_fingerprint": data.fingerprint,
         "split_fingerprint": split_fingerprint(data, split),
+        "image_keys": torch.from_numpy(data.inspection.keys()),
     }
     if is_main():
         facts["frozen"] = keep_frozen_towers(output_dir, model) if frozen is None else frozen
