@@ -78,9 +78,12 @@ def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
         )
     dtype = torch.bfloat16 if use_amp and _cpu_has_bf16() else torch.float32
     why = "" if gpu_id == -1 else "; PyTorch sees no CUDA GPU"
-    return Hardware(
-        torch.device("cpu"), dtype, f"CPU ({torch.get_num_threads()} threads), {_name(dtype)}{several}{why}"
-    )
+    return Hardware(torch.device("cpu"), dtype, f"CPU ({_threads()}), {_name(dtype)}{several}{why}")
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -150,7 +150,7 @@ def test_two_machines_start_again_after_one_lost_its_process(class_folder, tmp_p
     ]  # fmt: skip
     ends = [machine.communicate(timeout=300) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], ends
-    assert sum(printed.count("resuming after epoch 0 of 2 and 5 of") for printed, _ in ends) == 1
+    assert sum(printed.count("resuming in epoch 1 of 2, after 5 of") for printed, _ in ends) == 1
     one, other = end_of(out), of_two[1]
     assert one[:2] == other[:2] and np.array_equal(one[2], other[2])
 
@@ -170,7 +170,7 @@ def test_stopped_with_two_processes_a_run_goes_on_with_three(class_folder, tmp_p
     assert "saving after step 6 of 9 of epoch 1" in printed
     code, printed, error = torchrun(3, "-", *options(class_folder, out, "--resume-from", "auto"))
     assert code == 0, error
-    assert "resuming after epoch 0 of 2 and 6 of 9 steps" in printed
+    assert "resuming in epoch 1 of 2, after 6 of 9 steps" in printed
     assert_close(end_of(out), of_one)
 
 

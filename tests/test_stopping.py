@@ -107,7 +107,7 @@ def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
     assert (saved["epoch"], saved["in_epoch"]["steps"]) == (1, 2)
     torch.manual_seed(999)  # a new process starts elsewhere in the random stream
     assert train(class_folder, out, *flags, "--resume-from", "auto") == 0
-    assert "resuming after epoch 1 of 2 and 2 of 4 steps" in capsys.readouterr().out
+    assert "resuming in epoch 2 of 2, after 2 of 4 steps" in capsys.readouterr().out
     assert same(contents(out), whole)
 
 
@@ -213,7 +213,7 @@ def test_a_stopped_cross_validation_continues_within_the_epoch(class_folder, tmp
     monkeypatch.undo()
     assert "the same command continues" in capsys.readouterr().err
     assert train(class_folder, tmp_path / "cut", *flags) == 0
-    assert "resuming after epoch 0 of 2 and 2 of 3 steps" in capsys.readouterr().out
+    assert "resuming in epoch 1 of 2, after 2 of 3 steps" in capsys.readouterr().out
     for name in ("cv_summary.json", "oof_predictions.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

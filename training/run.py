@@ -334,10 +334,11 @@ def train_on_split(
     val_loader = build_loader(images, val_batches, config.num_workers)
     if checkpoint:
         state.restore(checkpoint, resumed_from)
-        steps = (
-            f" and {state.in_epoch.steps} of {state.steps_per_epoch} steps" if state.in_epoch.steps else ""
-        )
-        print(f"resuming after epoch {state.epoch} of {config.epochs}{steps}")
+        where = f"after epoch {state.epoch} of {config.epochs}"
+        if steps := state.in_epoch.steps:
+            where = f"in epoch {state.epoch + 1} of {config.epochs}, after {steps} of "
+            where += f"{state.steps_per_epoch} steps"
+        print(f"resuming {where}")
     refuse_disagreement(config, data, split, state, device)
     if checkpoint and is_main():  # now that all have read it
         take_over(config, resumed_from, output_dir)
