@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError, did_you_mean
+from common.files import KNOWN_IMAGES
 
 if TYPE_CHECKING:
     from data.scan import ImageFolder
@@ -29,7 +30,9 @@ model without a folder here is said, and what cannot be measured of it is null. 
 the model is refused: --rename THEIRS=OURS says which class it is, --skip-extra leaves its images out.
 
 --output-dir receives config.json (what was evaluated on what), predictions.csv, metrics.json,
-metrics_table.csv and .tex, data_check.json, report.html and figures/.
+metrics_table.csv and .tex, data_check.json, report.html and figures/. Images that the model was trained or
+validated on (found by their pixels, whatever their names) make its numbers too good: they are counted before
+anything is computed, and known_images.csv names them.
 
 exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C
 """
@@ -155,8 +158,8 @@ def evaluate(typed: Sequence[str]) -> int:
 
     import numpy as np  # the heavy libraries, only now
 
-    from common.files import write_json
-    from data.findings import MOST_EXAMPLES, by_danger, finding, number, print_findings
+    from common.files import path_cell, write_csv, write_json
+    from data.findings import by_danger, finding, number, print_findings
     from data.loader import EpochBatches, ImageDataset, build_loader
     from evaluation.predict import Ensemble, predict_probs
     from evaluation.report import write_report
@@ -189,21 +192,21 @@ def evaluate(typed: Sequence[str]) -> int:
     squares = {options.img_size: data.squares}
     for size in ensemble.sizes[1:]:
         squares[size] = inspect(dataclasses.replace(options, img_size=size), [data.folder]).squares
-    known = images_known_to(models, data)
+    known, silent = images_known_to(models, data)
     findings = findings_of(data, [])
-    if known is None:
-        print(
-            "note: a model was trained by an earlier version of this program, which did not keep which "
-            "images it was trained on; whether these are among them is not known"
-        )
-    elif known:
+    if known:
         message = (
-            f"{number(len(known), 'image is', 'images are')} among those that the model was trained or "
-            f"validated on (of {len(data.files)}, by their pixels), so what follows is too good; remove them "
-            "from the folder, or take the honest numbers from the run's own metrics.json"
+            f"of {len(data.files)} images {number(len(known), 'was', 'were')} used to train or validate a "
+            f"model, so what follows is too good; {KNOWN_IMAGES} names them; remove them from the folder, "
+            "or take the honest numbers from the run's own metrics.json"
         )
-        examples = [data.paths[i] for i in known[:MOST_EXAMPLES]]
-        findings = by_danger([*findings, finding("danger", "known_to_model", message, examples, len(known))])
+        findings = by_danger([*findings, finding("danger", "known_to_model", message, known)])
+    if silent:
+        print(
+            f"note: {', '.join(map(str, silent))}: trained by an earlier version of this program, which did "
+            "not keep which images it used; whether these are among them is not known"
+        )
+    print_findings(findings)
     each = []
     with failures_explained(arguments.batch_size):
         images = {
@@ -221,9 +224,11 @@ def evaluate(typed: Sequence[str]) -> int:
 
     output_dir = arguments.output_dir
     prepare_output_folder(output_dir, arguments.overwrite)
-    write_json(output_dir / "config.json", record_of(arguments, data, models, known))
-    print_findings(findings)
+    n_known = len(known) if known or not silent else None
+    write_json(output_dir / "config.json", record_of(arguments, data, models, n_known))
     write_json(output_dir / "data_check.json", {"findings": findings})
+    if known:
+        write_csv(output_dir / KNOWN_IMAGES, ["path"], [[path_cell(path)] for path in known])
     metrics = write_results(output_dir, predictions, "predictions.csv")
     print(f"{len(predictions.paths)} images: {headline(metrics)}")
     write_report(output_dir)
@@ -236,7 +241,7 @@ def refuse_run_folder(output_dir: Path) -> None:
     from training.outputs import results_in
 
     mine = {"config.json", "predictions.csv", "metrics.json", "metrics_table.csv", "metrics_table.tex",
-            "data_check.json", "report.html"}  # fmt: skip
+            "data_check.json", "report.html", KNOWN_IMAGES}  # fmt: skip
     of_a_run = [name for name in results_in(output_dir) if name not in mine]
     if of_a_run:
         raise UserError(
@@ -245,23 +250,34 @@ def refuse_run_folder(output_dir: Path) -> None:
         )
 
 
-def images_known_to(models: "Sequence[TrainedModel]", data: "DataSet") -> list[int] | None:
-    """Which of the images a model was trained or validated on, by their pixels; None where a model does not
-    say.
+def images_known_to(models: "Sequence[TrainedModel]", data: "DataSet") -> tuple[list[str], list[Path]]:
+    """The paths of the images that a model was trained or validated on, and the checkpoints that do not tell.
+
+    Images are known by their pixels; all are, where a model was made with this very folder and none of them
+    is found (its files were written anew, or the checkpoint keeps no `image_keys`).
     """
     import numpy as np
 
-    keys = [model.facts.get("image_keys") for model in models]
-    if any(own is None for own in keys):
-        return None
-    return np.flatnonzero(np.isin(data.inspection.keys(), np.concatenate(keys))).tolist()
+    root = data.folder.root.resolve()
+    known, silent = np.zeros(len(data.files), bool), []
+    for model in models:
+        facts, config = model.facts, model.facts["config"]
+        folders = {Path(config[name]).resolve() for name in ("data_dir", "val_dir") if config.get(name)}
+        found = np.isin(data.inspection.keys(), facts.get("image_keys", []))
+        # with --val-dir one string holds both fingerprints
+        if not found.any() and (root in folders or data.fingerprint in facts["dataset_fingerprint"]):
+            found[:] = True
+        elif "image_keys" not in facts:
+            silent.append(model.path)
+        known |= found
+    return [data.paths[i] for i in np.flatnonzero(known)], silent
 
 
 def record_of(
     arguments: argparse.Namespace,
     data: "DataSet",
     models: "Sequence[TrainedModel]",
-    known: Sequence[int] | None,
+    n_known: int | None,
 ) -> dict[str, Any]:
     """Content of the evaluation's config.json: what was evaluated on what, with what."""
     from training.outputs import library_versions
@@ -279,7 +295,7 @@ def record_of(
         "class_texts": models[0].class_texts,
         "images_per_class": data.images_per_class(),
         "dataset_fingerprint": data.fingerprint,
-        "images_known_to_model": None if known is None else len(known),
+        "n_known_images": n_known,
         "gpu_id": arguments.gpu_id,
         **library_versions(),
     }

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TextIO
 from common.errors import UserError
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
+KNOWN_IMAGES = "known_images.csv"  # of an evaluation: the images that the model was made with
 # What Python makes of JSON can take twenty times as much memory.
 MOST_JSON_BYTES = 64 * 2**20
 MOST_WRITTEN_BY_HAND = 8 * 2**20

@@ -176,7 +176,8 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
         "history": isinstance(checkpoint.get("history"), dict)
         and all(isinstance(own, list) for own in checkpoint["history"].values()),
         **{key: isinstance(checkpoint.get(key), str) for key in ("dataset_fingerprint", "split_fingerprint")},
-        "image_keys": keys is None or (isinstance(keys, torch.Tensor) and keys.dtype == torch.int64),
+        "image_keys": keys is None
+        or (isinstance(keys, torch.Tensor) and keys.dtype == torch.int64 and keys.ndim == 1),
         "pretrained": isinstance(checkpoint.get("pretrained"), dict)
         and all(isinstance(checkpoint["pretrained"].get(side), list) for side in ("image", "text")),
     }  # fmt: skip

@@ -114,7 +114,7 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
     }
     if run.kind == EVALUATION:
         answers[32] = (AUTHORS, "")
-        if not config["images_known_to_model"]:
+        if not config.get("n_known_images"):
             answers[33] = (
                 PARTLY,
                 f"This evaluation: {tested}; that the data are external is for the authors.",

@@ -19,8 +19,8 @@ classes                   the names, in the order of the columns of the probabil
 
 accuracy                  a proportion; the predicted class is the one of highest probability
 balanced_accuracy         mean sensitivity of the classes that have images
-macro_f1                  mean F1 of the classes that have images or were predicted; one of which no image was
-                          recognised counts as 0 in every resample
+macro_f1                  mean F1 of the classes that have images or were predicted; one that has none and was
+                          predicted counts as 0 in every resample
 mcc                       Matthews' correlation for C classes (Gorodkin 2004); 0 where all labels, or all
                           predictions, are one class
 cohen_kappa               unweighted; null where all labels and all predictions are one and the same class
@@ -39,8 +39,7 @@ per_class                 {name: {...}}, each class against the rest
   sensitivity             a proportion; null for a class without images
   specificity             a proportion; null where there is no other class
   precision               a proportion; null for a class never predicted
-  f1                      2 TP / (2 TP + FP + FN); null for a class without images that was never predicted,
-                          and 0 in every resample where no image was recognised
+  f1                      2 TP / (2 TP + FP + FN); null for a class without images that was never predicted
   roc_auc                 null where the class, or the rest, has no images; a tie is half right
   average_precision       sum of (step of recall) x (precision there), equal scores being one step; null for a
                           class without images
@@ -219,8 +218,7 @@ class WeightedMetrics:
         self.n_classes = probs.shape[1]
         predictions = probs.argmax(1)
         classes = np.arange(self.n_classes)
-        seen = np.isin(classes, predictions) | np.isin(classes, labels)
-        self.never_right = seen & ~np.isin(classes, labels[predictions == labels])
+        self.only_predicted = np.isin(classes, predictions) & ~np.isin(classes, labels)
         self.cells = _Sums(labels * self.n_classes + predictions)
         self.bins = _Sums(adaptive_bins(probs.max(1)))
         self.gap = (predictions == labels) - probs.max(1)  # (N,)
@@ -232,7 +230,7 @@ class WeightedMetrics:
         confusion = np.zeros((len(weights), self.n_classes**2))
         confusion[:, self.cells.keys] = self.cells(weights)
         confusion = confusion.reshape(-1, self.n_classes, self.n_classes)
-        of_classes = _of_confusion(confusion, self.never_right)
+        of_classes = _of_confusion(confusion, self.only_predicted)
         areas = [ranking(weights) for ranking in self.rankings]
         of_classes["roc_auc"] = np.stack([auc for auc, _ in areas], axis=1)  # (r, C)
         of_classes["average_precision"] = np.stack([ap for _, ap in areas], axis=1)
@@ -246,18 +244,18 @@ class WeightedMetrics:
         }
 
 
-def _of_confusion(confusion: np.ndarray, never_right: np.ndarray) -> dict[str, np.ndarray]:
+def _of_confusion(confusion: np.ndarray, only_predicted: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of confusion matrices (r, C, C): headline ones (r,), those of the classes (r, C).
 
-    never_right (C,): of the classes that have images or were predicted. They count in every macro-F1, or it
-    would be over fewer classes in a resample that lacks their images.
+    only_predicted (C,): of the classes that have no image; they count in every macro-F1, or it would be over
+    fewer classes in a resample where they are not predicted.
     """
     right = np.diagonal(confusion, axis1=1, axis2=2)  # (r, C)
     support, predicted = confusion.sum(2), confusion.sum(1)  # (r, C)
     total, all_right = support.sum(1), right.sum(1)  # (r,)
     rest = total[:, None] - support
     sensitivity = _ratio(right, support)
-    f1 = np.where(never_right, 0.0, _ratio(2 * right, support + predicted))
+    f1 = np.where(only_predicted, 0.0, _ratio(2 * right, support + predicted))
     # chance: what labels and predictions of these frequencies would agree on if independent, times total**2
     chance = (support * predicted).sum(1)
     covariance = all_right * total - chance

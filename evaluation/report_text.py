@@ -79,22 +79,16 @@ def notes(run: RunFolder, views: Views) -> list[Text]:
     if run.kind == EVALUATION:
         n_models = len(run.config["checkpoints"])
         ensemble = f" The probabilities are the mean of {n_models} models." if n_models > 1 else ""
-        known, n = run.config["images_known_to_model"], run.metrics["n_images"]
+        known, n = run.config.get("n_known_images"), run.metrics["n_images"]
         if known:
-            en = (
-                f"{known} of these {n} images are among those that a model was trained or validated on, so "
-                "the numbers are too good."
-            )
+            en = f"Of these {n} images {known} served to train or validate a model: the numbers are too good."
             zh = f"这 {n} 张图像中有 {known} 张曾用于训练或验证模型，结果过于乐观。"
         elif known is None:
             en = "Whether a model was trained or validated on some of these images is not known."
             zh = "模型是否用过其中的图像，无法得知。"
         else:
-            en = (
-                "None of these images is, by its pixels, one that a model was trained or validated on; other "
-                "images of the same patients are not noticed."
-            )
-            zh = "按像素比较，这些图像都没有用于训练或验证模型；相同患者的其他图像认不出来。"
+            en = "None of these images is, by its pixels, one that a model was trained or validated on."
+            zh = "按像素比较，这些图像都没有用于训练或验证模型。"
         found.append(both(en + ensemble, zh))
     else:
         monitor = run.config["early_stopping_monitor"]
@@ -113,8 +107,7 @@ def notes(run: RunFolder, views: Views) -> list[Text]:
                     "早停也依据验证图像，最后轮次的数值因此略偏乐观。",
                 )
             )
-    if not run.config.get("images_known_to_model"):
-        found.append(_partition_note(run))
+    found.append(_partition_note(run))
     if run.metrics["interval"]["unit"] == "patient":
         found.append(
             both(

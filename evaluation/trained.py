@@ -21,7 +21,7 @@ class TrainedModel:
     """One checkpoint, ready for images.
 
     model: in evaluation mode on `device`; its text tower is None unless asked for. class_features (C, D): of
-    unit length, on `device`. facts: the checkpoint without its tensors (config, history, epoch, best, ...).
+    unit length, on `device`. facts: the checkpoint without its weights (config, history, epoch, best, ...).
     """
 
     path: Path

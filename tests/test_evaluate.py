@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from quick import train
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 import evaluate_clip
@@ -80,41 +81,71 @@ def test_several_checkpoints_are_averaged(finished, elsewhere, tmp_path):
 
 
 def known_to_model(folder):
-    return json.loads((folder / "config.json").read_text("utf-8"))["images_known_to_model"]
+    """Their number, and the paths in known_images.csv."""
+    listed = folder / "known_images.csv"
+    lines = listed.read_text("utf-8-sig").splitlines()[1:] if listed.exists() else ()
+    return json.loads((folder / "config.json").read_text("utf-8"))["n_known_images"], tuple(lines)
 
 
 def test_images_that_the_model_was_trained_on_are_named(finished, class_folder, elsewhere, tmp_path, capsys):
     assert evaluate([finished], class_folder, tmp_path / "own") == 0
     n = len(scan_folder(class_folder).paths)
-    assert f"danger: {n} images are among those that the model was trained" in capsys.readouterr().out
-    assert known_to_model(tmp_path / "own") == n
+    assert f"danger: of {n} images {n} were used to train or validate" in capsys.readouterr().out
+    assert known_to_model(tmp_path / "own") == (n, scan_folder(class_folder).paths)
 
     fits = ["--rename", "pneumonia=肺炎", "--skip-extra"]
     assert evaluate([finished], elsewhere, tmp_path / "none", *fits) == 0
-    assert "the model was trained or" not in capsys.readouterr().out
-    assert known_to_model(tmp_path / "none") == 0
+    assert "to train or validate" not in capsys.readouterr().out
+    assert known_to_model(tmp_path / "none") == (0, ())
 
     mixed = Path(shutil.copytree(elsewhere, tmp_path / "mixed"))
     one = sorted((class_folder / "肺炎").iterdir())[0]
     Image.open(one).save(mixed / "pneumonia" / "renamed.bmp")  # the same pixels in another kind of file
     assert evaluate([finished], mixed, tmp_path / "one", *fits) == 0
-    assert "danger: 1 image is among those" in capsys.readouterr().out
-    assert known_to_model(tmp_path / "one") == 1
+    assert "danger: of 49 images 1 was used to train or validate" in capsys.readouterr().out
+    assert known_to_model(tmp_path / "one") == (1, ("pneumonia/renamed.bmp",))
     found = json.loads((tmp_path / "one" / "data_check.json").read_text("utf-8"))["findings"][0]
     assert found["kind"] == "known_to_model" and found["examples"] == ["pneumonia/renamed.bmp"]
 
 
-def test_a_model_that_keeps_no_images_says_so(finished, elsewhere, tmp_path, capsys):
-    content = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
-    write_file(
-        tmp_path / "old.pth", {k: v for k, v in content.items() if k not in ("image_keys", "checksum")}
-    )
-    for tower in finished.glob("frozen_*"):
-        shutil.copy(tower, tmp_path)
+def changed_copy(run, path, **change):
+    """The run's checkpoint with other parts; those that are None are left out."""
+    content = torch.load(run / "checkpoint_latest.pth", weights_only=True) | {"checksum": None} | change
+    write_file(path, {key: value for key, value in content.items() if value is not None})
+    for tower in run.glob("frozen_*"):
+        shutil.copy(tower, path.parent)
+    return path
+
+
+def test_a_checkpoint_that_keeps_no_images_says_so(finished, class_folder, elsewhere, tmp_path, capsys):
+    old = changed_copy(finished, tmp_path / "old.pth", image_keys=None)
     flags = ["--rename", "pneumonia=肺炎", "--skip-extra"]
-    assert evaluate([tmp_path / "old.pth"], elsewhere, tmp_path / "out", *flags) == 0
+    assert evaluate([old], elsewhere, tmp_path / "out", *flags) == 0
     assert "did not keep which images" in capsys.readouterr().out
-    assert known_to_model(tmp_path / "out") is None
+    assert known_to_model(tmp_path / "out") == (None, ())
+    assert evaluate([old], class_folder, tmp_path / "own") == 0  # it knows the folder
+    assert known_to_model(tmp_path / "own")[0] == len(scan_folder(class_folder).paths)
+    mixed = Path(shutil.copytree(elsewhere, tmp_path / "mixed"))
+    shutil.copy(sorted((class_folder / "正常").iterdir())[0], mixed / "正常" / "same.png")
+    assert evaluate([old, finished], mixed, tmp_path / "both", *flags) == 0
+    assert "did not keep which images" in capsys.readouterr().out
+    assert known_to_model(tmp_path / "both") == (1, ("正常/same.png",))
+
+
+def test_images_of_a_validation_folder_are_known_too(class_folder, elsewhere, tmp_path, quick_report):
+    val = Path(shutil.copytree(elsewhere, tmp_path / "val"))
+    (val / "pneumonia").rename(val / "肺炎")
+    (val / "骨折").rename(val / "气胸")
+    assert train(class_folder, tmp_path / "run", "--val-dir", val) == 0
+    assert evaluate([tmp_path / "run" / "checkpoint_best.pth"], val, tmp_path / "out") == 0
+    assert known_to_model(tmp_path / "out")[0] == len(scan_folder(val).paths)
+
+
+@pytest.mark.parametrize("keys", [torch.zeros(()).long(), torch.zeros(2, 2).long(), torch.zeros(3), [1]])
+def test_image_keys_of_another_form_are_refused(finished, elsewhere, tmp_path, capsys, keys):
+    odd = changed_copy(finished, tmp_path / "odd.pth", image_keys=keys)
+    assert evaluate([odd], elsewhere, tmp_path / "out") == 2
+    assert "in another form: image_keys" in capsys.readouterr().err
 
 
 def test_results_are_not_overwritten_without_being_told(finished, class_folder, capsys):

@@ -143,7 +143,7 @@ def make_run(root, classes, kind, **options):
         )
         record = {key: record[key] for key in keep} | {
             "checkpoints": [str(root / "model.pth")] * 2,
-            "images_known_to_model": 0,
+            "n_known_images": 0,
         }
     write_json(run / "config.json", record)
     predictions = Predictions(
@@ -391,12 +391,13 @@ def test_an_evaluation_on_the_training_images_is_named(runs, tmp_path):
     assert "mean of 2 models" in text and "Learning curves" not in text
     run = Path(shutil.copytree(runs["evaluation"], tmp_path / "copy"))
     record = json.loads((run / "config.json").read_text())
-    write_json(run / "config.json", record | {"images_known_to_model": 3})
+    write_json(run / "config.json", record | {"n_known_images": 1})
     write_report(run)
     text = Page(run / "report.html").text
-    assert re.search(r"3 of these \d+ images are among those that a model was trained or validated on", text)
-    assert "external is for the authors" not in text
-    write_json(run / "config.json", record | {"images_known_to_model": None})
+    assert re.search(r"Of these \d+ images 1 served to train or validate a model", text)
+    assert "external is for the authors" not in text and "Whether patients of these images were" in text
+    del record["n_known_images"]  # of an earlier version
+    write_json(run / "config.json", record | {"images_known_to_model": False})
     write_report(run)
     assert "some of these images is not known" in Page(run / "report.html").text
 

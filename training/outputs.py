@@ -15,7 +15,7 @@ from typing import Any
 from common.device import Hardware
 from common.distributed import is_main
 from common.errors import UserError
-from common.files import BEST, LATEST, MOST_OF_SPLITS, PREVIOUS, read_json, unwritable
+from common.files import BEST, KNOWN_IMAGES, LATEST, MOST_OF_SPLITS, PREVIOUS, read_json, unwritable
 from data.scan import ImageFolder, nfc
 from evaluation.checkpoints import DAMAGED, TOWERS, frozen_file, read_checkpoint
 from models.clip import CLIPModel
@@ -43,6 +43,7 @@ RESULT_FILES = (
     "metrics_table.csv",
     "metrics_table.tex",
     "data_check.json",
+    KNOWN_IMAGES,
     "report.html",
 )
 FOLD_FILES = (
