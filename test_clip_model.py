@@ -8,23 +8,22 @@ For each: build, forward, backward, shapes, a gradient for every parameter, para
 CLIP model. Exit code 0 when all pass, 1 when one fails, 2 for an unknown name.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 
+from common.cli import Parser, exit_code_of
 from common.errors import UserError, did_you_mean
 
 IMAGE_SIZE = 64
 EMBED_DIM = 64
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def check(typed: Sequence[str]) -> int:
+    """Print a line for each encoder. Raises UserError for unknown names."""
+    parser = Parser(prog="test_clip_model.py", description=__doc__)
     parser.add_argument("encoders", nargs="*", help="names of encoders, or timm:NAME (default: all)")
-    names = parser.parse_args(arguments).encoders
+    names = parser.read(typed, required=()).encoders
 
     import torch
 
@@ -33,21 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     known = [*IMAGE_ENCODERS, *TEXT_ENCODERS]
     unknown = [name for name in names if name not in known and not name.startswith("timm:")]
-    for name in unknown:
-        print(
-            f"error: unknown encoder {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}",
-            file=sys.stderr,
-        )
     if unknown:
-        return 2
+        raise UserError(
+            *(f"unknown encoder {name!r}{did_you_mean(name, known)}" for name in unknown),
+            f"known: {', '.join(known)}, and timm:NAME",
+        )
 
     torch.manual_seed(0)
     failed = []
     print(f"{'encoder':28s} {'features':>8s} {'M param.':>9s} {'forward s':>10s} {'backward s':>10s}  result")
     checks = [(name, _check_text if name in TEXT_ENCODERS else _check_image) for name in names or known]
-    for name, check in checks:
+    for name, check_one in checks:
         try:
-            features, parameters, forward, backward = check(name)
+            features, parameters, forward, backward = check_one(name)
         except Exception as error:  # report it and go on with the next encoder
             failed.append(name)
             reason = str(error).splitlines()[0] if str(error) else ""
@@ -132,6 +129,10 @@ def _check_clip(model) -> None:
         optimizer.step()
     if not (logits.argmax(1) == labels).all():
         raise UserError(f"the model does not learn: loss {loss.item():.3f} after 10 steps")
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    return exit_code_of(lambda: check(sys.argv[1:] if typed is None else typed), "nothing was written")
 
 
 if __name__ == "__main__":
