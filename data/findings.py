@@ -21,8 +21,8 @@ LEVELS = ("danger", "warning", "note")
 KINDS = (
     "known_to_model", "identical_across_splits", "near_across_splits", "patient_across_splits",
     "identical_across_classes", "shortcut_shape", "shortcut_format", "shortcut_brightness",
-    "shortcut_everything", "class_too_small",
-    "near_across_classes", "near_across_patients", "near_within", "patient_in_several_classes", "unreadable",
+    "shortcut_everything", "class_too_small", "near_across_classes", "near_across_patients", "near_within",
+    "patient_in_several_classes", "unreadable",
     "constant", "nearly_constant", "tiny", "identical_within", "class_small", "lopsided",
     "not_audited", "outside_splits", "wrong_suffix", "mixed_format", "mixed_mode", "mixed_bits",
     "mixed_size", "passed_over",

@@ -336,8 +336,8 @@ def train_on_split(
         state.restore(checkpoint, resumed_from)
         where = f"after epoch {state.epoch} of {config.epochs}"
         if steps := state.in_epoch.steps:
-            where = f"in epoch {state.epoch + 1} of {config.epochs}, after {steps} of "
-            where += f"{state.steps_per_epoch} steps"
+            of_epoch = f"after {steps} of {state.steps_per_epoch} steps"
+            where = f"in epoch {state.epoch + 1} of {config.epochs}, {of_epoch}"
         print(f"resuming {where}")
     refuse_disagreement(config, data, split, state, device)
     if checkpoint and is_main():  # now that all have read it
