@@ -104,7 +104,8 @@ def read_checkpoint(
     Raises UserError when a file is missing, truncated, damaged, or not one of ours.
     """
     if not path.is_file():
-        raise UserError(f"{option} {path} does not exist; give a run's {LATEST}")
+        wrong = "is a folder; give the file in it," if path.is_dir() else "does not exist; give a run's"
+        raise UserError(f"{option} {path} {wrong} {LATEST}")
     checkpoint = _read(path, f"{option} {path}", advice)
     wrong = _wrong_parts(checkpoint)
     if wrong:

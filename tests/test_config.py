@@ -112,6 +112,7 @@ def test_contradictions(flags, part):
         ({"early_stopping_monitor": "acc"}, "must be one of"),
         ({"image_encoder_name": None}, "must not be null"),
         ({"text_template": " "}, "must be a non-empty text"),
+        ({"class_texts_file": "a\0b"}, "must be a non-empty text, not 'a\\x00b'"),
         ({"img_size": 8}, "at least 32"),
     ],
 )

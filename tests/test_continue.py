@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.files import whole_file
 from evaluation.checkpoints import read_checkpoint, write_file
 from train_clip import main
+from training import cross_validation
 from training.config import make_config, options_from_flags, refuse_without_effect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,16 @@ def test_stopped_before_its_first_epoch_ended_the_same_command_works(class_folde
     assert train(class_folder, tmp_path, "--epochs", 1) == 0
 
 
+def test_the_config_json_of_another_program_is_not_taken_for_the_beginning_of_a_run(
+    class_folder, tmp_path, capsys
+):
+    theirs = tmp_path / "config.json"
+    theirs.write_text('{"architectures": ["BertModel"]}')
+    assert train(class_folder, tmp_path, "--epochs", 1) == 2
+    assert "holds another run's results (config.json)" in capsys.readouterr().err
+    assert theirs.read_text() == '{"architectures": ["BertModel"]}'
+
+
 def test_overwrite_leaves_folders_of_the_user_alone(class_folder, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     mine = tmp_path / "out" / "fold_1" / "scan.png"
@@ -133,6 +144,22 @@ def test_a_run_resumed_in_another_folder_brings_its_best_epoch(class_folder, fin
     assert (tmp_path / "out" / "checkpoint_best.pth").read_bytes() == best
 
 
+def test_a_run_resumed_in_another_folder_that_saved_nothing_there_goes_on_there(
+    class_folder, finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    flags = ["--epochs", 5, "--resume-from"]
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("training.fit.loss_and_gradients", out_of_memory)
+    assert train(class_folder, out, *flags, finished / "checkpoint_latest.pth") == 1
+    monkeypatch.undo()
+    assert train(class_folder, out, *flags, "auto") == 0
+    assert len(json.loads((out / "history.json").read_text())["val_acc"]) == 5
+
+
 def test_results_of_the_shorter_run_do_not_lie_beside_the_longer_ones_weights(
     class_folder, finished, tmp_path, monkeypatch
 ):
@@ -151,10 +178,8 @@ def test_results_of_the_shorter_run_do_not_lie_beside_the_longer_ones_weights(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--n-splits", "3"], "--n-splits"),
         (["--use-cv", "--val-ratio", "0.3"], "--val-ratio"),
         (["--val-dir", "v", "--val-ratio", "0.3"], "--val-ratio"),
-        (["--early-stopping-min-delta", "0.1"], "--early-stopping-min-delta"),
         (["--logit-adjustment-tau", "1"], "--logit-adjustment-tau"),
     ],
 )
@@ -162,6 +187,25 @@ def test_typed_options_without_effect_are_refused(flags, named):
     typed = options_from_flags(["--data-dir", "d", "--output-dir", "o", *flags])
     with pytest.raises(UserError, match=f"{named} has no effect"):
         refuse_without_effect(typed, make_config(typed))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--n-splits", "3"], "--n-splits has no effect without --use-cv"),
+        (["--n-splits", "3", "--use-cv"], ""),
+        (
+            ["--early-stopping-min-delta", "0.1"],
+            "--early-stopping-min-delta has no effect without --early-stopping-patience",
+        ),
+        (["--early-stopping-min-delta", "0.1", "--early-stopping-patience", "3"], ""),
+    ],
+)
+def test_what_the_guide_gives_beside_what_it_needs_is_noted_without_it(flags, said, capsys):
+    typed = options_from_flags(["--data-dir", "d", "--output-dir", "o", *flags])
+    refuse_without_effect(typed, make_config(typed))
+    out = capsys.readouterr().out
+    assert said in out if said else not out
 
 
 def test_a_configuration_from_python_is_checked_too():
@@ -216,6 +260,57 @@ def test_two_runs_do_not_share_a_folder_and_a_dead_one_lets_go(quick_report, cla
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
+def test_the_same_comparison_once_more_does_not_spoil_the_one_that_runs(two_entries, tmp_path, capsys):
+    shutil.copytree(two_entries / "out", tmp_path / "out")
+    entry = tmp_path / "out" / "02_unnamed"
+    (entry / "report.html").unlink()  # the entry is in its last epoch
+    arguments = [two_entries / "data", tmp_path / "out", two_entries / "entries.json"]
+    first = held_by_another_process(entry, tmp_path)
+    try:
+        assert compare(*arguments) == 1
+        assert "02_unnamed is in use by another run" in capsys.readouterr().out
+    finally:
+        first.kill()
+        first.communicate()
+    (entry / "report.html").write_text("-")
+    assert compare(*arguments) == 0
+    rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))
+    assert [row["status"] for row in rows] == ["finished", "finished"]
+
+
+def test_an_entry_that_failed_before_anything_was_trained_may_be_mended(two_entries, tmp_path, monkeypatch):
+    file, data = tmp_path / "entries.json", two_entries / "data"
+
+    def entries(decay):
+        file.write_text(json.dumps([{"name": "good"}, {"name": "mended", "weight_decay": decay}]))
+
+    def diverges(*_, **__):
+        raise UserError("lower --learning-rate")
+
+    entries(1e-2)
+    assert compare(data, tmp_path / "out", file, "--config-index", 1) == 0
+    monkeypatch.setattr("training.run.fit", diverges)
+    assert compare(data, tmp_path / "out", file) == 1
+    monkeypatch.undo()
+    finished = (tmp_path / "out" / "01_good" / "history.json").read_bytes()
+    entries(1e-4)
+    assert compare(data, tmp_path / "out", file) == 0
+    assert (tmp_path / "out" / "01_good" / "history.json").read_bytes() == finished
+    record = json.loads((tmp_path / "out" / "02_mended" / "config.json").read_text("utf-8"))
+    assert record["weight_decay"] == 1e-4
+
+
+def test_a_changed_option_of_a_finished_entry_is_refused_with_the_way_out(two_entries, tmp_path, capsys):
+    file = tmp_path / "entries.json"
+    first = json.loads((two_entries / "entries.json").read_text("utf-8"))[0]
+    file.write_text(json.dumps([first, {"name": "🫁", "save_best": False}]), "utf-8")
+    assert compare(two_entries / "data", two_entries / "out", file) == 2
+    error = capsys.readouterr().err
+    assert "entry 2: " in error and "save_best True there, False now" in error
+    assert "--config-index 2 --overwrite" in error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
 def test_a_fold_in_training_is_left_alone(quick_report, class_folder, tmp_path, capsys):
     out, flags = tmp_path / "out", ["--epochs", 1, "--use-cv", "--n-splits", 2]
     (out / "fold_2").mkdir(parents=True)
@@ -228,6 +323,37 @@ def test_a_fold_in_training_is_left_alone(quick_report, class_folder, tmp_path, 
         other_job.kill()
         other_job.communicate()
     assert train(class_folder, out, *flags, "--fold", 2) == 0
+
+
+@pytest.mark.parametrize("others", [["--random-state", 2], ["--loss", "ce"]])
+def test_folds_that_start_together_with_other_options_are_not_mixed(
+    class_folder, tmp_path, monkeypatch, capsys, others
+):
+    """The second job starts, and trains its fold, while the first reads its images."""
+    out, flags = tmp_path / "out", ["--epochs", 1, "--use-cv", "--n-splits", 2]
+    read = cross_validation.read_images
+
+    def meanwhile(*arguments, **options):
+        monkeypatch.undo()
+        assert train(class_folder, out, *flags, "--fold", 1) == 0
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(cross_validation, "read_images", meanwhile)
+    assert train(class_folder, out, *flags, "--fold", 2, *others) == 2
+    assert f"{others[0]} " in capsys.readouterr().err
+    before = (out / "config.json").read_bytes(), (out / "splits.json").read_bytes()
+    assert train(class_folder, out, *flags, "--fold", 2) == 0
+    assert before == ((out / "config.json").read_bytes(), (out / "splits.json").read_bytes())
+
+
+def test_folds_of_two_splits_make_no_summary(class_folder, tmp_path, capsys):
+    flags = ["--epochs", 1, "--use-cv", "--n-splits", 2]
+    for name, seed in (("out", 1), ("other", 2)):
+        assert train(class_folder, tmp_path / name, *flags, "--fold", 1, "--random-state", seed) == 0
+    shutil.copytree(tmp_path / "other" / "fold_1", tmp_path / "out" / "fold_2")
+    assert train(class_folder, tmp_path / "out", *flags, "--random-state", 1) == 1
+    assert "do not predict each image once" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cv_summary.json").exists()
 
 
 def test_what_a_killed_writer_left_is_removed(quick_report, class_folder, tmp_path):

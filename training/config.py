@@ -313,6 +313,11 @@ def flag_of(name: str) -> str:
     return FIELDS[name].metadata["flag"] or "--" + name.replace("_", "-")
 
 
+def shown(name: str, value: Any) -> str:
+    """An option and its value, as a message names them: `--no-amp False` would say the opposite."""
+    return f"{name if isinstance(value, bool) else flag_of(name)} {value}"
+
+
 def _optional_and_type(name: str) -> tuple[bool, type]:
     hint = _TYPES[name]
     if isinstance(hint, types.UnionType):
@@ -337,7 +342,7 @@ def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
         float: isinstance(value, (int, float))
         and not isinstance(value, bool)
         and abs(value) <= sys.float_info.max,
-        str: isinstance(value, str) and value.strip() != "",
+        str: isinstance(value, str) and value.strip() != "" and "\0" not in value,
     }[kind]
     if not right_type:
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty text"}[
@@ -541,16 +546,16 @@ def make_config(options: Mapping[str, Any]) -> Config:
 
 
 def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
-    """Raises UserError for typed options that change nothing: whoever typed them meant something."""
+    """Raises UserError for typed options that change nothing: whoever typed them meant something. Of two that
+    the guide gives beside what they need, as its JSON does too, it is only said.
+    """
     if config.multi_config or config.resume_from:
         return  # they may be meant for an entry, or for what the checkpoint says
     cases = [
-        ("n_splits", config.use_cv, "without --use-cv"),
         ("val_ratio", not config.use_cv, "with --use-cv, whose folds are of equal size"),
         ("val_ratio", not config.val_dir, "with --val-dir"),
         ("cache_dir", config.use_cache, "with --no-cache"),
         ("logit_adjustment_tau", config.logit_adjustment, "without --logit-adjustment"),
-        ("early_stopping_min_delta", config.early_stopping_patience, "without --early-stopping-patience"),
     ]
     problems = [
         f"{flag_of(name)} has no effect {why}; leave it out"
@@ -559,6 +564,10 @@ def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
     ]
     if problems:
         raise UserError(*problems)
+    if "n_splits" in typed and not config.use_cv:
+        print("note: --n-splits has no effect without --use-cv: this trains one model on one split")
+    if "early_stopping_min_delta" in typed and config.early_stopping_patience is None:
+        print("note: --early-stopping-min-delta has no effect without --early-stopping-patience")
 
 
 def read_config_file(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from common.device import choose_hardware
 from common.distributed import begun, first_here_first, is_main, of_the_first, wait_for_all
+from common.errors import RunFailed
 from common.files import MOST_OF_SPLITS, PREVIOUS, read_json, saved_in, write_json
 from data.findings import print_findings
 from data.scan import nfc
@@ -90,6 +91,9 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     frozen = {}
     if is_main():
         with locked(output_dir, wait=True):  # jobs of other folds may be starting too
+            if not going_on and continues(output_dir, config, texts):  # or have started since
+                going_on = True
+                splits = stored_splits(splits_file, data) if splits_file.exists() else splits
             prepare_output_folder(output_dir, config.overwrite)
             if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
                 of_all_folds = dataclasses.replace(config, fold=None)
@@ -194,6 +198,11 @@ def summarise(output_dir: Path, n_splits: int, data: DataSet) -> tuple[dict[str,
     position = {nfc(path): i for i, path in enumerate(data.folder.paths)}
     indices = np.array([position[nfc(path)] for part in parts for path in part.paths])
     order = indices.argsort()
+    if not np.array_equal(indices[order], np.arange(len(data.files))):
+        raise RunFailed(
+            f"the folds in {output_dir} do not predict each image once, so they are not of one split; train "
+            "them anew in another --output-dir"
+        )
     probs = np.concatenate([part.probs for part in parts])[order]
     of_fold = np.concatenate([part.folds for part in parts])[order]
     oof = data.predictions(indices[order], probs, of_fold)

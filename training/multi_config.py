@@ -23,10 +23,17 @@ from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
 from models.clip import check_image_encoder
-from training.config import Config, flag_of, layered, make_config, of_preset, read_config_file
+from training.config import Config, layered, make_config, of_preset, read_config_file, shown
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
-from training.outputs import FREE_ON_CONTINUE, check_writable, continues, locked, refuse_other_images
+from training.outputs import (
+    FREE_ON_CONTINUE,
+    InUse,
+    check_writable,
+    continues,
+    locked,
+    refuse_other_images,
+)
 from training.run import refuse_for_processes, train
 
 _NOT_PER_ENTRY = (
@@ -93,8 +100,7 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
                 said.add(key)
                 of = "" if key in typed else f" of --preset {typed['preset']}"
                 print(
-                    f"note: {flag_of(key)} {value}{of} on the command line wins over {options[key]} in the "
-                    "file"
+                    f"note: {shown(key, value)}{of} on the command line wins over {options[key]} in the file"
                 )
         of_this_run = {"multi_config": False, "config_file": None, "config_index": None}
         try:
@@ -128,10 +134,17 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     # every folder is looked at before the first entry starts
     with first_here_first():  # the others find the shards fetched
         images = scan_images(config.data_dir, cache_dir=config.cache_dir)
-    begun = [continues(entry.folder, entry.config, _texts(entry, images)) for entry in chosen]
-    for entry, going_on in zip(chosen, begun, strict=True):
-        if going_on and is_finished(entry):
-            refuse_other_images(entry.folder, entry.config, images)
+    begun, problems = [], []
+    for entry in chosen:
+        try:
+            begun.append(continues(entry.folder, entry.config, _texts(entry, images)))
+            if begun[-1] and is_finished(entry):
+                refuse_other_images(entry.folder, entry.config, images)
+        except UserError as error:
+            alone = f"(--config-index {entry.number} --overwrite replaces this entry alone)"
+            problems += [f"entry {entry.number}: {problem} {alone}" for problem in error.problems]
+    if problems:
+        raise UserError(*problems)
     failed = []
     for entry, going_on in zip(chosen, begun, strict=True):
         print(f"\n=== configuration {entry.number} of {len(entries)}: {entry.folder.name}", flush=True)
@@ -177,12 +190,17 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
         # killed before its first checkpoint: nothing is lost by starting anew
         change = {"resume_from": str(saved)} if saved else {"overwrite": True}
         config = dataclasses.replace(config, **change)
-        typed = {key: getattr(config, key) for key in FREE_ON_CONTINUE - {"resume_from", "overwrite"}}
+        # --val-dir too: an address or a command was typed, else the entry would have been refused
+        mine = {"val_dir", *FREE_ON_CONTINUE} - {"resume_from", "overwrite"}
+        typed = {key: getattr(config, key) for key in mine}
     if n_processes() > 1:  # of which one may have failed alone, so the others could not go on
         train(config, typed)
         return True
     try:
         train(config, typed)
+    except InUse as error:  # whoever trains it will say how it ends
+        print(f"configuration {entry.number} failed: {error}", flush=True)
+        return False
     except UserError as error:
         message = "; ".join(error.problems)
     except Exception as error:  # an entry must not take the others with it
@@ -191,6 +209,7 @@ def _train_entry(entry: Entry, begun: bool) -> bool:
             message = f"{type(error).__name__}: {error}"
             traceback.print_exc()
     else:
+        failure.unlink(missing_ok=True)  # of a second command, which was refused meanwhile
         return True
     print(f"configuration {entry.number} failed: {message}", flush=True)
     entry.folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from common.files import BEST, KNOWN_IMAGES, LATEST, MOST_OF_SPLITS, PREVIOUS, r
 from data.scan import ImageFolder, nfc
 from evaluation.checkpoints import DAMAGED, TOWERS, frozen_file, read_checkpoint
 from models.clip import CLIPModel
-from training.config import FIELDS, Config, flag_of, of_preset
+from training.config import FIELDS, Config, of_preset, shown
 from training.dataset import DataSet
 from training.state import frozen_towers
 
@@ -95,15 +95,30 @@ def _is_of_first_epoch(best: Path) -> bool:
         return False
 
 
+def _is_record_of_run(path: Path) -> bool:
+    """Other programs write a config.json too, and so does export_clip.py."""
+    try:
+        return {"data_dir", "dataset_fingerprint"} <= read_json(path, "config.json").keys()
+    except (UserError, AttributeError):  # none, or none of a run's form
+        return False
+
+
+def _nothing_trained(output_dir: Path, found: Sequence[str]) -> bool:
+    """Was what lies there killed before its first checkpoint, or only looked at by data.check?"""
+    of_a_start = {"splits.json", "data_check.json", *map(frozen_file, TOWERS)}
+    if _is_record_of_run(output_dir / "config.json"):
+        of_a_start.add("config.json")
+        if _is_of_first_epoch(output_dir / BEST):
+            of_a_start.add(BEST)  # it is written before the first latest
+    return set(found) <= of_a_start
+
+
 def refuse_results(output_dir: Path, config: Config) -> None:
     """Raises UserError when the folder holds results that no option says to replace or to continue."""
     check_writable(output_dir)
     found = results_in(output_dir)
-    of_a_start = {"config.json", "splits.json", "data_check.json", *map(frozen_file, TOWERS)}
-    if "config.json" in found and _is_of_first_epoch(output_dir / BEST):
-        of_a_start.add(BEST)  # it is written before the first latest
-    if set(found) <= of_a_start:
-        return  # killed before its first checkpoint, or only looked at by data.check: nothing is lost
+    if _nothing_trained(output_dir, found):
+        return
     latest = output_dir / LATEST
     if found and not config.overwrite and not resumes_in(output_dir, config):
         hint = f" --resume-from {latest} to continue it," if latest.exists() else ""
@@ -140,7 +155,7 @@ def refuse_full_disk(output_dir: Path, model: CLIPModel, config: Config) -> None
 
 
 def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str]]) -> bool:
-    """True when the folder holds this very run or its beginning, False when it holds nothing or --overwrite.
+    """True when the folder holds this very run or its beginning, False when nothing in it is to be kept.
 
     Raises UserError, naming what differs, when it holds a run with other options or sentences. The images are
     compared when they are read.
@@ -157,13 +172,15 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
         )
     stored = read_json(output_dir / "config.json", "the run's config.json")
     differing = [
-        f"{flag_of(name)} {stored.get(name, FIELDS[name].default)} there, {getattr(config, name)} now"
+        f"{shown(name, stored.get(name, FIELDS[name].default))} there, {getattr(config, name)} now"
         for name in FIELDS
         # a run of an earlier version lacks options that have come since
         if name not in FREE_ON_CONTINUE and stored.get(name, FIELDS[name].default) != getattr(config, name)
     ]
     if stored.get("class_texts") != texts:
         differing.append("the class sentences have changed")
+    if differing and not config.use_cv and _nothing_trained(output_dir, found):
+        return False  # of a cross-validation other jobs may be training their first epochs
     if differing:
         raise UserError(
             f"--output-dir {output_dir} holds a run with other options ({'; '.join(differing)}); "
@@ -198,13 +215,17 @@ def remove_results(output_dir: Path) -> None:
         (output_dir / name).unlink(missing_ok=True)
 
 
+class InUse(UserError):
+    """Another run keeps the folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Make `folder` and keep it for this process; what killed writers left there and in its figures/ is
     removed, so all that is written there is written within such a block.
 
     The lock is the system's, which lets go of it however the process ends (Linux, macOS; elsewhere there is
-    none). Raises UserError when another process keeps the folder. With `wait` this one waits instead: that is
+    none). Raises InUse when another process keeps the folder. With `wait` this one waits instead: that is
     for a folder which jobs share, each for a moment. Of the processes of one run the first keeps it.
     """
     if not is_main():
@@ -221,7 +242,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
                     yield
                     return
                 file.seek(0)
-                raise UserError(
+                raise InUse(
                     f"{folder} is in use by another run ({file.read().strip() or 'unknown'}); wait for it, "
                     "or give another --output-dir"
                 ) from None
@@ -245,9 +266,10 @@ def prepare_output_folder(output_dir: Path, overwrite: bool) -> None:
             path.unlink()
             continue
         with locked(path):
-            for file in (*FOLD_FILES, LOCK):
+            for file in FOLD_FILES:
                 (path / file).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else too
+            (path / LOCK).unlink()
             path.rmdir()
 
 

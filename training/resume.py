@@ -3,16 +3,17 @@
 import dataclasses
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import BEST, LATEST, PREVIOUS, write_whole
+from common.files import BEST, LATEST, PREVIOUS, whole_file
 from data.shards import may_run_a_command
 from data.splits import Split
 from evaluation.checkpoints import DAMAGED
-from training.config import FIELDS, Config, check_options, contradictions, flag_of
+from training.config import FIELDS, Config, check_options, contradictions, flag_of, shown
 from training.dataset import DataSet, split_fingerprint
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite", "compile")
@@ -56,10 +57,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"within epoch {checkpoint['epoch'] + 1}; finish that epoch without the change"
             )
         if FIELDS[name].metadata["on_resume"] in ("same", "said"):
-            shown = (
-                name if isinstance(value, bool) else flag_of(name)
-            )  # --no-amp False would say the opposite
-            changed.append(f"{shown} {options.get(name)} -> {value}")
+            changed.append(f"{shown(name, options.get(name))} -> {value}")
     if problems:
         raise UserError(*problems)
     if checkpoint["config"].get("compile") and not typed.get("compile"):
@@ -110,15 +108,18 @@ def check_same_data(checkpoint: Mapping[str, Any], data: DataSet, split: Split) 
 
 
 def take_over(config: Config, resumed_from: Path, output_dir: Path) -> None:
-    """The checkpoint that a run goes on from becomes its latest; one that goes on in another folder brings
-    its best epoch along.
+    """The checkpoint that a run goes on from becomes its latest; one that goes on in another folder brings it
+    and its best epoch along.
     """
     latest = output_dir / LATEST
     if resumed_from.resolve() == (output_dir / PREVIOUS).resolve():
         if latest.exists():
             os.replace(latest, output_dir / DAMAGED)
         os.replace(resumed_from, latest)
-    target = output_dir / BEST
-    best = Path(config.resume_from).with_name(target.name) if config.resume_from else target
-    if config.save_best and best.exists() and not target.exists():
-        write_whole(target, lambda file: file.write(best.read_bytes()))
+    brought = [(resumed_from, latest)]
+    if config.save_best:
+        brought.append((resumed_from.with_name(BEST), output_dir / BEST))
+    for source, target in brought:
+        if source.exists() and not target.exists():
+            with whole_file(target) as new:
+                shutil.copyfile(source, new)

@@ -340,8 +340,6 @@ def train_on_split(
             where = f"in epoch {state.epoch + 1} of {config.epochs}, {of_epoch}"
         print(f"resuming {where}")
     refuse_disagreement(config, data, split, state, device)
-    if checkpoint and is_main():  # now that all have read it
-        take_over(config, resumed_from, output_dir)
     sentences.prepare(device, center=checkpoint is None)
     if config.compile:
         compile_image_tower(model, config, train_batches.smallest(), hardware)
@@ -366,6 +364,8 @@ def train_on_split(
     }
     if is_main():
         facts["frozen"] = keep_frozen_towers(output_dir, model) if frozen is None else frozen
+        if checkpoint:  # which all have read now
+            take_over(config, resumed_from, output_dir)
         remove_results(output_dir)
         begun()
         for name, record in records.items():  # only now that nothing can be refused any more

@@ -333,7 +333,8 @@ def _random_states() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        # a run on the CPU leaves GPUs alone: to ask one for its state takes memory there
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -343,5 +344,5 @@ def _restore_random_states(states: Mapping[str, Any]) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"] is not None:
+    if torch.cuda.is_initialized() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])  # of the run's device, whichever number it has now
