@@ -39,17 +39,12 @@ elif [ "${#gpus[@]}" -gt 1 ] && [[ " $*" =~ " --gpu-id"|" --config-index"|" --ou
     fail "with several GPU_IDS, leave --gpu-id and --config-index out, and set OUTPUT_DIR instead of --output-dir"
 fi
 
-# Relative paths are meant from where the command is given.
+# No cd: relative paths, also those in the options handed on, are meant from where the command is given.
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-for name in DATA_DIR OUTPUT_DIR CLASS_TEXTS_FILE GROUPS_FILE CONFIG_FILE; do
-    case "${!name}" in "" | /*) ;; *) printf -v "$name" '%s' "$PWD/${!name}" ;; esac
-done
-if [[ "$PWD" != "$here" && "$TEXT_ENCODER" == [!/]* && -d "$TEXT_ENCODER" ]]; then # a folder, not a name
-    TEXT_ENCODER="$PWD/$TEXT_ENCODER"
-fi
-cd "$here"
-source common/venv.sh
+source "$here/common/venv.sh"
 ensure_venv requirements.txt
+# for -m and -c, which would else look for this program's packages where the command is given
+of_program() { PYTHONPATH="$here" PYTHONSAFEPATH=1 "$PY" "$@"; }
 
 demo=0
 if [ -z "$DATA_DIR" ]; then
@@ -57,8 +52,8 @@ if [ -z "$DATA_DIR" ]; then
     if [ ! -d "$DATA_DIR" ]; then
         demo=1
         DATA_DIR=demo_data_synthetic
-        echo "No folder single_label_data and no DATA_DIR: training on a demo set of synthetic phantoms."
-        "$PY" -m data.demo --output "$DATA_DIR"
+        echo "No DATA_DIR and no folder single_label_data in $PWD: training on a demo set of synthetic phantoms."
+        of_program -m data.demo --output "$DATA_DIR"
         OUTPUT_DIR="${OUTPUT_DIR:-checkpoints/clip_models/demo}"
         TEXT_ENCODER="${TEXT_ENCODER:-bert-tiny-bytes}"
         GROUP_PATTERN="${GROUP_PATTERN:-^(P\\d+)_}"
@@ -106,12 +101,12 @@ else
 fi
 
 if [ "${#gpus[@]}" -eq 1 ]; then
-    "$PY" train_clip.py "${options[@]}" --gpu-id "${gpus[0]}" "$@" &
+    "$PY" "$here/train_clip.py" "${options[@]}" --gpu-id "${gpus[0]}" "$@" &
     wait $!
 else
     # What concerns all configurations: "count" checks them and prints their number, "rank" writes the leaderboard.
     configurations() {
-        "$PY" -c '
+        of_program -c '
 import contextlib, pathlib, sys
 from common.cli import exit_code_of
 from training.config import make_config, options_from_flags
@@ -143,7 +138,7 @@ sys.exit(exit_code_of(main, "nothing was started"))' "$@"
         for ((i = 1; i <= entries; i++)); do
             mkdir "$claims/$i" 2>/dev/null || continue
             echo "configuration $i of $entries on GPU $gpu, log: $OUTPUT_DIR/logs/entry_$i.log"
-            "$PY" train_clip.py "${options[@]}" --config-index "$i" --gpu-id "$gpu" "$@" \
+            "$PY" "$here/train_clip.py" "${options[@]}" --config-index "$i" --gpu-id "$gpu" "$@" \
                 >"$OUTPUT_DIR/logs/entry_$i.log" 2>&1 &
             wait $! || { status=1; echo "configuration $i failed; see its log"; }
         done

@@ -24,7 +24,8 @@ if [ "$1" = -c ]; then
     exec "$REAL" "$@"
 fi
 (IFS=$'\x1f'; printf '%s\n' "$*" >>"$STAGE/calls")
-if [ "$1" != train_clip.py ]; then exit 0; fi
+pwd >>"$STAGE/folders"
+if [[ "$1" != */train_clip.py ]]; then exit 0; fi
 if [ -n "${HANG:-}" ]; then echo $$ >"$STAGE/started"; exec sleep 600; fi
 while [ $# -gt 0 ]; do
     if [ "$1" = --output-dir ]; then mkdir -p "$2"; echo old >"$2/leaderboard.csv"; fi
@@ -44,7 +45,7 @@ class Stage:
     """A copy of the script in a folder without data, its virtual environment, and where it is called from."""
 
     def __init__(self, folder: Path):
-        self.folder, self.project, self.cwd = folder, folder / "project", folder / "elsewhere 在"
+        self.folder, self.project, self.cwd = folder, folder / "the project 在", folder / "elsewhere 在"
         (folder / "venv" / "bin").mkdir(parents=True)
         self.project.mkdir()
         self.cwd.mkdir()
@@ -80,12 +81,15 @@ class Stage:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [line.split("\x1f") for line in lines]
 
+    def called_in(self) -> set[str]:
+        return set((self.folder / "folders").read_text(encoding="utf-8").splitlines())
+
     def trained(self) -> list[dict[str, str]]:
         """Per training: flag -> the word after it."""
         return [
             dict(zip(call, [*call[1:], ""], strict=True))
             for call in self.calls()
-            if call[0] == "train_clip.py"
+            if Path(call[0]) == self.project / "train_clip.py"
         ]
 
     def config_file(self, content: str) -> Path:
@@ -115,6 +119,7 @@ def refused(stage: Stage, *flags: str, **variables: object) -> list[str]:
 def test_without_data_the_demo_is_drawn_and_trained(stage):
     code, out, err = stage.run()
     assert (code, err) == (0, "")
+    assert stage.called_in() == {str(stage.cwd)}
     assert stage.calls()[0] == ["-m", "data.demo", "--output", "demo_data_synthetic"]
     (flags,) = stage.trained()
     assert flags["--text-encoder"] == "bert-tiny-bytes"
@@ -125,26 +130,44 @@ def test_without_data_the_demo_is_drawn_and_trained(stage):
 
 
 def test_paths_are_meant_from_where_the_command_is_given(stage):
-    (stage.cwd / "mybert").mkdir()
     names = {"DATA_DIR": "images", "OUTPUT_DIR": "out", "GROUPS_FILE": "g.csv", "CLASS_TEXTS_FILE": "t.json"}
-    code, out, _ = stage.run("--loss", "ce", TEXT_ENCODER="mybert", **names)
+    code, out, _ = stage.run("--val-dir", "val", TEXT_ENCODER="mybert", **names)
     assert code == 0
     assert "demo" not in out
     (flags,) = stage.trained()
-    for flag, name in (
+    for flag, path in (
         ("--data-dir", "images"),
         ("--output-dir", "out"),
         ("--groups-file", "g.csv"),
         ("--class-texts-file", "t.json"),
         ("--text-encoder", "mybert"),
+        ("--val-dir", "val"),
     ):
-        assert flags[flag] == str(stage.cwd / name)
-    assert flags["--loss"] == "ce"
+        assert flags[flag] == path
+    assert stage.called_in() == {str(stage.cwd)}
 
 
-def test_a_text_encoder_that_is_no_folder_there_stays_a_name(stage):
-    assert stage.run(DATA_DIR="images", TEXT_ENCODER="google-bert/bert-base-chinese")[0] == 0
-    assert stage.trained()[0]["--text-encoder"] == "google-bert/bert-base-chinese"
+@pytest.mark.parametrize("shards", ["https://store.example/x-{000..009}.tar", "pipe:cat x.tar"])
+def test_data_that_is_no_folder_is_named_as_it_is(stage, shards):
+    assert stage.run(DATA_DIR=shards)[0] == 0
+    assert stage.trained()[0]["--data-dir"] == shards
+
+
+def test_single_label_data_is_looked_for_where_the_command_is_given(stage):
+    (stage.cwd / "single_label_data").mkdir()
+    code, out, _ = stage.run()
+    assert (code, stage.trained()[0]["--data-dir"]) == (0, "single_label_data")
+    assert "demo" not in out
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH is heeded from Python 3.11 on")
+def test_packages_of_the_user_are_not_taken_for_the_program_s(stage):
+    for name in ("common", "training"):
+        (stage.cwd / name).mkdir()
+        (stage.cwd / name / "__init__.py").touch()
+    stage.config_file(json.dumps(ENTRIES))
+    assert stage.run(DATA_DIR="i", GPU_IDS="0 1", CONFIG_FILE="configs.json")[::2] == (0, "")
+    assert len(stage.trained()) == 3
 
 
 def test_the_training_s_exit_code_is_the_script_s(stage):
@@ -162,7 +185,7 @@ def test_the_same_command_resumes_where_there_is_a_checkpoint(stage):
         assert stage.run(*flags, DATA_DIR="images", OUTPUT_DIR="out")[0] == 0
     assert stage.run(DATA_DIR="images", OUTPUT_DIR="out", USE_CV="1")[0] == 0
     resumed = [flags.get("--resume-from") for flags in stage.trained()]
-    assert resumed == [None, None, str(out / "checkpoint_latest.pth"), None, None]
+    assert resumed == [None, None, "out/checkpoint_latest.pth", None, None]
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "On"])
@@ -203,7 +226,7 @@ def test_one_gpu(stage, gpus):
     assert stage.run(DATA_DIR="images", GPU_IDS=gpus, CONFIG_FILE="configs.json")[0] == 0
     (flags,) = stage.trained()
     assert flags["--gpu-id"] == gpus.strip()[:2].rstrip(",")
-    assert flags["--config-file"] == str(stage.cwd / "configs.json")
+    assert flags["--config-file"] == "configs.json"
     assert "--multi-config" in flags
     assert "--image-encoder" not in flags
 
