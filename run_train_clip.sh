@@ -74,6 +74,8 @@ add --batch-size "$BATCH_SIZE"
 add --learning-rate "$LEARNING_RATE"
 add --img-size "$IMG_SIZE"
 if [ "$cv" = 1 ]; then options+=(--use-cv --n-splits "$N_SPLITS"); fi
+# the same command again continues; a --resume-from among the options handed on comes later and wins
+if [[ " $* " != *" --overwrite "* ]]; then options+=(--resume-from auto); fi
 
 # Jobs run in the background, where bash answers a signal at once: whoever ends this script ends its trainings.
 stop() {
@@ -90,11 +92,6 @@ trap 'stop 129' HUP
 if [ -z "$CONFIG_FILE" ]; then
     options+=(--image-encoder "$IMAGE_ENCODER")
     add --text-encoder "$TEXT_ENCODER"
-    # the same command again continues: a single run from its last checkpoint, a cross-validation by itself
-    if [ "$cv" = 0 ] && [ -f "$OUTPUT_DIR/checkpoint_latest.pth" ] \
-        && [[ ! " $* " =~ " --overwrite "|" --output-dir"|" --use-cv "|" --resume-from" ]]; then
-        options+=(--resume-from "$OUTPUT_DIR/checkpoint_latest.pth")
-    fi
 else
     options+=(--multi-config --config-file "$CONFIG_FILE")
     add --text-encoder "$TEXT_ENCODER" # only where it is set: it then wins over every entry of the file
@@ -109,12 +106,12 @@ else
         of_program -c '
 import contextlib, pathlib, sys
 from common.cli import exit_code_of
-from training.config import make_config, options_from_flags
+from training.config import make_config, options_from_flags, resolve_auto
 from training.multi_config import print_leaderboard, read_entries, write_leaderboard
 from training.outputs import check_writable
 
 def main():
-    typed = options_from_flags(sys.argv[2:])
+    typed = resolve_auto(options_from_flags(sys.argv[2:]))
     config = make_config(typed)
     output_dir = pathlib.Path(config.output_dir)
     check_writable(output_dir)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from training.config import Config, make_config, options_from_flags, resolve_auto
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 
@@ -174,18 +176,50 @@ def test_the_training_s_exit_code_is_the_script_s(stage):
     assert stage.run(DATA_DIR="images", CODE=3)[0] == 3
 
 
-def test_the_same_command_resumes_where_there_is_a_checkpoint(stage):
-    out = stage.cwd / "out"
-    out.mkdir()
-    (out / "config.json").write_text("{}")  # interrupted before the first epoch was over: nothing to resume
-    for flags in ((), ("--overwrite",)):
+def configs(stage: Stage) -> list[Config]:
+    """What train_clip.py makes of each training's options, in the folder it is called in."""
+    return [
+        make_config(resolve_auto(options_from_flags(call[1:])))
+        for call in stage.calls()
+        if Path(call[0]).name == "train_clip.py"
+    ]
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint_latest.pth", "checkpoint_previous.pth"])
+def test_the_same_command_resumes_where_there_is_a_checkpoint(stage, monkeypatch, checkpoint):
+    monkeypatch.chdir(stage.cwd)
+    Path("out").mkdir()
+    Path("out/config.json").write_text("{}")  # interrupted before the first epoch was over: nothing to resume
+    for flags in ((), ("--overwrite",), ("--output-dir", "elsewhere"), ("--resume-from", "other.pth")):
         assert stage.run(*flags, DATA_DIR="images", OUTPUT_DIR="out")[0] == 0
-    (out / "checkpoint_latest.pth").touch()
-    for flags in ((), ("--overwrite",)):
-        assert stage.run(*flags, DATA_DIR="images", OUTPUT_DIR="out")[0] == 0
-    assert stage.run(DATA_DIR="images", OUTPUT_DIR="out", USE_CV="1")[0] == 0
-    resumed = [flags.get("--resume-from") for flags in stage.trained()]
-    assert resumed == [None, None, "out/checkpoint_latest.pth", None, None]
+    assert [config.resume_from for config in configs(stage)] == [None, None, None, "other.pth"]
+    assert [config.overwrite for config in configs(stage)] == [False, True, False, False]
+    for folder in ("out", "elsewhere"):
+        Path(folder, checkpoint).touch()
+    latest = [str(Path(folder, "checkpoint_latest.pth")) for folder in ("out", "elsewhere")]
+    assert [config.resume_from for config in configs(stage)] == [latest[0], None, latest[1], "other.pth"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables"),
+    [
+        ((), {"USE_CV": 1}),
+        (("--use-cv",), {}),
+        ((), {"CONFIG_FILE": "configs.json"}),
+        ((), {"CONFIG_FILE": "configs.json", "GPU_IDS": "0 1"}),
+        (("--overwrite",), {"CONFIG_FILE": "configs.json", "GPU_IDS": "0 1"}),
+    ],
+)
+def test_what_continues_by_itself_is_given_no_checkpoint(stage, monkeypatch, flags, variables):
+    monkeypatch.chdir(stage.cwd)
+    stage.config_file(json.dumps(ENTRIES))
+    Path("out").mkdir()
+    Path("out/checkpoint_latest.pth").touch()
+    assert stage.run(*flags, DATA_DIR="images", OUTPUT_DIR="out", **variables)[0] == 0
+    found = configs(stage)
+    assert len(found) == (3 if "GPU_IDS" in variables else 1)
+    assert all(config.resume_from is None for config in found)
+    assert all(config.overwrite == ("--overwrite" in flags) for config in found)
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "On"])
