@@ -1,19 +1,25 @@
 """Image towers from timm: the guide's names, and `timm:NAME` for any other."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from timm.layers import PatchEmbed
+from timm.models import PretrainedCfg
 from torch import nn
 
-from common.errors import UserError, did_you_mean, first_line
+from common.errors import UserError, did_you_mean, first_line, last_line
 from models.registry import IMAGE_ENCODERS, register
-from models.weights import fetch_from_hub, load_into, part_of, read_state_dict
+from models.weights import fetch_from_hub, part_of, read_state_dict
 from models.wide import widen_depthwise
 
+logging.getLogger("timm").setLevel(logging.ERROR)  # what its loading reports is checked below and said by us
+
 OPTION = "--image-weights"
+LEAST_IMG_SIZE = 32  # of --img-size
 OWN_PREFIX = "image_tower.backbone."  # of a backbone's tensors in this program's checkpoints
 
 
@@ -147,26 +153,55 @@ def _refuse_leftovers(loaded: nn.Module, random: nn.Module, source: str) -> None
         )
 
 
+def _config(name: str) -> PretrainedCfg:
+    """timm's facts about `name`, or `name.tag`. Raises UserError when it knows no such model or tag."""
+    if not timm.is_model(name):
+        raise UserError(f"timm knows no model {name!r}{did_you_mean(name, timm.list_models())}")
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:
+        tags = timm.list_pretrained(name.split(".")[0] + ".*")
+        raise UserError(f"timm knows no weights {name!r}{did_you_mean(name, tags)}") from None
+
+
+def _refuse_cut(backbone: nn.Module, name: str, img_size: int) -> None:
+    """Raises UserError where whole patches would not reach the image's right and lower edge."""
+    embed = getattr(backbone, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad or img_size % embed.patch_size[0] == 0:
+        return
+    patch = embed.patch_size[0]
+    below = img_size // patch * patch
+    near = " or ".join(str(size) for size in (below, below + patch) if size >= LEAST_IMG_SIZE)
+    raise UserError(
+        f"--img-size {img_size}: {name} takes patches of {patch} pixels and would leave out "
+        f"{img_size - below} at the right and lower edge; give a multiple of {patch}, such as {near}"
+    )
+
+
 def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
     """Any timm model without its classifier. Raises UserError for an unknown name or unfit image size."""
     weights = "pretrained" if weights == "auto" else weights
-    if not timm.is_model(name):
-        raise UserError(f"timm knows no model {name!r}{did_you_mean(name, timm.list_models())}")
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    state = None if weights == "none" else published_weights(name, weights)
-    own = part_of(state or {}, OWN_PREFIX)
+    cfg = _config(name)
     arguments: dict = {"num_classes": 0}
     if cfg.fixed_input_size:
         arguments["img_size"] = img_size
     try:
         random_state = torch.get_rng_state()
         backbone = timm.create_model(name, **arguments)
-        if own:
-            load_into(backbone, own, f"{OPTION} {weights}")
-        elif state is not None:  # timm converts old layouts and resamples position embeddings as it loads
+        _refuse_cut(backbone, name, img_size)
+        if weights != "none":  # timm converts old layouts and resamples position embeddings as it loads
+            state = published_weights(name, weights)
             torch.set_rng_state(random_state)
-            random, overlay = backbone, {"state_dict": state}
-            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+            random, overlay = backbone, {"state_dict": part_of(state, OWN_PREFIX) or state}
+            try:
+                backbone = timm.create_model(
+                    name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+                )
+            except RuntimeError as error:  # load_state_dict's
+                raise UserError(
+                    f"{OPTION} {weights} does not fit the encoder: {last_line(error).strip()}; is it for "
+                    "another architecture, or another image size?"
+                ) from None
             _refuse_leftovers(backbone, random, f"{OPTION} {weights}")
         num_features = feature_size(backbone, img_size)
     except UserError:
@@ -176,7 +211,7 @@ def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
             f"image encoder {name!r} cannot be built for --img-size {img_size} and {OPTION} {weights}: "
             f"{first_line(error)}"
         ) from None
-    loaded = frozenset(n for n, _ in backbone.named_parameters()) if state is not None else frozenset()
+    loaded = frozenset(n for n, _ in backbone.named_parameters()) if weights != "none" else frozenset()
     return ImageTower(backbone, num_features, cfg.mean, cfg.std, loaded)
 
 

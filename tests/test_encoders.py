@@ -187,11 +187,73 @@ def test_weights_of_another_architecture_are_refused(tmp_path, source, target):
         build_image_tower(target, str(tmp_path / "w.safetensors"), 64)
 
 
+def test_weights_of_another_shape_are_refused_with_one_of_them(tmp_path):
+    save_file(timm.create_model("resnet50").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"does not fit the encoder: size mismatch for \w+\.\d"):
+        build_image_tower("resnet18", str(tmp_path / "w.safetensors"), 64)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "efficientnet_b0", "convnext_atto", "regnety_002"])
 def test_weights_of_the_same_architecture_are_taken_at_another_size(tmp_path, name):
     save_file(timm.create_model(name).state_dict(), tmp_path / "w.safetensors")
     tower = build_image_tower(f"timm:{name}", str(tmp_path / "w.safetensors"), 64)
     assert len(tower.pretrained) == len(list(tower.parameters()))
+
+
+def save_checkpoint(path, tower) -> str:
+    torch.save({"model": {f"image_tower.{n}": v for n, v in tower.state_dict().items()}, "epoch": 3}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("name", ["resnet18", "timm:vit_tiny_patch16_224", "timm:convnext_atto"])
+def test_a_checkpoint_of_this_program_is_taken_at_its_own_size_and_at_another(tmp_path, name, size):
+    trained = build_image_tower(name, "none", 64).eval()
+    path = save_checkpoint(tmp_path / "checkpoint_latest.pth", trained)
+    torch.manual_seed(1)
+    tower = build_image_tower(name, path, size)
+    assert len(tower.pretrained) == len(list(tower.parameters()))
+    before = trained.state_dict()
+    changed = [
+        n for n, v in tower.state_dict().items() if before[n].shape != v.shape or (before[n] != v).any()
+    ]
+    resampled = ["backbone.pos_embed"] if "vit" in name and size != 64 else []
+    assert changed == resampled
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("resnet18", "resnet34"),
+        ("resnet50", "resnet18"),
+        ("timm:convnext_atto", "timm:vit_tiny_patch16_224"),
+        ("starnet_dual_pyramid_rcf", "resnet18"),
+    ],
+)
+def test_a_checkpoint_with_another_encoder_is_refused(tmp_path, caplog, source, target):
+    path = save_checkpoint(tmp_path / "checkpoint_latest.pth", build_image_tower(source, "none", 64))
+    with pytest.raises(UserError, match="does not fit the encoder"):
+        build_image_tower(target, path, 64)
+    assert caplog.messages == []
+
+
+def reaches_the_edge(backbone) -> bool:
+    """Does a pixel of the last row and of the last column change the features of a 70 x 70 image?"""
+    images = torch.rand(1, 3, 70, 70, requires_grad=True)
+    backbone.eval()(images).cos().sum().backward()
+    return bool(images.grad[..., -1].any() and images.grad[..., -1, :].any())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
+def test_a_size_of_which_patches_leave_out_a_part_is_refused(name):
+    assert not reaches_the_edge(timm.create_model(name, num_classes=0, img_size=70))
+    with pytest.raises(UserError, match=r"patches of 16 pixels .* leave out 6 .* such as 64 or 80"):
+        build_image_tower(f"timm:{name}", "none", 70)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "pvt_v2_b0"])
+def test_a_size_of_which_nothing_is_left_out_is_taken(name):
+    assert reaches_the_edge(build_image_tower(f"timm:{name}", "none", 70).backbone)
 
 
 @pytest.mark.parametrize(("name", "near"), [("resnet5O", "resnet50"), ("efficientnet_b0", "efficientnet-b0")])
@@ -203,6 +265,8 @@ def test_unknown_image_encoder_names_the_nearest(name, near):
 def test_unknown_timm_and_text_names():
     with pytest.raises(UserError, match=r"timm knows no model 'resnet_18'.*resnet18"):
         build_image_tower("timm:resnet_18", "none", 64)
+    with pytest.raises(UserError, match=r"timm knows no weights 'resnet50.a1_in1'.*'resnet50.a1_in1k'"):
+        build_image_tower("timm:resnet50.a1_in1", "none", 64)
     with pytest.raises(UserError, match="did you mean 'bert-base-chinese'"):
         build_text_tower("bert-base-chinse", "none")
     with pytest.raises(UserError, match="no such folder"):
