@@ -155,14 +155,17 @@ def build_hugging_face(
         raise UserError(
             f"--text-encoder {name} is a folder without config.json; give a Hugging Face model folder"
         )
+    source = None if weights in ("pretrained", "none") else Path(weights)
     if weights == "pretrained":
-        weight_files = ["*.safetensors", "*.safetensors.index.json"]
-        folder = folder_with([*_TOKENIZER_FILES, *weight_files], "*.safetensors")
+        patterns = [*_TOKENIZER_FILES, "*.safetensors.index.json"]
+        folder = folder_with(patterns, "*.safetensors", "pytorch_model.bin")
         if not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"--text-encoder {name} holds no weights (*.safetensors); put model.safetensors there, "
-                f"or ask for random weights: {OPTION} none"
-            )
+            source = folder
+            if not (folder / "pytorch_model.bin").is_file():
+                raise UserError(
+                    f"--text-encoder {name} holds no weights (*.safetensors, pytorch_model.bin); put "
+                    f"model.safetensors there, or ask for random weights: {OPTION} none"
+                )
     elif known_config is None:
         folder = folder_with(_TOKENIZER_FILES, "config.json")
     try:
@@ -172,7 +175,7 @@ def build_hugging_face(
             raise UserError(
                 f"--text-encoder {name}: {config.model_type} is no plain text encoder; use a BERT-like model"
             )
-        if weights == "pretrained":
+        if weights == "pretrained" and not source:
             encoder, loading = AutoModel.from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
                 output_loading_info=True, **_without_pooler(config),
@@ -185,13 +188,20 @@ def build_hugging_face(
             encoder = _random_encoder(config)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--text-encoder {name} cannot be loaded: {first_line(error)}") from None
-    if weights not in ("pretrained", "none"):
-        state = read_state_dict(Path(weights), OPTION)
-        prefix = encoder.base_model_prefix + "."
-        load_into(
-            encoder, part_of(state, OWN_PREFIX) or part_of(state, prefix) or state, f"{OPTION} {weights}"
-        )
+    if source:
+        option = "--text-encoder" if weights == "pretrained" else OPTION
+        state = read_state_dict(source, option)
+        state = part_of(state, OWN_PREFIX) or part_of(state, encoder.base_model_prefix + ".") or state
+        load_into(encoder, _with_todays_names(state), f"{option} {source}")
     return TextTower(encoder, _feature_size(encoder, name), load_tokenizer, pretrained=weights != "none")
+
+
+def _with_todays_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """BERT's published files call the weight and the bias of a LayerNorm gamma and beta."""
+    old = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+    for before, after in old.items():
+        state = {name.replace(before, after): value for name, value in state.items()}
+    return state
 
 
 def shortest(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from common.errors import UserError, first_line, why_not_loaded
 
 MIRROR = "https://hf-mirror.com"
 CONNECT_SECONDS = 3  # per endpoint, so that without a network the run stops well within 10 seconds
+_TOWER_OF = {"--image-weights": "image_tower", "--text-weights": "text_tower"}
 
 
 def _ways_out(what: str, folder_option: str) -> str:
@@ -51,24 +53,37 @@ def _check_answers(endpoint: str) -> None:
         raise errors[0]
 
 
+def _snapshot(repo_id: str, patterns: Sequence[str], needed: Sequence[str], **how: Any) -> Path | None:
+    """The folder of what matches `patterns` and the first of `needed` that the repository holds. None: it
+    holds none of these.
+    """
+    from huggingface_hub import snapshot_download
+
+    for name in needed:  # one after the other: they may be the same weights in two formats
+        folder = Path(snapshot_download(repo_id, allow_patterns=[*patterns, name], **how))
+        if any(any(folder.glob(name)) for name in needed):
+            return folder
+    return None
+
+
 def fetch_from_hub(
     repo_ids: Sequence[str], patterns: Sequence[str], needed: Sequence[str], folder_option: str
 ) -> Path:
-    """Local folder with the files of the first of `repo_ids` that can be had; a file must match one of the
-    globs `needed`.
+    """Local folder with the files of the first of `repo_ids` that can be had: those that match `patterns`,
+    and the first of the globs `needed` that matches one.
 
     Looks in the cache, then at the configured endpoint, then at the mirror.
     Raises UserError within seconds when there is no network, naming the ways out.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
     for repo_id in repo_ids:
         try:
-            folder = Path(snapshot_download(repo_id, allow_patterns=list(patterns), local_files_only=True))
+            folder = _snapshot(repo_id, patterns, needed, local_files_only=True)
         except Exception:  # not in the cache; each hub version has its own error for it
             continue
-        if any(any(folder.glob(name)) for name in needed):
+        if folder:
             return folder
     repo_id = repo_ids[-1]
     endpoints = list(dict.fromkeys([constants.ENDPOINT, MIRROR]))
@@ -77,22 +92,22 @@ def fetch_from_hub(
             f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids downloading. "
             + _ways_out(repo_id, folder_option)
         )
+    if not endpoints[0].startswith(("https://", "http://")):
+        raise UserError(
+            f"HF_ENDPOINT {endpoints[0]!r} is no address; begin it with https://, such as https://hf-mirror.com"
+        )
     failures = []
     for endpoint in endpoints:
         print(f"fetching {repo_id} from {endpoint}", flush=True)
         try:
             _check_answers(endpoint)
-            folder = Path(
-                snapshot_download(
-                    repo_id, allow_patterns=list(patterns), endpoint=endpoint, etag_timeout=CONNECT_SECONDS
-                )
-            )
+            folder = _snapshot(repo_id, patterns, needed, endpoint=endpoint, etag_timeout=CONNECT_SECONDS)
         except RepositoryNotFoundError:
             failures.append(f"{endpoint}: has no repository {repo_id}")
         except Exception as error:  # whatever its wording, this endpoint did not deliver; try the next
             failures.append(f"{endpoint}: {first_line(error, 120)}")
         else:
-            if any(any(folder.glob(name)) for name in needed):
+            if folder:
                 return folder
             failures.append(f"{endpoint}: {repo_id} holds no {' or '.join(needed)}")
     raise UserError(
@@ -102,13 +117,17 @@ def fetch_from_hub(
 
 
 def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors or .pth file, or of the folder that holds model.safetensors.
+    """Tensors of a .safetensors or .pth file, or of the folder that holds model.safetensors or
+    pytorch_model.bin.
 
-    A checkpoint of this program gives its whole model, with names such as `image_tower.…`.
-    Raises UserError when the file is missing, damaged, or holds anything but tensors.
+    A checkpoint of this program gives its whole model, with names such as `image_tower.…`; one with the tower
+    of `option` frozen gives that tower, from its file beside the checkpoint or one folder above.
+    Raises UserError when a file is missing, damaged, or holds anything but tensors.
     """
     if path.is_dir():
-        path = path / "model.safetensors"
+        older = path / "pytorch_model.bin"
+        newer = path / "model.safetensors"
+        path = older if older.is_file() and not newer.is_file() else newer
     if not path.is_file():
         raise UserError(f"{option} {path} does not exist")
     try:
@@ -123,7 +142,17 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
             f"{option} {path} cannot be read as weights: {why_not_loaded(error)}; "
             "give a .safetensors file, or a .pth file that holds tensors only"
         ) from None
-    for wrapper in ("model", "state_dict"):
+    tower, frozen = _TOWER_OF.get(option), state.get("frozen") if isinstance(state, dict) else None
+    if isinstance(frozen, dict) and tower in frozen:
+        name = f"frozen_{tower}.pth"
+        files = [folder / name for folder in path.absolute().parents[:2] if (folder / name).is_file()]
+        if not files:
+            raise UserError(
+                f"{option} {path} was trained with a frozen {tower.replace('_', ' ')}, which is kept once in "
+                f"{name}; put that file of the run beside it, or give its own path"
+            )
+        return read_state_dict(files[0], option)
+    for wrapper in ("model", "state_dict", "tower"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):

@@ -21,6 +21,7 @@ from quick import a_checkpoint, train
 from common.errors import RunFailed, UserError
 from evaluation.checkpoints import FORMAT, NOT_FOR_USE, checksum, read_checkpoint, write_file
 from evaluation.trained import load_trained
+from models.text_encoders import build_text_tower
 from training import fit as fit_module
 from training import state as state_module
 from training.state import CheckpointWriter, read_to_resume, write_checkpoint
@@ -312,6 +313,21 @@ def test_images_can_be_classified_without_the_frozen_text_tower_sentences_cannot
     assert load_trained(tmp_path / "model.pth", torch.device("cpu")).classes
     with pytest.raises(UserError, match=r"frozen_text_tower\.pth; put that file"):
         load_trained(tmp_path / "model.pth", torch.device("cpu"), with_text=True)
+
+
+def test_the_towers_of_a_run_with_one_frozen_can_start_another(frozen_run, tmp_path):
+    fold = tmp_path / "cv" / "fold_1" / "checkpoint_latest.pth"
+    fold.parent.mkdir(parents=True)
+    shutil.copy(frozen_run / fold.name, fold)
+    with pytest.raises(UserError, match=r"frozen text tower.*frozen_text_tower\.pth; put that file"):
+        build_text_tower("bert-tiny-bytes", str(fold))
+    shutil.copy(frozen_run / "frozen_text_tower.pth", fold.parent.parent)
+    trained = load_trained(frozen_run / fold.name, torch.device("cpu"), with_text=True)
+    frozen = trained.model.text_tower.state_dict()
+    for path in (frozen_run / "checkpoint_latest.pth", frozen_run / "frozen_text_tower.pth", fold):
+        torch.manual_seed(1)
+        tower = build_text_tower("bert-tiny-bytes", str(path))
+        assert all(torch.equal(value, frozen[name]) for name, value in tower.state_dict().items())
 
 
 def test_the_frozen_tower_of_another_run_is_refused(frozen_run, class_folder, tmp_path, capsys):

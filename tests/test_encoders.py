@@ -1,4 +1,6 @@
+import fnmatch
 import json
+import shutil
 
 import pytest
 import timm
@@ -290,6 +292,15 @@ def test_without_a_network_the_ways_out_are_named(monkeypatch, tmp_path):
         assert part in str(caught.value)
 
 
+def test_an_endpoint_without_a_scheme_is_refused(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "hf-mirror.com")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"HF_ENDPOINT 'hf-mirror\.com' .* begin it with https://"):
+        fetch_from_hub(["nobody/nothing"], ["*"], ["*.safetensors"], "--image-weights")
+
+
 def test_tiny_text_encoder_reads_bytes_and_pads_without_effect():
     tower = build_text_tower("bert-tiny-bytes", "none").eval()
     tokens, notes = tower.tokenize(["正", "一句长一些的话"])
@@ -347,6 +358,78 @@ def test_local_folder_with_weights_is_loaded(small_bert):
     save_file(state, small_bert / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="weights lack"):
         build_text_tower(str(small_bert), "auto")
+
+
+def as_published(encoder) -> dict[str, torch.Tensor]:
+    """Its tensors as BERT's first files name them."""
+    names = {name: f"bert.{name}" for name in encoder.state_dict()}
+    for name in names:
+        if ".LayerNorm." in name:
+            names[name] = f"bert.{name}".replace(".weight", ".gamma").replace(".bias", ".beta")
+    return {names[name]: value for name, value in encoder.state_dict().items()}
+
+
+def same_weights(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_text_weights_may_have_the_published_names(small_bert):
+    random = build_text_tower(str(small_bert), "none")
+    save_file(as_published(random.encoder), small_bert / "w.safetensors")
+    loaded = build_text_tower(str(small_bert), str(small_bert / "w.safetensors"))
+    assert same_weights(loaded, random)
+    assert len(loaded.pretrained) == len(list(loaded.parameters()))
+
+
+def test_a_folder_with_pytorch_model_bin_alone_is_loaded_and_nothing_of_it_run(small_bert):
+    random = build_text_tower(str(small_bert), "none")
+    whole = as_published(random.encoder)
+    torch.save(whole | {"cls.predictions.bias": torch.zeros(3)}, small_bert / "pytorch_model.bin")
+    assert same_weights(build_text_tower(str(small_bert), "auto"), random)
+    assert same_weights(build_text_tower(str(small_bert), str(small_bert)), random)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(small_bert / "ran"), "w"))
+
+    torch.save(whole | {"evil": Evil()}, small_bert / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin cannot be read as weights"):
+        build_text_tower(str(small_bert), "auto")
+    assert not (small_bert / "ran").exists()
+    del whole["bert.encoder.layer.0.output.dense.weight"]
+    torch.save(whole, small_bert / "pytorch_model.bin")
+    with pytest.raises(UserError, match="1 tensors are missing"):
+        build_text_tower(str(small_bert), "auto")
+
+
+@pytest.mark.parametrize(
+    ("held", "fetched"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], "model.safetensors"),
+        (["pytorch_model.bin"], "pytorch_model.bin"),
+    ],
+)
+def test_only_one_format_of_published_text_weights_is_fetched(small_bert, monkeypatch, held, fetched):
+    random = build_text_tower(str(small_bert), "none")
+    save_file(as_published(random.encoder), small_bert / "model.safetensors", {"format": "pt"})
+    torch.save(as_published(random.encoder), small_bert / "pytorch_model.bin")
+    cache = small_bert / "cache"
+
+    def hub(repo_id, allow_patterns, local_files_only=False, **_):
+        if local_files_only:
+            raise OSError("not in the cache")
+        cache.mkdir(exist_ok=True)
+        for name in ["config.json", "vocab.txt", "tokenizer_config.json", *held]:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                shutil.copy(small_bert / name, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    monkeypatch.setattr("models.weights._check_answers", lambda _: None)
+    assert same_weights(build_text_tower("hfl/chinese-roberta-wwm-ext", "auto"), random)
+    assert [name for name in ("model.safetensors", "pytorch_model.bin") if (cache / name).exists()] == [
+        fetched
+    ]
 
 
 def test_encoder_decoders_are_refused(tmp_path):
