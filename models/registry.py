@@ -2,7 +2,8 @@
 
 An image builder takes (weights, img_size) and returns an `ImageTower`; see models/image_encoders.py.
 A text builder takes (weights,) and returns a `TextTower`; see models/text_encoders.py.
-`weights` is "pretrained", "none", a path, or "auto": pretrained where the encoder is published with weights.
+`weights` is "pretrained", "none", a path, or "auto": none for starnet_dual_pyramid_rcf and bert-tiny-bytes,
+else pretrained. Where no weights are published, "pretrained" raises UserError.
 """
 
 from collections.abc import Callable
