@@ -19,6 +19,8 @@ from data.names import all_but
 from data.scan import has_dicom_magic
 
 if TYPE_CHECKING:
+    import pydicom
+
     from data.shards import Member
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
@@ -53,20 +55,24 @@ class Facts:
     constant: bool
 
 
-def scale_to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Map the image's own minimum..maximum to 0..255 (uint8, same shape). A constant image becomes zeros.
+def scale_to_8_bit(pixels: np.ndarray, ends: tuple[float, float] | None = None) -> np.ndarray:
+    """Map `ends`, or the image's own minimum and maximum, to 0 and 255 (uint8, same shape), and what lies
+    beyond to the nearer of them. Where the two are equal all becomes zeros.
 
     Raises UnreadableImage when a pixel is not a finite number.
     """
     low, high = float(pixels.min()), float(pixels.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UnreadableImage("holds pixels that are not finite numbers")
+    low, high = ends or (low, high)
     scaled = np.zeros(pixels.shape, np.uint8)
     if high > low:
         flat, target = pixels.reshape(-1), scaled.reshape(-1)
         for start in range(0, len(flat), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            target[part] = np.rint((flat[part].astype(np.float64) - low) * (255.0 / (high - low)))
+            target[part] = np.rint(
+                (flat[part].astype(np.float64).clip(low, high) - low) * (255 / (high - low))
+            )
     return scaled
 
 
@@ -76,7 +82,7 @@ _Stored = tuple[str, str, int]
 
 def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
     import pydicom
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+    from pydicom.pixels import apply_color_lut
 
     try:
         syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
@@ -98,14 +104,44 @@ def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
         if pixels.ndim == 3:
             colour = pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)
             return _grey_if_grey(Image.fromarray(colour)), stored
-        pixels = scale_to_8_bit(apply_voi_lut(apply_modality_lut(pixels, dataset), dataset))
+        return Image.fromarray(_shown(pixels, dataset)), stored
     except UnreadableImage:
         raise
     except Exception as error:  # pydicom raises many kinds; each means the file cannot be used
         raise UnreadableImage(f"DICOM: {type(error).__name__}: {error}") from None
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        pixels = 255 - pixels  # in MONOCHROME1 the largest value is black
-    return Image.fromarray(pixels), stored
+
+
+def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
+    """(H, W) uint8: how a grey DICOM of the stored values `pixels` (H, W) is to look. Changes `dataset`."""
+    from pydicom.pixels import apply_modality_lut, apply_windowing
+
+    values = apply_modality_lut(pixels, dataset)
+    table = (dataset.get("VOILUTSequence") or [{}])[0]
+    if None not in (table.get("LUTDescriptor"), table.get("LUTData")):
+        grey = _looked_up(values, table, "<u2" if dataset.original_encoding[1] else ">u2")
+    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
+        # pydicom maps the window to what these say that values can be; a negative slope would turn it round
+        dataset.BitsStored, dataset.PixelRepresentation, dataset.ModalityLUTSequence = 8, 0, []
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
+        grey = scale_to_8_bit(apply_windowing(values, dataset), (0, 255))
+    else:
+        grey = scale_to_8_bit(values)
+    # in MONOCHROME1 the largest value is black
+    return 255 - grey if dataset.get("PhotometricInterpretation") == "MONOCHROME1" else grey
+
+
+def _looked_up(values: np.ndarray, table: "pydicom.Dataset", word: str) -> np.ndarray:
+    """(H, W) uint8: the grey that an item of a VOI LUT sequence gives for `values` (H, W). word: dtype of its
+    16-bit words. pydicom's own function counts 8-bit entries in 8 bits, so that the 257th is the first.
+    """
+    n, first, bits = table.LUTDescriptor
+    n = n % 2**16 or 2**16  # 0 stands for 65,536, and in a signed image this may be read as signed too
+    data = table.LUTData
+    words = (np.frombuffer(data, word) if isinstance(data, bytes) else np.atleast_1d(data)).astype("<u2")
+    # 8-bit entries lie two in a word, or one as some programs write them
+    entries = (words.view(np.uint8) if len(words) < n else words)[:n]
+    places = (values.astype(np.int64) - first).clip(0, len(entries) - 1)
+    return scale_to_8_bit(entries, (0, 2**bits - 1))[places]
 
 
 def _refuse_too_many_pixels(width: int, height: int) -> None:
@@ -156,8 +192,8 @@ def _grey_if_grey(image: Image.Image) -> Image.Image:
 def read_image(path: "Path | Member") -> Image.Image:
     """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit image: L where it is grey, else RGB.
 
-    16-bit and float images are scaled by their own range; EXIF orientation is applied; transparency is
-    composed on black; palettes are expanded. Raises UnreadableImage.
+    16-bit and float images are scaled by their own range, DICOM by its window or table where it has one; EXIF
+    orientation is applied; transparency is composed on black; palettes are expanded. Raises UnreadableImage.
     """
     return _read(path)[0]
 

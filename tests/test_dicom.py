@@ -100,13 +100,92 @@ def test_a_negative_slope_inverts(tmp_path):
     assert np.array_equal(read(path), by_own_range(-RAMP.astype(float)))
 
 
-def test_a_voi_table_is_applied(tmp_path):
-    table = Dataset()
-    table.LUTDescriptor, table.LUTData = [4, 0, 16], [0, 60000, 20000, 65535]
-    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
-    path = dicom(tmp_path / "x.dcm", np.array([[0, 1], [2, 3]], np.uint8), VOILUTSequence=[table])
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_window_after_a_negative_slope_keeps_large_values_white(tmp_path, photometric, signed):
+    """PS3.3 C.11.2: the window is over the rescaled values, here 4095 - stored; its greatest are white."""
+    bits = 16 if signed else 12
+    path = dicom(
+        tmp_path / "x.dcm", RAMP.astype(np.int16) if signed else RAMP, photometric, BitsStored=bits,
+        HighBit=bits - 1, RescaleSlope=-1, RescaleIntercept=4095, WindowCenter=2048, WindowWidth=4096,
+    )  # fmt: skip
+    expected = window(4095.0 - RAMP, 2048, 4096)
+    expected = 255 - expected if photometric == "MONOCHROME1" else expected
+    pixels = read(path)[..., 0]
+    assert abs(pixels - expected).max() <= 0.5
+    assert {pixels[0, 0], pixels[-1, -1]} == {0, 255}
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_a_window_gives_the_same_grey_whatever_else_the_image_holds(tmp_path, function):
+    values = np.arange(1900, 2100, dtype=np.uint16).reshape(10, 20)
+    options = {"WindowCenter": 2048, "WindowWidth": 4096, "VOILUTFunction": function}
+    part = read(dicom(tmp_path / "part.dcm", values, **options))
+    whole = read(dicom(tmp_path / "whole.dcm", RAMP, **options))
+    assert np.array_equal(part.reshape(-1, 3), whole.reshape(-1, 3)[1900:2100])
+    if function == "LINEAR":
+        assert abs(part[..., 0] - window(values.astype(float), 2048, 4096)).max() <= 0.5
+        assert part.min() == 118 and part.max() == 131
+
+
+@pytest.mark.parametrize(("value", "grey"), [(3000, 255), (900, 0)])
+def test_an_image_beyond_its_window_is_white_or_black(tmp_path, value, grey):
+    pixels = np.full((4, 4), value, np.uint16)
+    assert (read(dicom(tmp_path / "x.dcm", pixels, WindowCenter=1500, WindowWidth=1000)) == grey).all()
+    path = dicom(tmp_path / "x.dcm", pixels, "MONOCHROME1", WindowCenter=1500, WindowWidth=1000)
+    assert (read(path) == 255 - grey).all()
+
+
+def test_a_window_after_a_modality_table(tmp_path):
+    modality = table([0, 100, 1000, 4000])
+    modality.ModalityLUTType = "US"
+    stored = np.array([[0, 1], [2, 3]], np.uint16)
+    options = {"ModalityLUTSequence": [modality], "WindowCenter": 500, "WindowWidth": 1000}
+    expected = window(np.array([[0.0, 100], [1000, 4000]]), 500, 1000)
+    assert abs(read(dicom(tmp_path / "x.dcm", stored, **options))[..., 0] - expected).max() <= 0.5
+
+
+def table(entries: list[int] | bytes, first: int = 0, bits: int = 16, n: int | None = None) -> Dataset:
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [len(entries) if n is None else n, first, bits], entries
+    item["LUTDescriptor"].VR, item["LUTData"].VR = "US", "OW" if isinstance(entries, bytes) else "US"
+    return item
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_a_voi_table_is_applied(tmp_path, photometric):
+    stored = np.array([[0, 1], [2, 3]], np.uint8)
+    path = dicom(tmp_path / "x.dcm", stored, photometric, VOILUTSequence=[table([0, 60000, 20000, 65535])])
     expected = np.rint(np.array([[0, 60000], [20000, 65535]]) / 65535 * 255)
+    expected = 255 - expected if photometric == "MONOCHROME1" else expected
     assert np.array_equal(read(path)[..., 0], expected)
+
+
+def test_a_voi_table_is_scaled_by_its_depth(tmp_path):
+    stored = np.array([[1, 1], [2, 2]], np.uint16)
+    path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table([0, 1023, 2047, 4095], bits=12)])
+    assert read(path)[..., 0].tolist() == [[64, 64], [127, 127]]  # 1023 and 2047 of 4095
+
+
+@pytest.mark.parametrize("stored_as", ["words", "packed words", "bytes"])
+def test_a_voi_table_of_8_bit_entries_may_have_more_than_256(tmp_path, stored_as):
+    entries = (np.arange(4096) // 16).astype(np.uint8)  # of a 12-bit image its high byte
+    data = {
+        "words": entries.tolist(),
+        "packed words": entries.view("<u2").tolist(),
+        "bytes": entries.tobytes(),
+    }[stored_as]
+    path = dicom(tmp_path / "x.dcm", RAMP, VOILUTSequence=[table(data, bits=8, n=4096)])
+    assert np.array_equal(read(path)[..., 0], RAMP // 16)
+
+
+def test_values_outside_a_voi_table_take_its_ends(tmp_path):
+    stored = np.array([[0, 99, 100], [101, 102, 65535]], np.uint16)
+    path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table([10, 20, 30], first=100, bits=8)])
+    assert read(path)[..., 0].tolist() == [[10, 10, 10], [20, 30, 30]]
+    options = {"RescaleSlope": 0.5, "RescaleIntercept": -40, "VOILUTSequence": [table([10, 20, 30], 0, 8)]}
+    path = dicom(tmp_path / "y.dcm", np.array([[0, 80], [82, 84]], np.uint16), **options)
+    assert read(path)[..., 0].tolist() == [[10, 10], [20, 30]]
 
 
 def test_rgb_dicom(tmp_path):
