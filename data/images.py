@@ -101,6 +101,9 @@ def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
         pixels = dataset.pixel_array  # YBR is converted to RGB by pydicom
         if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, dataset)
+            if pixels.dtype == np.uint16:  # 8-bit entries may lie in 16 bits too
+                bits = dataset.RedPaletteColorLookupTableDescriptor[2]
+                pixels = (pixels >> (bits - 8)).astype(np.uint8)
         if pixels.ndim == 3:
             colour = pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)
             return _grey_if_grey(Image.fromarray(colour)), stored
@@ -115,7 +118,7 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     """(H, W) uint8: how a grey DICOM of the stored values `pixels` (H, W) is to look. Changes `dataset`."""
     from pydicom.pixels import apply_modality_lut, apply_windowing
 
-    values = apply_modality_lut(pixels, dataset)
+    values, padding = apply_modality_lut(pixels, dataset), _padding(pixels, dataset)
     table = (dataset.get("VOILUTSequence") or [{}])[0]
     if None not in (table.get("LUTDescriptor"), table.get("LUTData")):
         grey = _looked_up(values, table, "<u2" if dataset.original_encoding[1] else ">u2")
@@ -124,10 +127,27 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
         dataset.BitsStored, dataset.PixelRepresentation, dataset.ModalityLUTSequence = 8, 0, []
         dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
         grey = scale_to_8_bit(apply_windowing(values, dataset), (0, 255))
+    elif (bits := int(dataset.get("BitsStored") or 16)) <= 8 and not dataset.get("ModalityLUTSequence"):
+        least = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+        ends = apply_modality_lut(np.array([least, least + 2**bits - 1]), dataset)
+        grey = scale_to_8_bit(values, (ends.min(), ends.max()))  # 8 bits are grey as they are, as in a PNG
     else:
-        grey = scale_to_8_bit(values)
-    # in MONOCHROME1 the largest value is black
-    return 255 - grey if dataset.get("PhotometricInterpretation") == "MONOCHROME1" else grey
+        picture = values[~padding]
+        grey = scale_to_8_bit(values, (picture.min(), picture.max()) if picture.size else None)
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        grey = 255 - grey  # its largest value is black
+    grey[padding] = 0  # no part of the picture, so black whatever the polarity, as transparency is
+    return grey
+
+
+def _padding(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
+    """(H, W) bool: which of the stored values `pixels` (H, W) only fill the frame."""
+    if dataset.get("PixelPaddingValue") is None or pixels.dtype.kind not in "iu":
+        return np.zeros(pixels.shape, bool)
+    given = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")]
+    # a signed value is often written as an unsigned one
+    ends = np.array([end for end in given if end is not None], np.int64).astype(pixels.dtype)
+    return (pixels >= ends.min()) & (pixels <= ends.max())
 
 
 def _looked_up(values: np.ndarray, table: "pydicom.Dataset", word: str) -> np.ndarray:

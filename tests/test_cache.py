@@ -137,6 +137,15 @@ def test_data_folders_and_sizes_do_not_mix(files, tmp_path):
         assert inspect(files, tmp_path / "c", size).squares[0].shape == (size, size, 3)
 
 
+def test_squares_that_were_made_in_another_way_are_not_used(files, tmp_path, decoded, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(cache, "MADE_BY", cache.MADE_BY.replace("; 4;", "; 3;"))  # read DICOM otherwise
+        inspect(files, tmp_path / "c")
+    decoded.clear()
+    same(inspect(files, tmp_path / "c"), files)
+    assert decoded == files
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "other squares", "flipped"])
 def test_a_damaged_cache_is_made_anew(files, tmp_path, damage, capsys):
     inspect(files, tmp_path / "c")
