@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from tqdm import tqdm
 
 from data.names import all_but
@@ -243,7 +244,10 @@ def _read(path: "Path | Member") -> tuple[Image.Image, _Stored]:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I") or image.mode == "F":
+            zero_is_white = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
             image = Image.fromarray(scale_to_8_bit(np.asarray(image)))
+            if zero_is_white:  # of 8 bits and fewer Pillow sees to it
+                image = ImageOps.invert(image)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)

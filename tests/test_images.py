@@ -301,18 +301,37 @@ def test_hand_written_png_is_sound(tmp_path):
     assert read(tmp_path / "x.png").tolist() == [[[1, 2, 3], [4, 5, 6]]]
 
 
+def tiff(pixels: np.ndarray, photometric: int) -> bytes:
+    """A TIFF written by hand: kinds that Pillow cannot write. pixels: (H, W) or (H, W, 3), little-endian."""
+    height, width, *channels = pixels.shape
+    n, bits, data = len(channels) * 3 or 1, 8 * pixels.itemsize, pixels.tobytes()
+    kind = 3 if pixels.dtype.kind == "f" else 1
+    after = 8 + 2 + 10 * 12 + 4  # header, then a directory of ten entries
+    depths = struct.pack("<HHH", bits, bits, bits)
+    entries = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, n, bits if n == 1 else after),
+        (259, 3, 1, 1),
+    ]
+    entries += [(262, 3, 1, photometric), (273, 4, 1, after + len(depths)), (277, 3, 1, n)]
+    entries += [(278, 4, 1, height), (279, 4, 1, len(data)), (339, 3, 1, kind)]
+    directory = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + depths + data
+
+
 def test_16_bit_colour_tiff_is_refused(tmp_path):
-    width, height = 4, 2
-    pixels = np.arange(width * height * 3, dtype="<u2").tobytes()
-    after = 8 + 2 + 9 * 12 + 4  # header, then a directory of nine entries
-    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, after), (259, 3, 1, 1), (262, 3, 1, 2)]
-    entries += [(273, 4, 1, after + 6), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, len(pixels))]
-    directory = struct.pack("<H", 9) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    content = (
-        b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + struct.pack("<HHH", 16, 16, 16) + pixels
-    )
-    (tmp_path / "x.tif").write_bytes(content)
+    (tmp_path / "x.tif").write_bytes(tiff(np.arange(24, dtype="<u2").reshape(2, 4, 3), photometric=2))
     assert "16-bit colour" in refusal(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("dtype", ["<u1", "<u2", "<f4"])
+def test_a_tiff_whose_zero_is_white_is_no_negative(tmp_path, dtype):
+    values = (RAMP // 16 if dtype == "<u1" else RAMP).astype(dtype)
+    for photometric, name in enumerate(("white.tif", "black.tif")):
+        (tmp_path / name).write_bytes(tiff(values, photometric))
+    assert np.array_equal(read(tmp_path / "black.tif"), by_own_range(values))
+    assert np.array_equal(read(tmp_path / "white.tif"), 255 - by_own_range(values))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
