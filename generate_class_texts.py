@@ -28,16 +28,18 @@ from data.texts import check_template, class_sentences
 DEFAULT_TEMPLATE = "这是一张{class_name}的医学图像"
 EPILOG = """\
 An existing --output file is never lost by accident:
-  from a template       it is refused; --overwrite replaces it
+  from a template       it is refused, unless it holds just what the template gives; --overwrite replaces it
   --interactive         at a terminal its sentences are kept: classes without one are asked first, then
                         those with one, shown as the default. So an interrupted session goes on where it
                         stopped. --overwrite starts anew; the old file stays until the first answer
-  --interactive, piped  it is refused, as piped answers start with the first class; --overwrite starts anew
+  --interactive, piped  it is refused, as piped answers start with the first class, unless it holds just what
+                        the template gives; --overwrite starts anew
 
-Interactive: Enter alone takes the default shown. Or type one or several sentences, one per line; an empty
-line ends them. b goes back to the class before, q leaves. Each answer is in the file at once, so nothing is
-lost by q, Ctrl-D, Ctrl-C or the end of piped input. Classes not reached are not written: train_clip.py
-then gives them --text-template or their name, and says so.
+Interactive, at a terminal: Enter alone takes the default shown. Or type one or several sentences, one per
+line; an empty line ends them. Piped: one line for each class, in the order of the names; an empty line takes
+the default. b goes back to the class before, q leaves. Each answer is in the file at once, so nothing is lost
+by q, Ctrl-D, Ctrl-C or the end of piped input. Classes not reached are not written: train_clip.py then gives
+them --text-template or their name, and says so.
 
 exit code: 0 every class has its sentence, 1 left early or not writable, 2 bad input, 130 Ctrl-C
 """
@@ -55,13 +57,13 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=DEFAULT_TEMPLATE,
         help=f"sentence for every class, with {{class_name}} in it (default: {DEFAULT_TEMPLATE})",
     )
-    parser.add_argument("--interactive", action="store_true", help="ask for each class's sentences")
+    parser.add_argument("--interactive", action="store_true", help="ask for each class's sentence")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     return parser.read(arguments, required=("--data-dir", "--output"))
 
 
-def check_output(output: Path, interactive: bool, overwrite: bool) -> None:
-    """Raises UserError when the file cannot be written, or when writing it would lose another's content."""
+def check_output(output: Path, interactive: bool) -> None:
+    """Raises UserError when the file cannot be written, or when there is nobody to ask."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; give a file such as {output / 'class_texts.json'}")
     blocking = unwritable(output.absolute().parent)
@@ -69,8 +71,14 @@ def check_output(output: Path, interactive: bool, overwrite: bool) -> None:
         raise UserError(f"--output {output} cannot be written: {blocking} is no folder that may be written")
     if interactive and sys.stdin is None:
         raise UserError("--interactive needs a terminal or piped input, and standard input is closed")
-    if not output.exists() or overwrite or (interactive and sys.stdin.isatty()):
-        return
+
+
+def refuse_to_lose(output: Path, unedited: dict[str, str], interactive: bool) -> None:
+    """Raises UserError when `output` holds anything but `unedited`, what the template alone gives."""
+    with contextlib.suppress(UserError):
+        if read_json(output, "--output", MOST_WRITTEN_BY_HAND) == unedited:
+            print(f"note: {output} holds what the template gives, nothing edited, so it may be replaced")
+            return
     why = " and piped answers start with the first class" if interactive else ""
     raise UserError(f"--output {output} exists{why}; give another file, or --overwrite to replace it")
 
@@ -106,7 +114,10 @@ class Session:
             left = len(classes) - len(self.answers)
             first = f"the {left} without come first, then these" if left else "each is shown"
             print(f"{self.output} has sentences for {len(self.answers)} of {len(classes)} classes; {first}.")
-        print("Enter takes the default. Or type sentences, one per line; an empty line ends them.")
+        if sys.stdin.isatty():
+            print("Enter takes the default. Or type sentences, one per line; an empty line ends them.")
+        else:
+            print("One line for each class: its sentence, or an empty line for the default.")
         print("b = back to the class before, q = leave; what is answered is saved.")
         at = 0
         while at < len(order):
@@ -131,6 +142,11 @@ class Session:
             if not line and typed:
                 return 1
             problem = self.problem_with(name, [line] if line else default)
+            if problem and not sys.stdin.isatty():  # the next line is the next class's
+                raise UserError(
+                    f"--interactive: the line for class {name}: {problem}; correct it and pipe all lines "
+                    "again, with --overwrite"
+                )
             if problem or line in typed:
                 print(f"  {problem or 'this class has that sentence already'}")
                 continue
@@ -139,11 +155,13 @@ class Session:
                 return 1
             typed.append(line)
             self.keep(name, typed)
+            if not sys.stdin.isatty():
+                return 1
 
     def problem_with(self, name: str, sentences: Sequence[str]) -> str | None:
         for sentence in sentences:
             if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in sentence):
-                return "that holds characters that are no text; please type it again"
+                return "that holds characters that are no text"
             for other, own in self.answers.items():
                 if other != name and sentence in own:
                     return f"class {other} has this sentence; write one that only fits {name}"
@@ -176,7 +194,7 @@ def read_line(prompt: str) -> str:
 def interactive(arguments: argparse.Namespace, folder: ImageFolder) -> int:
     """Ask for every class, and say where things stand however the user leaves. Returns the exit code."""
     session = Session(folder, arguments.template, arguments.output)
-    if arguments.output.exists() and not arguments.overwrite:
+    if arguments.output.exists() and not arguments.overwrite and sys.stdin.isatty():
         session.answers = stored_sentences(arguments.output, folder.classes)
     code = 0
     with contextlib.suppress(ImportError):
@@ -216,17 +234,21 @@ def generate(typed: Sequence[str]) -> int:
     """Check everything, then ask or fill in the template. Returns the exit code (see --help)."""
     arguments = read_arguments(typed)
     check_template(arguments.template, "--template")
-    check_output(arguments.output, arguments.interactive, arguments.overwrite)
+    check_output(arguments.output, arguments.interactive)
     folder = scan_images(arguments.data_dir)
     for note in folder.notes:
         print(f"note: {note}")
+    sentences, _ = class_sentences(folder.classes, template=arguments.template)
+    unedited = {name: own[0] for name, own in sentences.items()}
+    goes_on = arguments.interactive and sys.stdin.isatty()
+    if arguments.output.exists() and not arguments.overwrite and not goes_on:
+        refuse_to_lose(arguments.output, unedited, arguments.interactive)
     if arguments.interactive:
         return interactive(arguments, folder)
-    sentences, _ = class_sentences(folder.classes, template=arguments.template)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, {name: own[0] for name, own in sentences.items()})
-    for name, own in sentences.items():
-        print(f"  {name}: {own[0]}")
+    write_json(arguments.output, unedited)
+    for name, sentence in unedited.items():
+        print(f"  {name}: {sentence}")
     report(arguments, sentences)
     print("Sentences that say what is to be seen teach more than a template: edit the file first.")
     return 0

@@ -81,13 +81,30 @@ def test_existing_file_is_kept(images, output):
     output.parent.mkdir()
     output.write_text("mine", encoding="utf-8")
     refused(run(images, output), "--overwrite", "exists")
-    refused(run(images, output, "--interactive", typed="一\n\n"), "--overwrite", "piped answers")
+    refused(run(images, output, "--interactive", typed="一\n"), "--overwrite", "piped answers")
     refused(run(images, output, "--overwrite", "--template", "一样"), "{class_name}")
     refused(run(images / "正常", output, "--overwrite"), "two class folders")
     assert output.read_text(encoding="utf-8") == "mine"
     assert run(images, output, "--overwrite").returncode == 0
     assert read(output) == DEFAULT
     assert list(output.parent.iterdir()) == [output], "no temporary file is left"
+
+
+def test_an_unedited_file_is_replaced_and_an_edited_one_is_not(images, output):
+    assert run(images, output).returncode == 0
+    again = run(images, output)
+    assert again.returncode == 0 and "note: " in again.stdout and read(output) == DEFAULT
+    refused(run(images, output, "--template", "胸片：{class_name}"), "--overwrite", "exists")
+    done = run(images, output, "--interactive", typed="肺野清晰\n\n大片实变\n")
+    assert done.returncode == 0 and "note: " in done.stdout
+    edited = {"正常": "肺野清晰", "气胸": DEFAULT["气胸"], "肺炎": "大片实变"}
+    assert read(output) == edited
+    refused(run(images, output), "--overwrite", "exists")
+    refused(run(images, output, "--interactive", typed="\n\n\n"), "--overwrite", "exists")
+    assert read(output) == edited
+    fewer = {name: DEFAULT[name] for name in CLASSES[:2]}  # a class was taken out by hand
+    output.write_text(json.dumps(fewer), encoding="utf-8")
+    refused(run(images, output), "--overwrite", "exists")
 
 
 @pytest.mark.parametrize(
@@ -112,16 +129,17 @@ def test_wrong_options(images, output, tmp_path, capsys):
 
 
 def test_piped_answers(images, output):
-    done = run(images, output, "--interactive", typed="肺野清晰\n未见异常\n\n\n 大片实变 \n\n")
+    """One line for each class, in the order of the classes."""
+    done = run(images, output, "--interactive", typed="肺野清晰\n\n 大片实变 \n")
     assert done.returncode == 0
-    assert read(output) == {"正常": ["肺野清晰", "未见异常"], "气胸": DEFAULT["气胸"], "肺炎": "大片实变"}
+    assert read(output) == {"正常": "肺野清晰", "气胸": DEFAULT["气胸"], "肺炎": "大片实变"}
     for word in (
         "[1/3] 正常: 2 images; classes left after it: 2",
         "[3/3] 肺炎: 4 images; classes left after it: 0",
     ):
         assert word in done.stdout
     assert f"default: {DEFAULT['气胸']}" in done.stdout
-    assert "sentence 2> 未见异常\n" in done.stdout, "prompt and answer share a line"
+    assert "sentence 1> 大片实变\n" in done.stdout, "prompt and answer share a line"
 
 
 def test_default_follows_template(images, output):
@@ -132,7 +150,7 @@ def test_default_follows_template(images, output):
 
 @pytest.mark.parametrize("leave", ["q\n", "Q\n", ""])
 def test_leaving_keeps_the_answers(images, output, leave):
-    done = run(images, output, "--interactive", typed="肺野清晰\n\n胸腔积气\n" + leave)
+    done = run(images, output, "--interactive", typed="肺野清晰\n胸腔积气\n" + leave)
     assert done.returncode == 1
     assert read(output) == {"正常": "肺野清晰", "气胸": "胸腔积气"}
     assert "2 of 3 classes" in done.stdout and "Still without: 肺炎" in done.stdout
@@ -140,7 +158,7 @@ def test_leaving_keeps_the_answers(images, output, leave):
 
 
 def test_end_of_input_after_the_last_answer_is_complete(images, output):
-    assert run(images, output, "--interactive", typed="\n\n大片实变").returncode == 0
+    assert run(images, output, "--interactive", typed="\n\n大片实变").returncode == 0  # no end of line
     assert read(output)["肺炎"] == "大片实变"
 
 
@@ -154,28 +172,30 @@ def test_leaving_before_any_answer_writes_nothing(images, output):
     assert output.read_text(encoding="utf-8") == "mine"
 
 
-def test_a_sentence_of_another_class_is_asked_again(images, output):
-    typed = f"{DEFAULT['气胸']}\n\n\n{DEFAULT['气胸']}\n胸腔积气\n胸腔积气\n\n\n"
-    done = run(images, output, "--interactive", typed=typed)
-    assert done.returncode == 0
-    assert read(output) == {"正常": DEFAULT["气胸"], "气胸": "胸腔积气", "肺炎": DEFAULT["肺炎"]}
-    assert done.stdout.count("class 正常 has this sentence; write one that only fits 气胸") == 2
-    assert "this class has that sentence already" in done.stdout
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("一样\n一样\n\n", ["class 气胸", "class 正常 has this sentence"]),
+        (f"{DEFAULT['气胸']}\n\n大片实变\n", ["class 气胸", "class 正常 has this sentence"]),
+        ("清晰\n肺\x1b[D\n\n", ["class 气胸", "no text"]),
+        (b"\xb7\xce\n\n\n", ["class 正常", "no text"]),  # GBK
+    ],
+)
+def test_a_piped_line_that_cannot_be_used_ends_it(images, output, typed, words):
+    """Asked again, the class would take the line of the next one."""
+    refused(run(images, output, "--interactive", typed=typed), *words, "--overwrite")
 
 
 def test_back(images, output):
-    done = run(images, output, "--interactive", typed="b\n错\n\nb\n对\n\n\n\n")
+    done = run(images, output, "--interactive", typed="错\nb\n对\n\n\n")
     assert done.returncode == 0 and "now: 错" in done.stdout
     assert read(output) == {**DEFAULT, "正常": "对"}
 
 
-def test_what_is_no_text_is_asked_again(images, output):
-    done = run(images, output, "--interactive", typed=b"\xef\xbb\xbf" + "肺\x1b[D\n清晰\n\n\n\n".encode())
-    assert done.returncode == 0 and "no text" in done.stdout
-    assert read(output)["正常"] == "清晰"
-    done = run(images, output, "--interactive", "--overwrite", typed=b"\xb7\xce\n\n\n\n")  # GBK
-    assert done.returncode == 0 and "no text" in done.stdout
-    assert read(output) == DEFAULT
+def test_a_mark_at_the_start_is_no_part_of_the_first_sentence(images, output):
+    typed = b"\xef\xbb\xbf" + "清晰\r\n\r\n\r\n".encode()
+    assert run(images, output, "--interactive", typed=typed).returncode == 0
+    assert read(output) == {**DEFAULT, "正常": "清晰"}
 
 
 # At a terminal
@@ -266,6 +286,29 @@ def test_an_interrupted_session_goes_on_where_it_stopped(images, output):
     terminal.hear("3 classes, 3 sentences")
     assert terminal.end() == 0
     assert read(output) == {**DEFAULT, "正常": "肺野清晰"}
+
+
+@at_a_terminal
+def test_a_class_takes_several_sentences_and_asks_again_for_what_is_wrong(images, output):
+    terminal = Terminal(*command(images, output, "--interactive"))
+    for heard, said in (
+        ("[1/3] 正常", "b"),
+        ("[1/3] 正常", "肺野清晰"),
+        ("sentence 2> ", "肺野清晰"),
+        ("this class has that sentence already", "未见异常"),
+        ("sentence 3> ", ""),
+        ("[2/3] 气胸", "肺野清晰"),
+        ("class 正常 has this sentence; write one that only fits 气胸", "胸腔积气"),
+        ("sentence 2> ", ""),
+        ("[3/3] 肺炎", ""),
+    ):
+        terminal.hear(heard)
+        if not heard.startswith("sentence"):
+            terminal.hear("sentence ")
+        terminal.say(said + "\n")
+    terminal.hear("3 classes, 4 sentences")
+    assert terminal.end() == 0
+    assert read(output) == {"正常": ["肺野清晰", "未见异常"], "气胸": "胸腔积气", "肺炎": DEFAULT["肺炎"]}
 
 
 @at_a_terminal
