@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 
 LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 KNOWN_IMAGES = "known_images.csv"  # of an evaluation: the images that the model was made with
@@ -132,6 +132,34 @@ def lines_of(file: TextIO, what: str) -> Iterator[str]:
         if len(line) == MOST_LINE_LETTERS:
             raise UserError(f"{what}, line {number}: longer than {MOST_LINE_LETTERS} letters")
         yield line
+
+
+def csv_rows(lines: Iterator[str], columns: Sequence[str], what: str) -> Iterator[tuple[int, list[str]]]:
+    """The line's number and the cells of `columns`, without blanks around them, of each row of a CSV with a
+    header; rows of empty cells, as spreadsheets leave them, are passed over.
+
+    Raises UserError naming `what` where a column is not there once, a cell is empty, or the text is no CSV.
+    """
+    reader = csv.reader(lines, strict=True)
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        for column in columns:
+            if header.count(column) != 1:
+                other = len(header) == 1 and re.search("[;\t]", header[0])
+                hint = "; separate the cells by commas" if other else did_you_mean(column, header)
+                wanted = f"the column{'s' * (len(columns) > 1)} {' and '.join(columns)}"
+                has = ", ".join(header) or "nothing"
+                raise UserError(f"{what} needs {wanted}; its first line has {has}{hint}")
+        places = [header.index(column) for column in columns]
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            cells = [row[place].strip() if place < len(row) else "" for place in places]
+            if not all(cells):
+                raise UserError(f"{what}, line {reader.line_num}: {' or '.join(columns)} is empty")
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise UserError(f"{what}, line {reader.line_num}: {error}") from None
 
 
 def read_json(path: Path, what: str, most_bytes: int = MOST_JSON_BYTES) -> Any:

@@ -1,15 +1,14 @@
 """The images that `--input` stands for: one file, all below a folder, or those of a list."""
 
 import contextlib
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, did_you_mean
-from common.files import lines_of
+from common.errors import UserError
+from common.files import csv_rows, lines_of
 from data.scan import images_below
 
 LIST_SUFFIXES = (".txt", ".csv")
@@ -84,26 +83,4 @@ def _of_text(source: Path) -> list[str]:
 
 def _of_csv(source: Path) -> list[str]:
     with _lines_of(source) as lines:
-        return _names_of(csv.reader(lines, strict=True), source)
-
-
-def _names_of(reader: "csv.Reader", source: Path) -> list[str]:
-    names = []
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        if header.count("path") != 1:
-            raise UserError(
-                f"--input {source} needs one column path; its first line has "
-                f"{', '.join(header) or 'nothing'}{did_you_mean('path', header)}"
-            )
-        column = header.index("path")
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue  # a blank line
-            name = row[column].strip() if column < len(row) else ""
-            if not name:
-                raise UserError(f"--input {source}, line {reader.line_num}: the path is empty")
-            names.append(name)
-    except csv.Error as error:
-        raise UserError(f"--input {source}, line {reader.line_num}: {error}") from None
-    return names
+        return [name for _, (name,) in csv_rows(lines, ("path",), f"--input {source}")]

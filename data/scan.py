@@ -1,6 +1,5 @@
 """Find the class folders and their images, and say which images belong to one patient."""
 
-import csv
 import hashlib
 import heapq
 import os
@@ -9,13 +8,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from common.errors import UserError, did_you_mean, shorten
-from common.files import lines_of
+from common.errors import UserError, shorten
+from common.files import csv_rows, lines_of
 from data.names import Names, all_but
 
 if TYPE_CHECKING:
@@ -102,8 +102,20 @@ def has_dicom_magic(file: BinaryIO, start: int = 0) -> bool:
     return file.read(4) == b"DICM"
 
 
-def _is_dicom(path: str) -> bool:
-    with open(path, "rb") as file:
+def leads_to(kind: Callable[[], bool]) -> bool:
+    """Whether `kind`, is_dir or is_file of a directory entry, says so; a link to itself leads nowhere."""
+    try:
+        return kind()
+    except PermissionError:
+        raise
+    except OSError:
+        return False
+
+
+def _is_dicom(entry: os.DirEntry) -> bool:
+    if not leads_to(entry.is_file):
+        return False
+    with open(entry.path, "rb") as file:
         return has_dicom_magic(file)
 
 
@@ -111,6 +123,8 @@ def not_an_image(name: str, is_dicom: Callable[[], bool]) -> str:
     """ "" for a name of an image, else the suffix that says it is none. Asked of the content only where the
     name says nothing: scanners name DICOM files without a suffix, or by a UID such as 1.2.840.10008.7.
     """
+    if name.lower() == "dicomdir":  # a list of images that is DICOM by its mark; as a folder it may hold some
+        return "DICOMDIR"
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and is_dicom()):
         return ""
@@ -143,14 +157,14 @@ def images_below(folder: Path, ignored: Counter[str]) -> list[str]:
             for entry in entries:
                 if is_litter(entry.name):
                     continue
-                if entry.is_dir():
+                if leads_to(entry.is_dir):
                     below = (entry.path, f"{prefix}/{entry.name}")
                     if entry.is_symlink():
                         heapq.heappush(links, below)
                     else:
                         todo.append(below)
                     continue
-                if kind := not_an_image(entry.name, lambda e=entry: e.is_file() and _is_dicom(e.path)):
+                if kind := not_an_image(entry.name, partial(_is_dicom, entry)):
                     ignored[kind] += 1
                 else:
                     found.append(f"{prefix}/{entry.name}")
@@ -172,7 +186,7 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
         )
     try:
         with os.scandir(root) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name)]
+            found = [(entry.name, leads_to(entry.is_dir)) for entry in entries if not is_litter(entry.name)]
         names = sorted((name for name, is_folder in found if is_folder), key=spelling)
         suffixes = [os.path.splitext(name)[1].lower() for name, is_folder in found if not is_folder]
         loose = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)
@@ -286,42 +300,31 @@ def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
 
 def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
     """The patient of each image from a CSV with columns `path` (relative to the data folder) and `group`."""
+    what = f"--groups-file {csv_path}"
+    group_of: dict[str, str] = {}
+    of_name: dict[str, str] = {}
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(lines_of(file, f"--groups-file {csv_path}"))
-            header = reader.fieldnames or []
-            for column in ("path", "group"):
-                if column not in header:
-                    raise UserError(
-                        f"--groups-file {csv_path} needs the columns path and group; its first line has "
-                        f"{', '.join(header) or 'nothing'}{did_you_mean(column, header)}"
-                    )
-            group_of: dict[str, str] = {}
-            of_name: dict[str, str] = {}
-            for row in reader:
-                line = reader.line_num
-                path = nfc((row["path"] or "").replace("\\", "/")).removeprefix("./")
-                group = nfc(row["group"] or "").strip()
-                if not path or not group:
-                    raise UserError(f"--groups-file {csv_path}, line {line}: path or group is empty")
+            for line, (path, group) in csv_rows(lines_of(file, what), ("path", "group"), what):
+                path, group = nfc(path.replace("\\", "/")).removeprefix("./"), nfc(group)
                 group = of_name.setdefault(group, group)  # images of one patient share the object
                 if group_of.setdefault(path, group) != group:
                     raise UserError(
-                        f"--groups-file {csv_path}, line {line}: {path} is given two groups, "
-                        f"{group_of[path]!r} and {group!r}"
+                        f"{what}, line {line}: {path} is given two groups, {group_of[path]!r} and {group!r}"
                     )
     except FileNotFoundError:
-        raise UserError(f"--groups-file {csv_path} does not exist") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--groups-file {csv_path} cannot be read as UTF-8 CSV: {error}") from None
-    missing = [path for path in folder.paths if nfc(path) not in group_of]
+        raise UserError(f"{what} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read as UTF-8 CSV: {error}") from None
+    keys = [nfc(path).strip() for path in folder.paths]  # cells have no blanks around them either
+    missing = [path for path, key in zip(folder.paths, keys, strict=True) if key not in group_of]
     if missing:
         raise UserError(
-            f"--groups-file {csv_path} names no group for {len(missing)} of {len(folder.paths)} images; "
+            f"{what} names no group for {len(missing)} of {len(folder.paths)} images; "
             f"its paths are relative to {folder.root}, such as {folder.paths[0]}. Missing:\n"
             + shorten(missing)
         )
-    return [group_of[nfc(path)] for path in folder.paths]
+    return [group_of[key] for key in keys]
 
 
 def first_alike(keys: Sequence[str | None] | np.ndarray) -> np.ndarray:

@@ -42,13 +42,14 @@ from data.scan import (
     folder_of_classes,
     has_dicom_magic,
     is_litter,
+    leads_to,
     not_an_image,
     not_utf8,
     scan_folder,
     spelling,
 )
 
-LISTED_BY = "2"  # another way of listing must not find the old lists
+LISTED_BY = "3"  # another way of listing must not find the old lists
 MOST_SHARDS = 100_000
 MOST_HEADER = 2**20  # bytes of a long name or of pax records: tarfile takes them into memory
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -200,7 +201,7 @@ def _shards_in(folder: Path, others: Counter[str] | None = None) -> list[Path]:
     """
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries if not is_litter(entry.name)]
+            found = [(entry.name, leads_to(entry.is_dir)) for entry in entries if not is_litter(entry.name)]
     except OSError:  # `scan_folder` says so
         return []
     if any(is_folder for _, is_folder in found):

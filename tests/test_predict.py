@@ -318,7 +318,7 @@ def test_every_mistake_is_said_at_once(capsys):
         ({"--input": "empty.csv"}, "names no image"),
         ({"--input": "gbk.txt"}, "is not UTF-8"),
         ({"--input": "no_path.csv"}, "did you mean 'Path'"),
-        ({"--input": "hole.csv"}, "line 3: the path is empty"),
+        ({"--input": "hole.csv"}, "line 3: path is empty"),
         ({"--output": "exists.csv"}, "--overwrite to replace it"),
         ({"--output": "p.txt"}, "must end in .csv"),
         ({"--output": "folder.csv"}, "is a folder"),

@@ -19,6 +19,7 @@ from data.scan import (
     fingerprint,
     groups_by_pattern,
     groups_from_file,
+    leads_to,
     merge_groups,
     scan_folder,
 )
@@ -177,12 +178,39 @@ def test_dicom_is_known_by_its_mark_when_the_name_does_not_tell(tmp_path):
     assert folder.notes[0].startswith("3 files")
 
 
+def test_a_list_of_dicom_files_is_no_image(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png", "b/DICOMDIR/2.png")  # a folder of that name is one like others
+    for name in ("a/DICOMDIR", "b/dicomdir"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(8))
+    folder = scan_folder(tmp_path)
+    assert folder.paths == ("a/1.png", "b/1.png", "b/DICOMDIR/2.png")
+    assert folder.notes == ("2 files that are no images are passed over (DICOMDIR x 2)",)
+
+
 def test_a_broken_link_stops_nothing(tmp_path):
     fill(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "a" / "gone").symlink_to(tmp_path / "nowhere")
     folder = scan_folder(tmp_path)
     assert folder.paths == ("a/1.png", "b/1.png")
     assert folder.notes[0].startswith("1 files")
+
+
+def test_a_link_to_itself_is_as_a_broken_one(tmp_path):
+    fill(tmp_path, "a/1.png", "b/1.png")
+    for link in ("a/self", "b/self.png", "self"):
+        (tmp_path / link).symlink_to(Path(link).name)
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere")
+    folder = scan_folder(tmp_path)
+    assert folder.paths == ("a/1.png", "b/1.png", "b/gone.png", "b/self.png")  # read and named later
+    assert folder.notes == ("1 files that are no images are passed over (no suffix x 1)",)
+
+
+def test_what_may_not_be_looked_at_is_no_broken_link():
+    def refused() -> bool:
+        raise PermissionError(13, "Permission denied", "b")
+
+    with pytest.raises(PermissionError):
+        leads_to(refused)
 
 
 def test_loose_images_are_told(tmp_path):
@@ -290,9 +318,13 @@ ROWS = 'path,group\na/1.png,P1\n"b/x, 2.png",P2\n'
         ROWS + "c/not there.png,P3\n",
         ROWS + "\na/1.png,P1\n",  # a repeated row that says the same
         'group,age,path\nP2,70,"b/x, 2.png"\nP1,61,a/1.png\n',
+        'path , group\n a/1.png ,P1\n"b/x, 2.png  ",P2 \n',
+        ROWS + ",\n , \n,,\n",  # as Excel leaves them
     ],
-    ids=["plain", "bom", "crlf", "backslash", "dot", "blanks", "more", "repeated", "columns"],
-)
+    ids=[
+        "plain", "bom", "crlf", "backslash", "dot", "blanks", "more", "repeated", "columns", "cells", "empty",
+    ],
+)  # fmt: skip
 def test_csv_gives_each_image_its_patient(tmp_path, content):
     assert groups_from_file(TWO, csv_file(tmp_path, content)) == ["P1", "P2"]
 
@@ -308,6 +340,10 @@ def test_csv_knows_both_spellings(tmp_path):
     [
         ("a/1.png,P1\nb/2.png,P2\n", "needs the columns path and group; its first line has a/1.png, P1"),
         ("path,groups\n", "(did you mean 'groups'?)"),
+        ("path;group\na/1.png;P1\n", "its first line has path;group; separate the cells by commas"),
+        ("path\tgroup\na/1.png\tP1\n", "separate the cells by commas"),
+        ("path,group,path\n", "its first line has path, group, path"),
+        ('path,group\n"a"/1.png,P1\n', "line 2: "),
         ("", "its first line has nothing"),
         ("path,group\na/1.png,P1\n", "no group for 1 of 2 images"),
         ("path,group\na/1.png,P1\n", "  b/x, 2.png"),
