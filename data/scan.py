@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from data.shards import Member, Members
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"))
+_PARTS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))  # of a data set
 _LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 
 
@@ -239,6 +240,13 @@ def folder_of_classes(
         notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
 
     used = [name for name, n in counts.items() if n]
+    if used and all(name.lower() in _PARTS for name in used):
+        part = {name[:3].lower(): name for name in used}
+        val = f" --val-dir {root}/{part['val']}" if "val" in part else ""
+        raise UserError(
+            f"{option} {root} holds {', '.join(used)}, which are parts of a data set and no classes; "
+            f"give --data-dir {root}/{part.get('tra', used[0])}{val}"
+        )
     if len(used) < at_least:
         have = f"only {used[0]!r}" if used else "none"
         hint = " (its images lie loose in the folder)" if loose and not used else ""

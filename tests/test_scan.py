@@ -233,6 +233,24 @@ def test_fewer_than_two_classes_are_refused(tmp_path, paths, says):
     assert "at least two class folders" in message and says in message and str(tmp_path) in message
 
 
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (("train", "val", "test"), "--data-dir {0}/train --val-dir {0}/val"),
+        (("Training", "VALIDATION"), "--data-dir {0}/Training --val-dir {0}/VALIDATION"),
+        (("Train", "testing"), "--data-dir {0}/Train"),
+        (("train", "valid"), "--data-dir {0}/train --val-dir {0}/valid"),
+    ],
+)
+def test_parts_of_a_data_set_are_no_classes(tmp_path, parts, says):
+    fill(tmp_path, *(f"{part}/{c}/1.png" for part in parts for c in "ab"))
+    assert refusal(scan_folder, tmp_path).endswith(says.format(tmp_path))
+
+
+def test_a_class_may_be_called_as_a_part_of_a_data_set(tmp_path):
+    assert scan_folder(fill(tmp_path, "test/1.png", "control/1.png")).classes == ("control", "test")
+
+
 def test_a_missing_folder_is_refused_by_the_name_of_its_option(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "nowhere", tmp_path / "file"):
