@@ -306,17 +306,38 @@ def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
     return groups
 
 
-def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
-    """The patient of each image from a CSV with columns `path` (relative to the data folder) and `group`."""
+def _cell(path: str) -> str:
+    """How a cell of a CSV, read without blanks around it, has the path of an image."""
+    return nfc(path).strip()
+
+
+def groups_from_file(folder: ImageFolder, csv_path: Path, beside: ImageFolder | None = None) -> list[str]:
+    """The patient of each image of `folder` from a CSV with columns `path` and `group`.
+
+    A path is relative to the folder, or has the folder's name in front. Where `beside`, the other of
+    --data-dir and --val-dir, has an image of the same path only the name tells which of the two is meant.
+    """
     what = f"--groups-file {csv_path}"
+    own, other = (nfc(os.path.basename(os.path.abspath(f.root))) for f in (folder, beside or folder))
+    shared = set(map(_cell, folder.paths)) & set(map(_cell, beside.paths)) if beside else set()
+    vague: set[str] = set()
     group_of: dict[str, str] = {}
+
+    def key_of(path: str, name: str) -> str:
+        cell, full = _cell(path), f"{name}/{_cell(path)}"
+        return full if full in group_of and (cell in shared or cell not in group_of) else cell
+
     of_name: dict[str, str] = {}
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
             for line, (path, group) in csv_rows(lines_of(file, what), ("path", "group"), what):
                 path, group = nfc(path.replace("\\", "/")).removeprefix("./"), nfc(group)
                 group = of_name.setdefault(group, group)  # images of one patient share the object
-                if group_of.setdefault(path, group) != group:
+                if group_of.setdefault(path, group) == group:
+                    continue
+                if path in shared:
+                    vague.add(path)
+                else:
                     raise UserError(
                         f"{what}, line {line}: {path} is given two groups, {group_of[path]!r} and {group!r}"
                     )
@@ -324,15 +345,25 @@ def groups_from_file(folder: ImageFolder, csv_path: Path) -> list[str]:
         raise UserError(f"{what} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read as UTF-8 CSV: {error}") from None
-    keys = [nfc(path).strip() for path in folder.paths]  # cells have no blanks around them either
-    missing = [path for path, key in zip(folder.paths, keys, strict=True) if key not in group_of]
+    keys = {path: key_of(path, own) for path in shared}
+    vague |= {path for path, key in keys.items() if key in group_of and key == key_of(path, other)}
+    if vague:
+        first = min(vague)
+        mend = f"write {own}/{first} and {other}/{first}"
+        if own == other:
+            mend = f"rename one of the folders, which both are called {own}, and write its name in front"
+        raise UserError(
+            f"{what} does not tell apart {len(vague)} images of --data-dir from those of the same path in "
+            f"--val-dir; {mend}:\n{shorten(sorted(vague))}"
+        )
+    missing = [path for path in folder.paths if key_of(path, own) not in group_of]
     if missing:
         raise UserError(
             f"{what} names no group for {len(missing)} of {len(folder.paths)} images; "
             f"its paths are relative to {folder.root}, such as {folder.paths[0]}. Missing:\n"
             + shorten(missing)
         )
-    return [group_of[key] for key in keys]
+    return [group_of[key_of(path, own)] for path in folder.paths]
 
 
 def first_alike(keys: Sequence[str | None] | np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from evaluation.checkpoints import read_checkpoint, write_file
 from train_clip import main
 from training import cross_validation
 from training.config import make_config, options_from_flags, refuse_without_effect
+from training.dataset import patients_of, scan
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("quick_report")
@@ -113,6 +114,21 @@ def test_a_patient_in_both_folders_is_refused(class_folder, tmp_path, capsys):
     flags = ["--val-dir", tmp_path / "val", "--group-pattern", r"^(P\d+)_"]
     assert train(class_folder, tmp_path / "out", *flags) == 2
     assert "36 patients have images in --data-dir and in --val-dir" in capsys.readouterr().err
+
+
+def test_two_folders_that_number_their_images_alike_share_a_table_of_patients(tmp_path):
+    for part in ("train", "val"):
+        for name in ("a/1", "b/1"):
+            (tmp_path / part / name).parent.mkdir(parents=True)
+            (tmp_path / part / f"{name}.png").touch()
+    table = tmp_path / "patients.csv"
+    options = {"data_dir": str(tmp_path / "train"), "val_dir": str(tmp_path / "val"), "output_dir": "-"}
+    config = make_config({**options, "groups_file": str(table)})
+    table.write_text("path,group\ntrain/a/1.png,P1\ntrain/b/1.png,P2\nval/a/1.png,P3\nval/b/1.png,P4\n")
+    assert patients_of(config, *scan(config)) == ["P1", "P2", "P3", "P4"]
+    table.write_text("path,group\na/1.png,P1\nb/1.png,P2\n")
+    with pytest.raises(UserError, match=r"write train/a/1\.png and val/a/1\.png"):
+        patients_of(config, *scan(config))
 
 
 def test_what_a_checkpoint_does_not_fit_is_said_before_images_are_read(

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,38 @@ ROWS = 'path,group\na/1.png,P1\n"b/x, 2.png",P2\n'
 )  # fmt: skip
 def test_csv_gives_each_image_its_patient(tmp_path, content):
     assert groups_from_file(TWO, csv_file(tmp_path, content)) == ["P1", "P2"]
+
+
+def beside_each_other(*names: str) -> list[ImageFolder]:
+    """Two folders that number their images alike, but for one image that the second lacks."""
+    folders = [folder_of("A/1.png", "A/2.png", "B/1.png"), folder_of("A/1.png", "B/1.png")]
+    return [replace(folder, root=Path("set") / name) for folder, name in zip(folders, names, strict=True)]
+
+
+def test_the_names_of_two_folders_tell_their_images_apart(tmp_path):
+    rows = ["A/1.png,P1", "A/2.png,P2", "B/1.png,P3"]
+    one, two = beside_each_other("tr", "va")
+    for front in ("tr/", ""):  # what has no name in front can only be the other's
+        content = ["path,group", *(front + row for row in rows), "va/A/1.png,P8", "va/B/1.png,P9"]
+        path = csv_file(tmp_path, "\n".join(content))
+        assert groups_from_file(one, path, two) == ["P1", "P2", "P3"]
+        assert groups_from_file(two, path, one) == ["P8", "P9"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "says"),
+    [
+        ("A/1.png,P1 A/2.png,P2 B/1.png,P3", "tr va", "tr/A/1.png and va/A/1.png:\n  A/1.png\n  B/1.png"),
+        ("A/1.png,P1 A/2.png,P2 B/1.png,P3 va/A/1.png,P4", "tr va", "tr/B/1.png and va/B/1.png:\n  B/1.png"),
+        ("A/1.png,P1 A/2.png,P2 tr/B/1.png,P3 A/1.png,P4", "tr va", "write tr/A/1.png and va/A/1.png"),
+        ("x/A/1.png,P1 x/A/2.png,P2 x/B/1.png,P3", "x x", "rename one of the folders"),
+    ],
+)
+def test_images_that_a_csv_does_not_tell_apart_are_named(tmp_path, rows, names, says):
+    one, two = beside_each_other(*names.split())
+    path = csv_file(tmp_path, "\n".join(("path,group", *rows.split())))
+    message = refusal(groups_from_file, one, path, two)
+    assert "of the same path in --val-dir" in message and says in message
 
 
 def test_csv_knows_both_spellings(tmp_path):

@@ -126,14 +126,14 @@ def patients_of(config: Config, folder: ImageFolder, val_folder: ImageFolder | N
     Raises UserError when a patient has images in both folders.
     """
 
-    def of(images: ImageFolder) -> list[str]:
+    def of(images: ImageFolder, beside: ImageFolder | None) -> list[str]:
         if config.group_pattern:
             return groups_by_pattern(images, config.group_pattern)
-        return groups_from_file(images, Path(config.groups_file))
+        return groups_from_file(images, Path(config.groups_file), beside)
 
     if not (config.group_pattern or config.groups_file):
         return None
-    own, other = of(folder), of(val_folder) if val_folder else []
+    own, other = of(folder, val_folder), of(val_folder, folder) if val_folder else []
     both = sorted(set(own) & set(other))
     if both:
         raise UserError(
