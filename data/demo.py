@@ -7,13 +7,12 @@ the only thing that tells the classes apart. Positions are in body units: x and 
 frame, y points down, and `side` is -1 for the lung on the left of the picture and +1 for the other.
 """
 
-import argparse
 import csv
 import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from common.cli import Parser, exit_code_of
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import read_json, unwritable, write_json
 
 NORMAL, PNEUMONIA, PNEUMOTHORAX, NODULE = "正常", "肺炎", "气胸", "肺结节"
 CLASSES = (NORMAL, PNEUMONIA, PNEUMOTHORAX, NODULE)
@@ -346,7 +346,7 @@ def holds_set(folder: Path, wanted: dict[str, int]) -> bool:
 def make_demo(output: Path, patients: int = 120, size: int = 256, seed: int = 42) -> Path:
     """Make the demo set in `output` and return it; a finished set with the same parameters is left alone.
 
-    Raises FileExistsError when `output` is anything else that exists, UserError on a bad number.
+    Raises UserError when `output` is anything else that exists or cannot be made, and on a bad number.
     """
     problems = []
     if patients < len(BLOCK):
@@ -363,7 +363,9 @@ def make_demo(output: Path, patients: int = 120, size: int = 256, seed: int = 42
             print(f"{output} already holds this demo set; left as it is")
             return output
         problem = "exists and is not a complete demo set with these parameters"
-        raise FileExistsError(f"{output} {problem}; remove it or choose another folder")
+        raise UserError(f"--output {output} {problem}; remove it or choose another folder")
+    if blocking := unwritable(output.parent):
+        raise UserError(f"--output {output} cannot be made: {blocking} is no folder that may be written")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Drawn beside its place and renamed at the end: a killed run leaves no half set under the real name.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent) as beside:
@@ -373,18 +375,15 @@ def make_demo(output: Path, patients: int = 120, size: int = 256, seed: int = 42
     return output
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m data.demo", description="Draw a set of synthetic phantoms.")
-    parser.add_argument("--output", type=Path, default=Path("demo_data_synthetic"), help="folder to make")
-    parser.add_argument("--patients", type=int, default=120, help="number of patients, 2 to 5 images each")
-    parser.add_argument("--size", type=int, default=256, help="edge of the square images in pixels")
-    parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same images")
-    args = parser.parse_args(argv)
-    try:
-        output = make_demo(args.output, args.patients, args.size, args.seed)
-    except (UserError, OSError) as error:
-        print("error: " + "; ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+def run(typed: Sequence[str]) -> int:
+    parser = Parser(prog="python -m data.demo", description="Draw a set of synthetic phantoms.")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("demo_data_synthetic"), help="folder (default: %(default)s)")
+    add("--patients", type=int, default=120, help="number of patients, 2 to 5 images each (default: 120)")
+    add("--size", type=int, default=256, help="edge of the square images in pixels (default: 256)")
+    add("--seed", type=int, default=42, help="the same seed gives the same images (default: 42)")
+    args = parser.read(typed, required=())
+    output = make_demo(args.output, args.patients, args.size, args.seed)
     rows = read_rows(output)
     images = Counter(row["label"] for row in rows)
     groups = Counter(label for label, _ in {(row["label"], row["group"]) for row in rows})
@@ -393,6 +392,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {label}: {images[label]} images, {groups[label]} patients")
     print(f"All of them are synthetic ({NOTE}): for trying out the software only.")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    typed = sys.argv[1:] if argv is None else argv
+    return exit_code_of(lambda: run(typed), interrupted="nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The demo set: plainly synthetic, repeatable, whole or absent, and without a shortcut to the class."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import zip_longest
 from pathlib import Path
 
@@ -104,20 +107,20 @@ def test_a_finished_set_is_left_alone(made, capsys):
 
 
 def test_anything_else_in_the_way_is_refused(made, tmp_path):
-    with pytest.raises(FileExistsError, match="not a complete demo set"):
+    with pytest.raises(UserError, match="not a complete demo set"):
         demo.make_demo(made, PATIENTS, SIZE, seed=7)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError):
         demo.make_demo(tmp_path, PATIENTS, SIZE)
     for content in ("", "[]", '{"parameters": {}}', json.dumps({"parameters": {"version": 1}})):
         (tmp_path / "demo.json").write_text(content, encoding="utf-8")
-        with pytest.raises(FileExistsError):
+        with pytest.raises(UserError):
             demo.make_demo(tmp_path, PATIENTS, SIZE)
 
 
 def test_a_set_with_an_image_missing_is_not_complete(tmp_path):
     folder = demo.make_demo(tmp_path / "set", PATIENTS, SIZE)
     next(folder.glob("*/*.png")).unlink()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError):
         demo.make_demo(folder, PATIENTS, SIZE)
 
 
@@ -149,6 +152,22 @@ def test_command_line(made, capsys):
     assert str(made) in printed and "synthetic" in printed
     for label in demo.CLASSES:
         assert f"{label}: " in printed
-    assert demo.main([*arguments, "--seed", "1"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    for wrong, says in (
+        ([*arguments, "--seed", "1"], "not a complete demo set"),
+        (["--sead", "1"], "unknown option --sead (did you mean '--seed'"),
+        (["--size", "large"], "argument --size"),
+        (["--output", str(made / "README.txt" / "set")], "no folder that may be written"),
+    ):
+        assert demo.main(wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+
+
+def test_a_console_without_chinese_letters_is_no_reason_to_stop(made):
+    command = [sys.executable, "-m", "data.demo", "--output", str(made), "--patients", str(PATIENTS)]
+    done = subprocess.run(
+        [*command, "--size", str(SIZE)], cwd=Path(__file__).parent.parent, capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == b""
+    assert b"  ??: " in done.stdout  # the name of a class of two letters

@@ -164,8 +164,8 @@ def read_script(arguments: Sequence[str]) -> None:
 
 
 def read_demo(arguments: Sequence[str]) -> None:
-    with mock.patch.object(data.demo, "make_demo", side_effect=UserError("read")):
-        assert data.demo.main(list(arguments)) == 2
+    with mock.patch.object(data.demo, "make_demo", side_effect=UserError("read")) as made:
+        assert data.demo.main(list(arguments)) == 2 and made.called
 
 
 def read_encoder_check(arguments: Sequence[str]) -> None:
