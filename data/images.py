@@ -160,7 +160,9 @@ def _looked_up(values: np.ndarray, table: "pydicom.Dataset", word: str) -> np.nd
     data = table.LUTData
     words = (np.frombuffer(data, word) if isinstance(data, bytes) else np.atleast_1d(data)).astype("<u2")
     # 8-bit entries lie two in a word, or one as some programs write them
-    entries = (words.view(np.uint8) if len(words) < n else words)[:n]
+    entries = (words.view(np.uint8) if bits == 8 and len(words) < n else words)[:n]
+    if len(entries) < n:
+        raise UnreadableImage(f"DICOM: its VOI table has {len(entries)} entries of {n}")
     places = (values.astype(np.int64) - first).clip(0, len(entries) - 1)
     return scale_to_8_bit(entries, (0, 2**bits - 1))[places]
 

@@ -227,6 +227,13 @@ def test_a_voi_table_of_8_bit_entries_may_have_more_than_256(tmp_path, stored_as
     assert np.array_equal(read(path)[..., 0], RAMP // 16)
 
 
+@pytest.mark.parametrize(("bits", "n"), [(16, 4), (8, 5)])
+def test_a_voi_table_that_is_cut_is_refused(tmp_path, bits, n):
+    stored = np.array([[0, 1]], np.uint16)
+    path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table([0, 255], bits=bits, n=n)])
+    assert f"entries of {n}" in refusal(path)
+
+
 def test_values_outside_a_voi_table_take_its_ends(tmp_path):
     stored = np.array([[0, 99, 100], [101, 102, 65535]], np.uint16)
     path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table([10, 20, 30], first=100, bits=8)])
