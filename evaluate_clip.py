@@ -279,14 +279,28 @@ def record_of(
     models: "Sequence[TrainedModel]",
     n_known: int | None,
 ) -> dict[str, Any]:
-    """Content of the evaluation's config.json: what was evaluated on what, with what."""
-    from training.outputs import library_versions
+    """Content of the evaluation's config.json: what was evaluated on what, with what. Of each model the
+    options that matter most, and those in which the models differ.
+    """
+    from training.config import FIELDS
+    from training.outputs import FREE_ON_CONTINUE, library_versions
 
-    of_model = ("image_encoder_name", "text_encoder_name", "img_size", "random_state", "epochs")
+    configs = [model.facts["config"] for model in models]
+    of_model = ["data_dir", "image_encoder_name", "text_encoder_name", "img_size", "random_state", "epochs"]
+    of_model += [
+        name
+        for name in FIELDS
+        if name not in (*of_model, *FREE_ON_CONTINUE)
+        and any(config.get(name) != configs[0].get(name) for config in configs)
+    ]
     typed = ("data_dir", "group_pattern", "groups_file", "rename", "skip_extra", "skip_unreadable")
     return {
         "checkpoints": [str(model.path) for model in models],
-        "models": [{key: model.facts["config"][key] for key in of_model} for model in models],
+        "models": [
+            {key: model.facts["config"].get(key) for key in of_model}
+            | {key: model.facts[key] for key in ("epoch", "chosen", "finished")}
+            for model in models
+        ],
         **{key: getattr(arguments, key) for key in typed},
         "data_dir": str(arguments.data_dir),
         "groups_file": str(arguments.groups_file) if arguments.groups_file else None,

@@ -149,6 +149,7 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
     config, classes, features = (checkpoint.get(key) for key in ("config", "classes", "class_features"))
     config = config if isinstance(config, dict) else {}
     begun = checkpoint.get("in_epoch", {"steps": 0})
+    stopping, patience = checkpoint.get("early_stopping", {}), config.get("early_stopping_patience")
     keys = checkpoint.get("image_keys")  # versions before 2026-11-28 kept none
 
     def texts(value: Any) -> bool:
@@ -171,6 +172,8 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
         "classes": texts(classes) and len(set(classes)) == len(classes),
         "epoch": whole(checkpoint.get("epoch"), 0, 10**9),
         "in_epoch": isinstance(begun, dict) and whole(begun.get("steps"), 0, 10**12),
+        "config.early_stopping_patience": patience is None or whole(patience, 1, 10**9),
+        "early_stopping": isinstance(stopping, dict) and whole(stopping.get("epochs_without", 0), 0, 10**9),
         "model": tensors(checkpoint.get("model")),
         "frozen": isinstance(checkpoint.get("frozen"), dict)
         and all(tower in TOWERS and isinstance(own, str) for tower, own in checkpoint["frozen"].items()),

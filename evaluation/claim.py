@@ -5,13 +5,19 @@ Radiology: Artificial Intelligence 6(4), e240300 (the update of Mongan et al. 20
 checklist's, titles are ours: the wording that binds is in the paper.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from common.files import BEST, LATEST
-from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, RunFolder, augmentation_words, loss_words
+from evaluation.run_folder import (
+    CROSS_VALIDATION,
+    EVALUATION,
+    RunFolder,
+    augmentation_words,
+    loss_words,
+    which_epoch,
+)
 from evaluation.tables import percent
 
 ANSWERED, PARTLY, AUTHORS = "answered", "partly", "authors"
@@ -113,11 +119,12 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
         36: (PARTLY, "Images per class and partition: see the table of the data above."),
     }
     if run.kind == EVALUATION:
-        answers[32] = (AUTHORS, "")
-        if not config.get("n_known_images"):
+        known = config.get("n_known_images")
+        if not known:
+            whether = "" if known == 0 else " whether a model was made with some of them is not known, and"
             answers[33] = (
                 PARTLY,
-                f"This evaluation: {tested}; that the data are external is for the authors.",
+                f"This evaluation: {tested};{whether} that the data are external is for the authors.",
             )
         return answers
     level = "patient" if run.by_patient else "image"
@@ -150,13 +157,13 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
     frozen = [side for side in ("image", "text") if options[f"freeze_{side}_encoder"]]
     stop = options["early_stopping_patience"]
     stopping = (
-        f" Training could stop early: {stop} epochs without gain in {options['early_stopping_monitor']} on "
-        "the validation images."
+        f" {run.first_of}Training could stop early: {stop} epochs without gain in "
+        f"{options['early_stopping_monitor']} on the validation images."
         if stop
         else ""
     )
     n_models = len(run.config.get("checkpoints", [1]))
-    return {
+    answers = {
         1: (PARTLY, "Deep learning: an image and a text encoder with one embedding space (CLIP)."),
         9: (
             ANSWERED,
@@ -183,7 +190,7 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
             f"{options['weight_decay']:g}, loss {loss_words(options)}, {' and '.join(frozen) or 'no'} "
             f"encoder frozen. {augmentation}",
         ),
-        26: (ANSWERED, f"{_which_epoch(run)}{stopping}"),
+        26: _which_epochs(run, stopping),
         27: (
             ANSWERED,
             f"Mean of the probabilities of {n_models} models." if n_models > 1 else "None in these results.",
@@ -191,15 +198,22 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         42: (PARTLY, "Every option and number: config.json, splits.json and history.json of the run."),
         43: (PARTLY, "The trained weights are in the checkpoints of the run's folder."),
     }  # fmt: skip
+    if run.first_of:  # what the others were trained with is for the authors
+        answers |= {number: (PARTLY, run.first_of + answers[number][1]) for number in (9, 22, 24, 25)}
+    return answers
 
 
-def _which_epoch(run: RunFolder) -> str:
-    names = {Path(path).name for path in run.config.get("checkpoints", [LATEST])}
-    if names == {LATEST}:
-        return "The last epoch; it was not chosen."
-    if BEST in names:
-        return "An epoch chosen on the validation images of its own training run."
-    return f"The checkpoints given: {', '.join(sorted(names))}."
+def _which_epochs(run: RunFolder, stopping: str) -> tuple[str, str]:
+    """A run reports its last epoch; of an evaluation's models each may be of another kind."""
+    models = [{"chosen": False, "finished": True}]
+    if run.kind == EVALUATION:
+        models = run.config.get("models", [{}])
+    kinds = Counter(map(which_epoch, models))
+    words = "; ".join(f"{n} of {len(models)} models: {kind}" for kind, n in kinds.items())
+    if len(kinds) == 1:
+        words = next(iter(kinds)).capitalize()
+    known = all("chosen" in model for model in models) and not run.first_of
+    return ANSWERED if known else PARTLY, f"{words}.{stopping}"
 
 
 def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import jinja2
 
-from common.files import BEST, printable, read_json
+from common.files import printable
 from data.scan import nfc
-from evaluation.run_folder import loss_words, weight_for_rare_classes
+from evaluation.run_folder import loss_words, read_optional, weight_for_rare_classes
 from evaluation.tables import OVERALL, with_interval
 from evaluation.trained import TrainedModel
 
@@ -22,31 +22,32 @@ from evaluation.trained import TrainedModel
 def run_facts(trained: TrainedModel) -> dict[str, Any]:
     """What the checkpoint, and the run's own files where they lie beside it, say of the run.
 
-    fold: its number in a cross-validation, or None. last, epochs: is this the last epoch, and how many there
-    were. val: the validation figures of the checkpoint's epoch. pretrained: did training start from published
-    weights. apart, by_image: how the validation images were set apart. record, split, metrics: config.json,
-    the fold in splits.json, metrics.json (of the last epoch); None where they are not known.
+    fold: its number in a cross-validation, or None. chosen, finished: of `TrainedModel.facts`. val: the
+    validation figures of the checkpoint's epoch. pretrained: did training start from published weights.
+    apart, by_image: how the validation images were set apart. record, split: config.json, the fold in
+    splits.json; None where they are not known. metrics: metrics.json; None also where it is of another epoch.
     """
     folder = trained.path.resolve().parent
     number = re.fullmatch(r"fold_(\d+)", folder.name)
     in_fold = number is not None and (folder.parent / "config.json").exists()
     run, fold = (folder.parent, int(number[1])) if in_fold else (folder, None)
     history, epoch = trained.facts["history"], trained.facts["epoch"]
-    epochs = len(history["val_acc"])
+    chosen, finished = trained.facts["chosen"], trained.facts["finished"]
     facts: dict[str, Any] = {
         "fold": fold,
-        "epochs": epochs,
-        # the best epoch's checkpoint was chosen even where it is the last one
-        "last": epoch == epochs and trained.path.name != BEST,
+        "chosen": chosen,
+        "finished": finished,
         "val": {key: values[epoch - 1] for key, values in history.items() if key.startswith("val_")},
         "pretrained": bool(trained.facts["pretrained"]["image"]),
     }
-    record, splits, metrics = (_optional(run / f"{name}.json") for name in ("config", "splits", "metrics"))
+    record, splits, metrics = (
+        read_optional(run / f"{name}.json") for name in ("config", "splits", "metrics")
+    )
     if not record or record.get("dataset_fingerprint") != trained.facts["dataset_fingerprint"]:
         record = splits = metrics = None  # the checkpoint was moved here from elsewhere
     facts |= {
         "record": record,
-        "metrics": metrics,
+        "metrics": metrics if finished and not chosen else None,
         "split": None,
         "apart": "in a way not known",
         "by_image": False,
@@ -58,10 +59,6 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
         if splits["grouped_by"]:
             facts["apart"] = f"by patient ({splits['n_groups']} of them, none on both sides)"
     return facts
-
-
-def _optional(path: Path) -> Any:
-    return read_json(path, "the run's") if path.exists() else None
 
 
 def model_card(

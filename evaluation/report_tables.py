@@ -1,6 +1,7 @@
 """The tables of the report, from what a run folder holds. Plain text: the template escapes it."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from evaluation.run_folder import (
     augmentation_words,
     loss_words,
     weight_for_rare_classes,
+    which_epoch,
 )
 from evaluation.tables import OVERALL, PER_CLASS
 
@@ -86,8 +88,8 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
     config, o = run.config, trained_with
     rows = [["Images 图像", f"{config['data_dir']}, fingerprint {config['dataset_fingerprint'][:16]}"]]
     if run.kind == EVALUATION:
-        rows.append(["Models 模型", ", ".join(config["checkpoints"])])
-        rows += [["Trained on 训练图像", o["data_dir"]]] if o else []
+        rows.append(["Models 模型", "; ".join(_models(config))])
+        rows += [["Trained on 训练图像", run.first_of + o["data_dir"]]] if o else []
     elif config.get("val_dir"):
         rows.append(["Validation 验证", str(config["val_dir"])])
     else:
@@ -104,7 +106,7 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
     if o is None:
         rows.append(["Training 训练", "not known: no checkpoint could be read"])
     else:
-        rows += [
+        of_model = [
             ["Image encoder 图像编码器", f"{o['image_encoder_name']}, weights: {o['image_weights']}"],
             ["Text encoder 文本编码器", f"{o['text_encoder_name']}, weights: {o['text_weights']}"],
             [
@@ -118,6 +120,7 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
                 f"{o['random_state']}",
             ],
         ]  # fmt: skip
+        rows += [[title, run.first_of + words] for title, words in of_model]
     if "million_parameters" in config:
         rows.append(["Parameters 参数量", f"{config['million_parameters']:.1f} million"])
     if "hardware" in config:
@@ -126,6 +129,16 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
     rows.append(["Versions 版本", versions])
     rows.append(["Program at commit 程序版本", config.get("git_commit") or "not in a git checkout"])
     return {"header": [], "rows": rows}
+
+
+def _models(config: Mapping[str, Any]) -> list[str]:
+    """An evaluation's checkpoints, each with what is known of it."""
+    made = []
+    for path, model in zip_longest(config["checkpoints"], config.get("models", ()), fillvalue={}):
+        known = [str(model[key]) for key in ("image_encoder_name", "text_encoder_name") if key in model]
+        known += [f"epoch {model['epoch']}"] if "epoch" in model else []
+        made.append(f"{path} ({', '.join([*known, which_epoch(model)])})")
+    return made
 
 
 def options_table(run: RunFolder, names: Sequence[str] | None = None) -> Table:
@@ -233,8 +246,8 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
             caption += " Here it does not lower the NLL: none is needed, or the images are too few to fit it."
     if trained_with is not None and weight_for_rare_classes(trained_with):
         caption += (
-            f" Training made up for rare classes ({loss_words(trained_with)}): probabilities suppose a "
-            "class that was rare in training to be more frequent than it was, and a temperature cannot mend "
-            "that."
+            f" {run.first_of}Training made up for rare classes ({loss_words(trained_with)}): probabilities "
+            "suppose a class that was rare in training to be more frequent than it was, and a temperature "
+            "cannot mend that."
         )
     return {"header": header, "rows": rows}, caption

@@ -48,6 +48,18 @@ class RunFolder:
     def by_patient(self) -> bool:
         return bool(self.config.get("group_pattern") or self.config.get("groups_file"))
 
+    @property
+    def first_of(self) -> str:
+        """What to say before facts of an ensemble's first model that are not those of all: "First of 2
+        models: ", or "" where the models were trained alike.
+        """
+        models = [
+            {key: value for key, value in model.items() if key not in ("epoch", "chosen", "finished")}
+            for model in self.config.get("models", ())
+        ]
+        differ = any(model != models[0] for model in models[1:])
+        return f"First of {len(models)} models: " if differ else ""
+
     def checkpoints(self) -> dict[int, Path]:
         """The file of the model that made the predictions of each fold; 0 where there are no folds."""
         if self.kind == EVALUATION:
@@ -92,7 +104,7 @@ def read_run_folder(path: Path) -> RunFolder:
     if not (path / "metrics.json").exists():
         raise UserError(f"{path} holds no metrics.json; give the folder of a finished run or evaluation")
     config = read_json(path / "config.json", "the run's config.json")
-    summary = _optional(path / "cv_summary.json")
+    summary = read_optional(path / "cv_summary.json")
     if summary:
         folds = {fold["fold"]: path / f"fold_{fold['fold']}" for fold in summary["folds"]}
         kind, predictions = CROSS_VALIDATION, "oof_predictions.csv"
@@ -109,10 +121,19 @@ def read_run_folder(path: Path) -> RunFolder:
         histories={
             fold: read_json(own / "history.json", "the run's history.json") for fold, own in folds.items()
         },
-        splits=_optional(path / "splits.json"),
+        splits=read_optional(path / "splits.json"),
         summary=summary,
-        check=_optional(path / "data_check.json"),
+        check=read_optional(path / "data_check.json"),
     )
+
+
+def which_epoch(model: Mapping[str, Any]) -> str:
+    """Of one of an evaluation's "models": whether its epoch was chosen."""
+    if "chosen" not in model:
+        return "whether its epoch was chosen is not known"  # of an evaluation by an earlier version
+    if model["chosen"]:
+        return "an epoch chosen on the validation images of its own training run"
+    return "the last epoch, not chosen" if model["finished"] else "not chosen, of a training not finished"
 
 
 def weight_for_rare_classes(options: Mapping[str, Any]) -> list[str]:
@@ -135,5 +156,6 @@ def augmentation_words(options: Mapping[str, Any]) -> str:
     return f"{options['augmentation']}{flip}{f', CutMix in {share:.0%} of the steps' if share else ''}"
 
 
-def _optional(path: Path) -> Any:
+def read_optional(path: Path) -> Any:
+    """The JSON there, or None where there is none."""
     return read_json(path, "the run's file") if path.exists() else None

@@ -21,7 +21,8 @@ class TrainedModel:
     """One checkpoint, ready for images.
 
     model: in evaluation mode on `device`; its text tower is None unless asked for. class_features (C, D): of
-    unit length, on `device`. facts: the checkpoint without its weights (config, history, epoch, best, ...).
+    unit length, on `device`. facts: the checkpoint without its weights (config, history, epoch, best, ...),
+    and whether it was "chosen" (as the best by its validation images) and is of a "finished" training's end.
     """
 
     path: Path
@@ -103,8 +104,19 @@ def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -
         class_texts=checkpoint["class_texts"],
         class_features=checkpoint["class_features"].to(device),
         img_size=config["img_size"],
-        facts={key: checkpoint[key] for key in checkpoint.keys() - {"model", *NOT_FOR_USE}},
+        facts={key: checkpoint[key] for key in checkpoint.keys() - {"model", *NOT_FOR_USE}}
+        | {"chosen": "optimizer" not in checkpoint, "finished": _is_finished(checkpoint)},
     )
+
+
+def _is_finished(checkpoint: Mapping[str, Any]) -> bool:
+    """Its epoch is the last that was asked for, or the one that early stopping ended with. The best epoch's
+    file does not keep what early stopping needs.
+    """
+    config = checkpoint["config"]
+    patience = config.get("early_stopping_patience")
+    without = checkpoint.get("early_stopping", {}).get("epochs_without", 0)
+    return checkpoint["epoch"] == config.get("epochs") or (patience is not None and without >= patience)
 
 
 def load_models(

@@ -16,6 +16,7 @@ from common.errors import UserError
 from data.scan import ImageFolder, scan_folder
 from evaluation.checkpoints import write_file
 from evaluation.results import read_predictions
+from evaluation.run_folder import read_run_folder
 from evaluation.trained import find_checkpoints, load_trained
 
 FLAGS = ["--num-workers", "0", "--gpu-id", "-1"]
@@ -78,6 +79,25 @@ def test_several_checkpoints_are_averaged(finished, elsewhere, tmp_path):
         assert evaluate(checkpoints, elsewhere, tmp_path / str(number), *flags) == 0
         probs.append(read_predictions(tmp_path / str(number) / "predictions.csv").probs)
     np.testing.assert_allclose(probs[2], (probs[0] + probs[1]) / 2, atol=1e-6)
+    folder = read_run_folder(tmp_path / "2")
+    assert folder.first_of == ""  # one run's
+    found = [(model["epoch"], model["chosen"], model["finished"]) for model in folder.config["models"]]
+    history = json.loads((finished / "history.json").read_text("utf-8"))["val_acc"]
+    best = 1 + history.index(max(history))
+    assert found == [(4, False, True), (best, True, best == 4)]
+
+
+def test_an_ensemble_of_models_trained_in_other_ways_says_in_what(finished, elsewhere, tmp_path):
+    config = torch.load(finished / "checkpoint_latest.pth", weights_only=True)["config"]
+    other = changed_copy(
+        finished, tmp_path / "other.pth", config=config | {"learning_rate": 0.5, "gpu_id": 3}
+    )
+    flags = ["--rename", "pneumonia=肺炎", "--skip-extra"]
+    assert evaluate([finished, other], elsewhere, tmp_path / "out", *flags) == 0
+    folder = read_run_folder(tmp_path / "out")
+    assert folder.first_of == "First of 2 models: "
+    assert [model["learning_rate"] for model in folder.config["models"]] == [config["learning_rate"], 0.5]
+    assert "gpu_id" not in folder.config["models"][0]  # where it was trained says nothing of the model
 
 
 def known_to_model(folder):

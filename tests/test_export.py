@@ -244,6 +244,52 @@ def test_the_card_of_the_best_epoch_names_the_bias(run, tmp_path):
     ]  # fmt: skip
 
 
+def history_of(run):
+    return json.loads((run / "history.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def stopped(class_folder, tmp_path_factory, quick_report):
+    """Early stopping ended it after the second of five epochs: no gain is enough."""
+    output = tmp_path_factory.mktemp("runs") / "stopped"
+    flags = ["--epochs", 5, "--early-stopping-patience", 1, "--early-stopping-min-delta", 100]
+    return train(class_folder, output, *flags)
+
+
+def card_of(checkpoint, output):
+    assert export(checkpoint, output, "--format", "safetensors") == 0
+    return (output / "README.md").read_text("utf-8")
+
+
+def test_a_chosen_model_is_called_one_whatever_its_file_is_called(stopped, tmp_path):
+    own = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (own / "checkpoint_best.pth").rename(own / "model.pth")
+    card = card_of(own / "model.pth", tmp_path / "chosen")
+    best = read_checkpoint(own / "model.pth")["epoch"]
+    assert f"epoch {best} is exported" in card and f"Epoch {best} was chosen as the best" in card
+    assert (
+        f"| Loss (nats) | {history_of(stopped)['val_loss'][best - 1]:.4f} |" in card
+    )  # not the last epoch's
+    assert "not chosen" not in card and f"{best} of " not in card
+    shutil.copy(stopped / "checkpoint_latest.pth", own / "checkpoint_best.pth")
+    card = card_of(own / "checkpoint_best.pth", tmp_path / "last")
+    metrics = json.loads((stopped / "metrics.json").read_text("utf-8"))
+    assert "The last epoch is exported: it was not chosen" in card and "epoch 2 is exported" in card
+    assert f"| Accuracy (%) | {100 * metrics['accuracy']['value']:.1f} (" in card  # with its interval
+
+
+def test_an_epoch_of_an_unfinished_training_is_not_called_its_last(run, tmp_path):
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    begun = read_checkpoint(own / "checkpoint_latest.pth")
+    begun["config"] |= {"epochs": 9, "early_stopping_patience": 3}
+    begun["early_stopping"]["epochs_without"] = 2
+    write_file(own / "checkpoint_latest.pth", begun)
+    card = card_of(own, tmp_path / "out")
+    assert "Epoch 2 of a training that was not finished" in card and "last epoch" not in card
+    # without an interval: metrics.json is of another end
+    assert f"| Loss (nats) | {history_of(run)['val_loss'][-1]:.4f} |" in card
+
+
 def test_a_checkpoint_beside_another_runs_files_does_not_borrow_their_numbers(run, tmp_path):
     shutil.copy(run / "checkpoint_latest.pth", tmp_path / "checkpoint_latest.pth")
     config = json.loads((run / "config.json").read_text("utf-8"))

@@ -399,7 +399,45 @@ def test_an_evaluation_on_the_training_images_is_named(runs, tmp_path):
     del record["n_known_images"]  # of an earlier version
     write_json(run / "config.json", record | {"images_known_to_model": False})
     write_report(run)
-    assert "some of these images is not known" in Page(run / "report.html").text
+    text = Page(run / "report.html").text
+    assert "some of these images is not known" in text and "made with some of them is not known, and" in text
+
+
+def test_an_ensemble_of_other_encoders_is_not_described_as_its_first_model(tmp_path):
+    run = make_run(tmp_path, CHINESE, "evaluation", early_stopping_patience=2)
+    record = json.loads((run / "config.json").read_text())
+    alike = {"image_encoder_name": "timm:test_resnet", "text_encoder_name": "bert-tiny-bytes"}
+    last = alike | {"epoch": 4, "chosen": False, "finished": True}
+    best = last | {"epoch": 2, "chosen": True, "finished": False}
+    answers = {}
+    for name, models in {
+        "same": [last, best],
+        "other": [last, best | {"image_encoder_name": "resnet34"}],
+        "unfinished": [last, last | {"finished": False}],
+        "earlier": [alike, alike],
+    }.items():
+        write_json(run / "config.json", record | {"models": models})
+        text = Page(write_report(run)).text
+        assert "(timm:test_resnet, bert-tiny-bytes, " in text
+        assert ("First of 2 models: timm:test_resnet, weights: random" in text) is (name == "other")
+        assert ("First of 2 models: 64 x 64 pixels" in text) is (name == "other")
+        assert ("model.pth (resnet34, bert-tiny-bytes, epoch 2, an epoch chosen on" in text) is (
+            name == "other"
+        )
+        folder = read_run_folder(run)
+        items = claim_items(folder, record | dataclasses.asdict(Config(early_stopping_patience=2)), 3)
+        answers[name] = {item.number: (item.status, item.answer) for item in items}
+        for number in (9, 22, 24, 25):
+            status, answer = answers[name][number]
+            assert status == ("partly" if name == "other" else "answered")
+            assert answer.startswith("First of 2 models: ") is (name == "other")
+    mixed = "1 of 2 models: the last epoch, not chosen; 1 of 2 models: an epoch chosen on"
+    assert answers["same"][26][0] == "answered" and answers["same"][26][1].startswith(mixed)
+    assert (
+        answers["other"][26][0] == "partly" and "First of 2 models: Training could" in answers["other"][26][1]
+    )
+    assert "of a training not finished" in answers["unfinished"][26][1]
+    assert answers["earlier"][26][0] == "partly" and "is not known" in answers["earlier"][26][1]
 
 
 def test_the_checklist_has_44_items_and_answers_with_the_runs_facts(runs):
