@@ -6,11 +6,12 @@ answers.
 
 import hashlib
 import json
+import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ _LIBRARIES = ("torch", "timm", "numpy", "pillow", "onnx", "onnxscript", "onnxrun
 # Where files lie says nothing about the model, and the names may not be meant for others.
 _PLACES = frozenset(
     {
-        "data_dir", "output_dir", "val_dir", "groups_file", "class_texts_file", "resume_from", "config_file",
-        "config_index", "multi_config", "overwrite", "gpu_id", "num_workers", "fold",
+        "data_dir", "output_dir", "val_dir", "groups_file", "class_texts_file", "cache_dir", "resume_from",
+        "config_file", "config_index", "multi_config", "overwrite", "gpu_id", "num_workers", "fold",
     }
 )  # fmt: skip
 
@@ -87,7 +88,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
         "classes": list(trained.classes),
         "class_texts": {name: list(own) for name, own in trained.class_texts.items()},
         "image_encoder_name": config["image_encoder_name"],
-        "text_encoder_name": _without_folders(config["text_encoder_name"]),
+        "text_encoder_name": _without_folders("text_encoder_name", config["text_encoder_name"]),
         "img_size": trained.img_size,
         "embed_dim": trained.class_features.shape[1],
         "num_features": tower.num_features,
@@ -109,9 +110,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
         },
         "preprocessing": preprocessing(trained),
         "training_options": {
-            name: _without_folders(value) if isinstance(value, str) else value
-            for name, value in config.items()
-            if name not in _PLACES
+            name: _without_folders(name, value) for name, value in config.items() if name not in _PLACES
         },
         "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in _LIBRARIES}},
     }
@@ -136,9 +135,12 @@ def preprocessing(trained: TrainedModel) -> dict[str, Any]:
     }
 
 
-def _without_folders(text: str) -> str:
-    """A path's last part; a hub's id such as hfl/some-model stays whole."""
-    return Path(text).name if Path(text).exists() or Path(text).is_absolute() else text
+def _without_folders(option: str, value: Any) -> Any:
+    """Of an option that may be a path the path's last part; a hub's id such as hfl/some-model stays whole."""
+    is_path = option in ("image_weights", "text_weights") and isinstance(value, str)
+    if option == "text_encoder_name":  # os.path, not Path: it answers for any name
+        is_path = os.path.isabs(value) or value.count("/") > 1 or "\\" in value or os.path.exists(value)
+    return PureWindowsPath(value).name if is_path else value  # it takes both kinds of slashes
 
 
 class _Graph(nn.Module):

@@ -110,13 +110,14 @@ class _Decoder(Dataset):
 def _path_of(root: Path, name: str) -> Path:
     path = root / name
     # a list may come from Windows; but here a folder may also be called so
-    return root / name.replace("\\", "/") if os.sep == "/" and not path.exists() else path
+    return root / name.replace("\\", "/") if os.sep == "/" and not os.path.exists(path) else path
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    if not path.exists():
+    # os.path, not Path: it answers for any name; where looking is not allowed there may be a file
+    if not os.path.exists(path) and not isinstance(error.__context__, PermissionError):
         return "there is no such file"
-    if path.is_dir():
+    if os.path.isdir(path):
         return "it is a folder, not an image"
     return (
         str(error) if isinstance(error, UnreadableImage) else f"{type(error).__name__}: {first_line(error)}"

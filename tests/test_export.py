@@ -203,6 +203,31 @@ def test_no_file_tells_where_things_lie_on_this_machine(run, exported, class_fol
             assert str(folder).encode() not in content, (path.name, folder)
 
 
+def test_no_folder_is_named_and_a_long_sentence_stays_whole(run, tmp_path):
+    other = read_checkpoint(run / "checkpoint_latest.pth")
+    other["config"] |= {
+        "text_template": "肺" * 200 + "{class_name}", "cache_dir": "/data/hidden/cache",
+        "text_encoder_name": "../hidden/bert", "image_weights": "hidden/a.pth", "text_weights": "pretrained",
+        "group_pattern": "/",
+    }  # fmt: skip
+    write_file(tmp_path / "other.pth", other)
+    assert export(tmp_path / "other.pth", tmp_path / "out", "--format", "safetensors") == 0
+    options = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["training_options"]
+    assert options["text_template"] == other["config"]["text_template"] and options["group_pattern"] == "/"
+    assert [options[f"{side}_weights"] for side in ("image", "text")] == ["a.pth", "pretrained"]
+    assert options["text_encoder_name"] == "bert"
+    assert all(b"hidden" not in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["hfl/chinese-roberta", "bert-base-chinese", pytest.param("肺" * 100, id="long")]
+)
+def test_a_text_encoder_of_a_hub_keeps_its_name(name):
+    trained = random_model("resnet18", 32)
+    trained.facts["config"]["text_encoder_name"] = name
+    assert module.description(trained)["text_encoder_name"] == name
+
+
 def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
     card = (exported / "README.md").read_text("utf-8")
     header = yaml.safe_load(card.split("---")[1])

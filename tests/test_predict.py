@@ -18,7 +18,7 @@ from PIL import Image
 
 import train_clip
 from evaluation.checkpoints import read_checkpoint, write_file
-from evaluation.predict import heat_map_name
+from evaluation.predict import _Decoder, heat_map_name
 from predict_clip import main
 
 TRAIN = shlex.split(
@@ -186,16 +186,16 @@ def test_a_folder_with_bad_files_gives_a_row_each_in_sorted_order(folds, picture
 def test_a_text_list_keeps_its_order_repeats_and_missing_files(folds, pictures, tmp_path):
     lines = [
         "\ufeff丙.png", "", "  二月\\正常\\P001_0.png ", str(pictures / "丙.png"), "没有.png", "二月",
-        "丙.png", "a\x00b.png",
+        "丙.png", "a\x00b.png", "a\x00b/丙.png", "肺" * 100 + ".png",
     ]  # fmt: skip
     (pictures / "list.TXT").write_bytes("\r\n".join(lines).encode())
     assert predict(folds / "fold_1", pictures / "list.TXT", tmp_path / "p.csv", "--batch-size", 3) == 0
     rows = rows_of(tmp_path / "p.csv")
     assert [row["path"] for row in rows] == [
         "丙.png", "二月\\正常\\P001_0.png", str(pictures / "丙.png"), "没有.png", "二月", "丙.png",
-        "a\\x00b.png",
+        "a\\x00b.png", "a\\x00b/丙.png", "肺" * 100 + ".png",
     ]  # fmt: skip
-    assert [bool(row["error"]) for row in rows] == [False, False, False, True, True, False, True]
+    assert [bool(row["error"]) for row in rows] == [False, False, False, True, True, False, True, True, True]
     assert "no such file" in rows[3]["error"] and "folder" in rows[4]["error"]
     np.testing.assert_allclose(probs_of([rows[2], rows[5]]), probs_of([rows[0]] * 2), atol=1e-6)
 
@@ -225,6 +225,16 @@ def test_a_name_that_is_not_utf8_is_a_row_with_its_error(folds, pictures, tmp_pa
     assert predict(folds / "fold_1", pictures, tmp_path / "a.csv") == 0
     (row,) = [row for row in rows_of(tmp_path / "a.csv") if "not UTF-8" in row["error"]]
     assert row["path"] == "\\udcb1\\udcfb.png"
+
+
+def test_a_file_that_may_not_be_looked_at_is_not_called_missing(tmp_path, monkeypatch):
+    def denied(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", denied)  # which pathlib and os.path ask
+    monkeypatch.setattr(Path, "stat", denied)
+    (error,) = _Decoder(tmp_path, [32]).__getitems__(["a.png"]).errors
+    assert "Permission denied" in error
 
 
 def test_a_broken_model_is_said_in_every_row(folds, class_folder, tmp_path):
