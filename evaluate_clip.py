@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser, exit_code_of
+from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, did_you_mean
 from common.files import KNOWN_IMAGES
 
@@ -60,22 +60,13 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     add("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")
     add("--cache-dir", type=Path, help="folder for decoded images (default: ~/.cache/train_clip)")
     add("--no-cache", action="store_true", help="keep no decoded images on disk")
-    add("--num-workers", type=int, default=4, help="processes that load images (default: 4)")
-    add("--batch-size", type=int, default=64, help="images at a time (default: 64)")
-    add("--gpu-id", type=int, default=0, help="CUDA device; -1 is the CPU (default: 0)")
+    add("--num-workers", default="4", metavar="N", help="processes that load images (default: 4)")
+    add("--batch-size", default="64", metavar="N", help="images at a time (default: 64)")
+    add("--gpu-id", default="0", metavar="N", help="CUDA device; -1 is the CPU (default: 0)")
     add("--no-amp", action="store_true", help="compute in float32")
     add("--overwrite", action="store_true", help="replace another evaluation's results in --output-dir")
-    found = parser.read(typed, required=("--checkpoint", "--data-dir", "--output-dir"))
-    problems = [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if "=" not in pair]
-    problems += [
-        f"{flag} must be at least {low}, not {value}"
-        for flag, value, low in (
-            ("--num-workers", found.num_workers, 0),
-            ("--batch-size", found.batch_size, 1),
-            ("--gpu-id", found.gpu_id, -1),
-        )
-        if value < low
-    ]
+    found, problems = parser.examine(typed, ("--checkpoint", "--data-dir", "--output-dir"), NUMBERS)
+    problems += [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if "=" not in pair]
     if found.cache_dir and found.no_cache:
         problems.append("--cache-dir and --no-cache exclude each other")
     if found.group_pattern and found.groups_file:

@@ -39,12 +39,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
         "--format", nargs="+", default=list(FORMATS), metavar="NAME", help="onnx, safetensors (default: both)"
     )
     add("--overwrite", action="store_true", help="replace files of the same names in --output-dir")
-    problems = []
-    try:
-        found = parser.read(typed, required=("--checkpoint", "--output-dir"))
-    except UserError as error:
-        found, _ = parser.parse_known_args(typed)
-        problems += error.problems
+    found, problems = parser.examine(typed, ("--checkpoint", "--output-dir"))
     problems += [
         f"--format {name!r} is unknown{did_you_mean(name, FORMATS)}; give {' or '.join(FORMATS)}"
         for name in found.format

@@ -6,13 +6,12 @@ python predict_clip.py --checkpoint RUN_A RUN_B --input image.png --output predi
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import Parser, exit_code_of
+from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, shorten
 from common.files import unwritable
 
@@ -45,7 +44,6 @@ several sentences each. Nobody has measured how well the model tells them apart:
 exit code: 0 done, 1 not one image could be predicted or the machine failed, 2 bad input, 130 interrupted
 """
 MOST_HEAT_MAPS = 1000  # more are worth a word
-NUMBERS = {"--batch-size": (1, 65536), "--num-workers": (0, 256), "--gpu-id": (-1, 1023)}
 
 
 def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
@@ -64,19 +62,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
         help="processes that load images, at most one per CPU core (default: 4)")  # fmt: skip
     add("--gpu-id", default="0", metavar="N", help="CUDA device; -1 is the CPU (default: 0)")
     add("--no-amp", action="store_true", help="compute in float32")
-    problems = []
-    try:
-        found = parser.read(typed, required=("--checkpoint", "--input", "--output"))
-    except UserError as error:
-        found, _ = parser.parse_known_args(typed)
-        problems += error.problems
-    for flag, (low, high) in NUMBERS.items():
-        name = flag[2:].replace("-", "_")
-        text = getattr(found, name)
-        value = int(text) if re.fullmatch(r"-?\d{1,9}", text) else None
-        if value is None or not low <= value <= high:
-            problems.append(f"{flag} must be a whole number, {low} to {high}, not {text!r}")
-        setattr(found, name, value)
+    found, problems = parser.examine(typed, ("--checkpoint", "--input", "--output"), NUMBERS)
     if problems:
         raise UserError(*problems)
     return found

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 from common.errors import PIPE_CLOSED, RunFailed, UserError, did_you_mean
@@ -12,6 +12,8 @@ from common.files import printable
 from common.stopping import exit_code, sigterm_stops
 
 MOST_PROBLEMS = 50
+# Of the programs that use trained models: the least and the greatest.
+NUMBERS = {"--batch-size": (1, 65536), "--num-workers": (0, 256), "--gpu-id": (-1, 1023)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,17 +29,36 @@ class Parser(argparse.ArgumentParser):
         """The typed options. Raises UserError naming every unknown flag and every one of `required` (names of
         flags whose default is None) that is missing.
         """
-        found, unknown = self.parse_known_args(arguments)
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        problems = problems_with_unknown(unknown, flags)
-        problems += [
-            f"{flag} is required"
-            for flag in required
-            if getattr(found, flag.removeprefix("--").replace("-", "_")) is None
-        ]
+        found, problems = self.examine(arguments, required)
         if problems:
             raise UserError(*problems)
         return found
+
+    def examine(
+        self,
+        arguments: Sequence[str],
+        required: Sequence[str],
+        numbers: Mapping[str, tuple[int, int]] | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As `read`, but the mistakes are returned, so that a program can add its own. numbers: flags whose
+        text is a whole number between two, into which it is converted (into None where it is none). Raises
+        UserError where an option lacks its value.
+        """
+        found, unknown = self.parse_known_args(arguments)
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        problems = problems_with_unknown(unknown, flags)
+        problems += [f"{flag} is required" for flag in required if getattr(found, _dest(flag)) is None]
+        for flag, (low, high) in (numbers or {}).items():
+            text = getattr(found, _dest(flag))
+            value = int(text) if re.fullmatch(r"-?\d{1,9}", text) else None
+            if value is None or not low <= value <= high:
+                problems.append(f"{flag} must be a whole number, {low} to {high}, not {text!r}")
+            setattr(found, _dest(flag), value)
+        return found, problems
+
+
+def _dest(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def problems_with_unknown(words: Sequence[str], flags: Sequence[str]) -> list[str]:
