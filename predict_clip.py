@@ -6,6 +6,7 @@ python predict_clip.py --checkpoint RUN_A RUN_B --input image.png --output predi
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,17 +127,25 @@ def new_sentences(path: Path) -> dict[str, list[str]]:
 
 def warn_of_training_images(source: Path, images: "ImageList", models: Sequence["TrainedModel"]) -> None:
     """A model is surer of the images it was trained on than of any other."""
-    where = (source if source.is_dir() else images.root / images.names[0]).resolve()
-    for model in models:
-        folder = Path(model.facts["config"]["data_dir"]).resolve()
-        inside, around = where.is_relative_to(folder), folder.is_relative_to(where)
-        if folder.exists() and (inside or around):
+    is_folder = source.is_dir()
+    places = [source] if is_folder else _folders_of(images)
+    places = {Path(os.path.realpath(place)) for place in places}
+    for folder in sorted(set().union(*(model.folders for model in models))):
+        inside = any(place.is_relative_to(folder) for place in places)
+        # a list names images, not all that lies below their folders
+        around = is_folder and any(folder.is_relative_to(place) for place in places)
+        if (inside or around) and os.path.exists(folder):
             print(
-                f"warning: --input holds images of {folder}, which the model was trained on, so most of "
-                "these probabilities are too good; the honest ones are in the run's predictions.csv or "
-                "oof_predictions.csv"
+                f"warning: --input holds images of {folder}, which the model was trained or validated on, so "
+                "most of their probabilities are too good; the honest ones are in the run's predictions.csv "
+                "or oof_predictions.csv"
             )
-            return
+
+
+def _folders_of(images: "ImageList") -> set[str]:
+    """Where the images of a list lie, which may come from Windows."""
+    either = {own for name in images.names if "\0" not in name for own in (name, name.replace("\\", "/"))}
+    return {os.path.dirname(os.path.join(images.root, name)) for name in either}
 
 
 def print_summary(

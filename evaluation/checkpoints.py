@@ -13,6 +13,7 @@ Every file holds a checksum of its content. Nothing is unpickled but tensors and
 import errno
 import hashlib
 import itertools
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -155,6 +156,9 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
     def texts(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
+    def path(value: Any) -> bool:  # one that the system can look for
+        return isinstance(value, str) and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)
+
     def whole(value: Any, low: int, high: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
@@ -163,7 +167,9 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
 
     right = {
         **{f"config.{key}": isinstance(config.get(key), str)
-           for key in ("image_encoder_name", "text_encoder_name", "data_dir")},
+           for key in ("image_encoder_name", "text_encoder_name")},
+        "config.data_dir": path(config.get("data_dir")),
+        "config.val_dir": config.get("val_dir") is None or path(config["val_dir"]),
         "config.img_size": whole(config.get("img_size"), 32, 4096),
         "config.embed_dim": whole(config.get("embed_dim"), 2, 8192),
         "config.temperature": isinstance(config.get("temperature"), (int, float))

@@ -1,6 +1,7 @@
 """Models as runs left them: checkpoints found, read, and made ready to use."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ class TrainedModel:
     class_features: torch.Tensor
     img_size: int
     facts: dict[str, Any]
+
+    @property
+    def folders(self) -> set[Path]:
+        """Where its images of training and validation lay; of an address of shards no folder that exists."""
+        config = self.facts["config"]
+        return {Path(os.path.realpath(config[n])) for n in ("data_dir", "val_dir") if config.get(n)}
 
     def features_of(self, texts: Mapping[str, Sequence[str]]) -> torch.Tensor:
         """(C, D) for other sentences, class name -> sentences; needs the text tower."""

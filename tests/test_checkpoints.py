@@ -181,6 +181,21 @@ def test_a_strangers_checkpoint_of_another_form_is_refused(tmp_path, own):
         read_checkpoint(tmp_path / "c.pth")
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"data_dir": "a\0b"}, {"data_dir": "a\ud800"}, {"val_dir": 5}, {"early_stopping_patience": "x"}],
+)
+def test_options_that_no_run_can_have_are_refused(tmp_path, own):
+    content = checkpoint(1)
+    config = content["config"] | {"temperature": 0.1, "use_amp": False}
+    write_file(tmp_path / "c.pth", content | {"config": config})
+    read_checkpoint(tmp_path / "c.pth")
+    write_file(tmp_path / "c.pth", content | {"config": config | own})
+    (name,) = own
+    with pytest.raises(UserError, match=rf"another form: config\.{name}\)"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
 def test_a_few_bytes_that_stand_for_very_many_are_refused(tmp_path):
     doubled = [1]
     for _ in range(40):

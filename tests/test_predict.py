@@ -253,11 +253,34 @@ def test_processes_and_batches_change_no_number(folds, class_folder, tmp_path):
     np.testing.assert_allclose(probs_of(a), probs_of(b), atol=1e-6)
 
 
+def warned_of(capsys):
+    return re.findall(r"holds images of (.*), which the model was trained or valid", capsys.readouterr().out)
+
+
 def test_training_images_are_warned_about(folds, class_folder, pictures, tmp_path, capsys):
-    predict(folds / "fold_1", class_folder, tmp_path / "a.csv")
-    assert "which the model was trained on" in capsys.readouterr().out
-    predict(folds / "fold_1", pictures, tmp_path / "b.csv")
-    assert "which the model was trained on" not in capsys.readouterr().out
+    around = tmp_path / "around"
+    around.mkdir()
+    (around / "link").symlink_to(class_folder)
+    (tmp_path / "list.txt").write_text(f"{pictures / '丙.png'}\naround\\link\\正常\\P000_0.png\n", "utf-8")
+    (tmp_path / "others.txt").write_text(f"{pictures / '丙.png'}\n{class_folder.parent / 'x.png'}\n", "utf-8")
+    image = class_folder / "正常" / "P000_0.png"
+    for source, known in (
+        (class_folder, True), (class_folder / "正常", True), (image, True), (tmp_path / "list.txt", True),
+        (class_folder.parent, True), (pictures, False), (tmp_path / "others.txt", False),
+    ):  # fmt: skip
+        predict(folds / "fold_1", source, tmp_path / "p.csv", "--overwrite")
+        assert warned_of(capsys) == [str(class_folder.resolve())] * known, source
+
+
+def test_validation_folders_and_addresses_of_shards_are_looked_at_too(
+    folds, class_folder, pictures, tmp_path, capsys
+):
+    checkpoint = read_checkpoint(folds / "fold_1" / "checkpoint_latest.pth")
+    for data_dir in ("pipe:cat x.tar", "https://x.org/{0..9}.tar", "肺" * 200, str(class_folder)):
+        checkpoint["config"] |= {"data_dir": data_dir, "val_dir": str(pictures)}
+        write_file(tmp_path / "m.pth", checkpoint)
+        assert predict(tmp_path / "m.pth", pictures, tmp_path / "p.csv", "--overwrite") == 0
+        assert warned_of(capsys) == [str(pictures.resolve())]
 
 
 # --- heat maps ----------------------------------------------------------------------------------------------
