@@ -7,18 +7,25 @@ python evaluate_clip.py --checkpoint CV_RUN --data-dir LABELLED --output-dir DIR
 
 import argparse
 import dataclasses
+import os
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, did_you_mean
-from common.files import KNOWN_IMAGES
+from common.files import KNOWN_IMAGES, refuse_run_folder
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from data.findings import Finding
     from data.scan import ImageFolder
+    from evaluation.predict import Ensemble
     from evaluation.trained import TrainedModel
+    from training.config import Config
     from training.dataset import DataSet
 
 EPILOG = """\
@@ -36,6 +43,15 @@ anything is computed, and known_images.csv names them.
 
 exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C
 """
+
+OF_EARLIER_VERSION = (
+    "trained by an earlier version of this program, which did not keep which images it used; whether these "
+    "are among them is not known"
+)
+WRITTEN_ANEW = (
+    "trained or validated on a folder of this path, and none of these images is, by its pixels, one that it "
+    "used; files that were written anew cannot be recognised, so whether they are among those is not known"
+)
 
 
 def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
@@ -150,14 +166,13 @@ def evaluate(typed: Sequence[str]) -> int:
     import numpy as np  # the heavy libraries, only now
 
     from common.files import path_cell, write_csv, write_json
-    from data.findings import by_danger, finding, number, print_findings
-    from data.loader import EpochBatches, ImageDataset, build_loader
-    from evaluation.predict import Ensemble, predict_probs
+    from data.findings import by_danger, print_findings
+    from evaluation.predict import Ensemble
     from evaluation.report import write_report
     from evaluation.results import headline, write_results
     from evaluation.trained import load_models
     from training.config import Config, contradictions
-    from training.dataset import findings_of, inspect, patients_of, read_images
+    from training.dataset import findings_of, patients_of, read_images
     from training.device import failures_explained
     from training.outputs import prepare_output_folder, print_files, refuse_results
 
@@ -170,6 +185,8 @@ def evaluate(typed: Sequence[str]) -> int:
         cache_dir=str(arguments.cache_dir) if arguments.cache_dir else None,
         use_cache=not arguments.no_cache,
         overwrite=arguments.overwrite,
+        num_workers=arguments.num_workers,
+        batch_size=arguments.batch_size,
     )
     if problems := contradictions(options):
         raise UserError(*problems)
@@ -180,38 +197,14 @@ def evaluate(typed: Sequence[str]) -> int:
     folder = match_classes(folder, ensemble.classes, arguments.rename, arguments.skip_extra)
     options = dataclasses.replace(options, img_size=ensemble.sizes[0])
     data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
-    squares = {options.img_size: data.squares}
-    for size in ensemble.sizes[1:]:
-        squares[size] = inspect(dataclasses.replace(options, img_size=size), [data.folder]).squares
     known, silent = images_known_to(models, data)
-    findings = findings_of(data, [])
-    if known:
-        message = (
-            f"of {len(data.files)} images {number(len(known), 'was', 'were')} used to train or validate a "
-            f"model, so what follows is too good; {KNOWN_IMAGES} names them; remove them from the folder, "
-            "or take the honest numbers from the run's own metrics.json"
-        )
-        findings = by_danger([*findings, finding("danger", "known_to_model", message, known)])
-    if silent:
-        print(
-            f"note: {', '.join(map(str, silent))}: trained by an earlier version of this program, which did "
-            "not keep which images it used; whether these are among them is not known"
-        )
+    for why, of in silent.items():
+        print(f"note: {', '.join(of)}: {why}")
+    findings = by_danger([*findings_of(data, []), *danger_of(known, len(data.files))])
     print_findings(findings)
-    each = []
     with failures_explained(arguments.batch_size):
-        images = {
-            size: ImageDataset(data.files, data.labels, size, own, models[0].device)
-            for size, own in squares.items()
-        }
-        for model, features, autocast in zip(models, ensemble.features, autocasts, strict=True):
-            loader = build_loader(
-                images[model.img_size],
-                EpochBatches(np.arange(len(data.files)), arguments.batch_size, None),
-                arguments.num_workers,
-            )
-            each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])
-    predictions = data.predictions(np.arange(len(data.files)), np.mean(each, axis=0))
+        probs = mean_probs(ensemble, data, options)
+    predictions = data.predictions(np.arange(len(data.files)), probs)
 
     output_dir = arguments.output_dir
     prepare_output_folder(output_dir, arguments.overwrite)
@@ -227,41 +220,67 @@ def evaluate(typed: Sequence[str]) -> int:
     return 0
 
 
-def refuse_run_folder(output_dir: Path) -> None:
-    """An evaluation never writes into a run's folder, whose model it could remove."""
-    from training.outputs import results_in
+def images_known_to(
+    models: "Sequence[TrainedModel]", data: "DataSet"
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The paths of the images that a model was trained or validated on, by their pixels; and why that is not
+    known of some checkpoints -> these.
 
-    mine = {"config.json", "predictions.csv", "metrics.json", "metrics_table.csv", "metrics_table.tex",
-            "data_check.json", "report.html", KNOWN_IMAGES}  # fmt: skip
-    of_a_run = [name for name in results_in(output_dir) if name not in mine]
-    if of_a_run:
-        raise UserError(
-            f"--output-dir {output_dir} is a run's folder (it holds {', '.join(of_a_run)}); give the "
-            "evaluation a folder of its own"
-        )
-
-
-def images_known_to(models: "Sequence[TrainedModel]", data: "DataSet") -> tuple[list[str], list[Path]]:
-    """The paths of the images that a model was trained or validated on, and the checkpoints that do not tell.
-
-    Images are known by their pixels; all are, where a model was made with this very folder and none of them
-    is found (its files were written anew, or the checkpoint keeps no `image_keys`).
+    A checkpoint without `image_keys` knows its images all together: by their folder or their fingerprint.
     """
     import numpy as np
 
-    root = data.folder.root.resolve()
-    known, silent = np.zeros(len(data.files), bool), []
+    root = Path(os.path.realpath(data.folder.root))
+    known, silent = np.zeros(len(data.files), bool), defaultdict(list)
     for model in models:
-        facts, config = model.facts, model.facts["config"]
-        folders = {Path(config[name]).resolve() for name in ("data_dir", "val_dir") if config.get(name)}
-        found = np.isin(data.inspection.keys(), facts.get("image_keys", []))
+        keys = model.facts.get("image_keys")
+        if keys is not None:
+            found = np.isin(data.inspection.keys(), keys)
+            if not found.any() and root in model.folders:
+                silent[WRITTEN_ANEW].append(str(model.path))
+            known |= found
         # with --val-dir one string holds both fingerprints
-        if not found.any() and (root in folders or data.fingerprint in facts["dataset_fingerprint"]):
-            found[:] = True
-        elif "image_keys" not in facts:
-            silent.append(model.path)
-        known |= found
-    return [data.paths[i] for i in np.flatnonzero(known)], silent
+        elif root in model.folders or data.fingerprint in model.facts["dataset_fingerprint"]:
+            known[:] = True
+        else:
+            silent[OF_EARLIER_VERSION].append(str(model.path))
+    return [data.paths[i] for i in np.flatnonzero(known)], dict(silent)
+
+
+def danger_of(known: Sequence[str], n_images: int) -> "list[Finding]":
+    """What is to be said of the images that a model knows; nothing where there are none."""
+    from data.findings import finding, number
+
+    message = (
+        f"of {n_images} images {number(len(known), 'was', 'were')} used to train or validate a model, so "
+        f"what follows is too good; {KNOWN_IMAGES} names them; remove them from the folder, or take the "
+        "honest numbers from the run's own metrics.json"
+    )
+    return [finding("danger", "known_to_model", message, known)] if known else []
+
+
+def mean_probs(ensemble: "Ensemble", data: "DataSet", options: "Config") -> "np.ndarray":
+    """(N, C): the mean of the models' probabilities. The images are read again for each further size."""
+    import numpy as np
+
+    from data.loader import EpochBatches, ImageDataset, build_loader
+    from evaluation.predict import predict_probs
+    from training.dataset import inspect
+
+    squares = {options.img_size: data.squares}
+    for size in ensemble.sizes:
+        if size not in squares:
+            squares[size] = inspect(dataclasses.replace(options, img_size=size), [data.folder]).squares
+    images = {
+        size: ImageDataset(data.files, data.labels, size, own, ensemble.device)
+        for size, own in squares.items()
+    }
+    batches = EpochBatches(np.arange(len(data.files)), options.batch_size, None)
+    each = []
+    for model, features, autocast in zip(ensemble.models, ensemble.features, ensemble.autocasts, strict=True):
+        loader = build_loader(images[model.img_size], batches, options.num_workers)
+        each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])
+    return np.mean(each, axis=0)
 
 
 def record_of(

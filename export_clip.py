@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError, did_you_mean
-from common.files import LATEST, unwritable
+from common.files import refuse_run_folder, unwritable
 
 FORMATS = ("onnx", "safetensors")
 EPILOG = """\
@@ -59,11 +59,7 @@ def check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
         raise UserError(
             f"--output-dir {folder} cannot be written: {blocking} is no folder that may be written"
         )
-    # a run's config.json is not ours to replace
-    if any((folder / name).exists() for name in (LATEST, "history.json", "splits.json")):
-        raise UserError(
-            f"--output-dir {folder} is the folder of a run; give another, such as {folder / 'export'}"
-        )
+    refuse_run_folder(folder)
     there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
         raise UserError(

@@ -88,6 +88,19 @@ def saved_in(run_dir: Path) -> Path | None:
     return run_dir / LATEST if any((run_dir / name).exists() for name in (LATEST, PREVIOUS)) else None
 
 
+def refuse_run_folder(folder: Path) -> None:
+    """Raises UserError where a run or a cross-validation has written: other programs would replace its
+    config.json, or remove its model.
+    """
+    of_runs = ("checkpoint_*", "frozen_*", "history.json", "splits.json", "cv_summary.json")
+    found = [path.name for name in of_runs for part in ("", "fold_*/") for path in folder.glob(part + name)]
+    if found:
+        raise UserError(
+            f"--output-dir {folder} is the folder of a run (it holds {found[0]}), whose files are not "
+            "replaced; give a folder of its own"
+        )
+
+
 def writable(text: str) -> str:
     """`text` without what UTF-8 (bytes of a name in another encoding) or a CSV (NUL) cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")

@@ -156,7 +156,7 @@ def page(
         cards=report_text.cards(run),
         intervals=report_text.interval_note(run),
         contents=_contents(run),
-        notes=report_text.notes(run, views),
+        notes=report_text.notes(run),
         measures=report_tables.measures(run),
         images=report_tables.images_table(run),
         facts=report_tables.facts(run, trained_with),

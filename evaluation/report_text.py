@@ -64,7 +64,7 @@ def interval_note(run: RunFolder) -> Text:
     )
 
 
-def notes(run: RunFolder, views: Views) -> list[Text]:
+def notes(run: RunFolder) -> list[Text]:
     """What a reader must know before believing the numbers."""
     found = []
     if run.kind == CROSS_VALIDATION:

@@ -1,6 +1,7 @@
 """evaluate_clip.py on folders whose classes fit, are renamed, are missing, are too many."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,35 @@ def test_images_of_a_validation_folder_are_known_too(class_folder, elsewhere, tm
     assert known_to_model(tmp_path / "out")[0] == len(scan_folder(val).paths)
 
 
+def test_other_images_in_a_folder_of_the_same_path_are_not_called_known(
+    finished, elsewhere, tmp_path, capsys
+):
+    """As where each user mounts the own images at one place."""
+    config = torch.load(finished / "checkpoint_latest.pth", weights_only=True)["config"]
+    flags = ["--rename", "pneumonia=肺炎", "--skip-extra"]
+    for name in ("data_dir", "val_dir"):
+        there = changed_copy(finished, tmp_path / "there.pth", config=config | {name: str(elsewhere)})
+        assert evaluate([there], elsewhere, tmp_path / name, *flags) == 0
+        streams = capsys.readouterr()
+        assert "written anew cannot be recognised" in streams.out and "danger" not in streams.out
+        assert known_to_model(tmp_path / name) == (None, ())
+
+
+@pytest.mark.parametrize(("flags", "code"), [(["--num-workers", "0"], 0), (["--num-workers", "2"], 2)])
+def test_too_little_shared_memory_is_said_for_the_processes_that_were_asked_for(
+    finished, elsewhere, tmp_path, monkeypatch, capsys, flags, code
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("training.dataset.MEMORY_FOR_IMAGES", 0)
+    monkeypatch.setattr("data.loader.SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("data.loader.shutil.disk_usage", lambda path: usage._replace(free=0))
+    fits = ["--rename", "pneumonia=肺炎", "--skip-extra"]
+    assert evaluate([finished], elsewhere, tmp_path / "out", *fits, *flags, "--batch-size", "512") == code
+    if code:
+        # 512 images of 32 x 32 in colour, two batches for each process
+        assert f"need {2 * min(2, os.cpu_count()) * 512 * 3 * 32**2 / 1e6:.0f} MB" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("keys", [torch.zeros(()).long(), torch.zeros(2, 2).long(), torch.zeros(3), [1]])
 def test_image_keys_of_another_form_are_refused(finished, elsewhere, tmp_path, capsys, keys):
     odd = changed_copy(finished, tmp_path / "odd.pth", image_keys=keys)
@@ -168,11 +198,17 @@ def test_image_keys_of_another_form_are_refused(finished, elsewhere, tmp_path, c
     assert "in another form: image_keys" in capsys.readouterr().err
 
 
-def test_results_are_not_overwritten_without_being_told(finished, class_folder, capsys):
+def test_results_are_not_overwritten_without_being_told(finished, class_folder, tmp_path, capsys):
     before = sorted(path.name for path in finished.iterdir())
     assert evaluate([finished], class_folder, finished, "--overwrite") == 2  # it would remove the model
     assert "a folder of its own" in capsys.readouterr().err
     assert sorted(path.name for path in finished.iterdir()) == before
+    for name in ("checkpoint_best.pth", "splits.json", "fold_3/history.json"):
+        kept = tmp_path / name[0] / name
+        kept.parent.mkdir(parents=True)
+        kept.touch()
+        assert evaluate([finished], class_folder, tmp_path / name[0], "--overwrite") == 2
+        assert f"is the folder of a run (it holds {kept.name})" in capsys.readouterr().err and kept.exists()
     assert evaluate([finished], class_folder, class_folder / "out") == 2
     assert "lies in --data-dir" in capsys.readouterr().err
 

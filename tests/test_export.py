@@ -335,6 +335,9 @@ def test_each_fold_of_a_cross_validation_is_exported(class_folder, tmp_path, cap
         assert f"fold {k} of a cross-validation" in card and "separated by image" in card
         assert "of this one alone" in card and f"Of the {metrics['n_images']} images of all folds" in card
         assert (tmp_path / "out" / f"fold_{k}" / "model.safetensors").exists()
+    assert export(cv, tmp_path / "out", "--format", "safetensors", "--overwrite") == 0
+    assert export(cv, cv, "--format", "safetensors", "--overwrite") == 2
+    assert "is the folder of a run" in capsys.readouterr().err
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
