@@ -122,6 +122,12 @@ class Session:
         at = 0
         while at < len(order):
             at = max(0, at + self.ask(order[at], at + 1))
+        # an empty line at the end is what echo adds; more of them were meant for something
+        if not sys.stdin.isatty() and (left := sys.stdin.read()) and (left.strip() or left.count("\n") > 1):
+            raise UserError(
+                f"--interactive: there are more lines than the {len(order)} classes, so sentences may be in "
+                f"{self.output} for the wrong ones; pipe one line for each class, with --overwrite"
+            )
 
     def ask(self, name: str, number: int) -> int:
         """Sentences for one class: +1 to go on with the next one, -1 to go back."""

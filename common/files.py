@@ -172,7 +172,8 @@ def csv_rows(lines: Iterator[str], columns: Sequence[str], what: str) -> Iterato
                 raise UserError(f"{what}, line {reader.line_num}: {' or '.join(columns)} is empty")
             yield reader.line_num, cells
     except csv.Error as error:
-        raise UserError(f"{what}, line {reader.line_num}: {error}") from None
+        mend = "a cell that begins with a double quote must end with one, and hold it doubled"
+        raise UserError(f"{what}, line {reader.line_num}: {error}; {mend}") from None
 
 
 def read_json(path: Path, what: str, most_bytes: int = MOST_JSON_BYTES) -> Any:

@@ -119,7 +119,7 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     """(H, W) uint8: how a grey DICOM of the stored values `pixels` (H, W) is to look. Changes `dataset`."""
     from pydicom.pixels import apply_modality_lut, apply_windowing
 
-    values, padding = apply_modality_lut(pixels, dataset), _padding(pixels, dataset)
+    values = apply_modality_lut(pixels, dataset)
     table = (dataset.get("VOILUTSequence") or [{}])[0]
     if None not in (table.get("LUTDescriptor"), table.get("LUTData")):
         grey = _looked_up(values, table, "<u2" if dataset.original_encoding[1] else ">u2")
@@ -133,11 +133,10 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
         ends = apply_modality_lut(np.array([least, least + 2**bits - 1]), dataset)
         grey = scale_to_8_bit(values, (ends.min(), ends.max()))  # 8 bits are grey as they are, as in a PNG
     else:
-        picture = values[~padding]
+        picture = values[~_padding(pixels, dataset)]
         grey = scale_to_8_bit(values, (picture.min(), picture.max()) if picture.size else None)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         grey = 255 - grey  # its largest value is black
-    grey[padding] = 0  # no part of the picture, so black whatever the polarity, as transparency is
     return grey
 
 
@@ -146,8 +145,9 @@ def _padding(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     if dataset.get("PixelPaddingValue") is None or pixels.dtype.kind not in "iu":
         return np.zeros(pixels.shape, bool)
     given = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")]
-    # a signed value is often written as an unsigned one
-    ends = np.array([end for end in given if end is not None], np.int64).astype(pixels.dtype)
+    ends = np.array([end for end in given if end is not None], np.int64)
+    if pixels.dtype.itemsize == 2:  # a signed value is often written as an unsigned one
+        ends = ends.astype(pixels.dtype)
     return (pixels >= ends.min()) & (pixels <= ends.max())
 
 
@@ -164,6 +164,9 @@ def _looked_up(values: np.ndarray, table: "pydicom.Dataset", word: str) -> np.nd
     if len(entries) < n:
         raise UnreadableImage(f"DICOM: its VOI table has {len(entries)} entries of {n}")
     places = (values.astype(np.int64) - first).clip(0, len(entries) - 1)
+    used = int(entries.max()).bit_length()
+    if not used <= bits < used + 4:  # some programs claim 16 for entries of 12 bits
+        bits = used
     return scale_to_8_bit(entries, (0, 2**bits - 1))[places]
 
 

@@ -1,5 +1,6 @@
 """Find the class folders and their images, and say which images belong to one patient."""
 
+import errno
 import hashlib
 import heapq
 import os
@@ -107,9 +108,9 @@ def leads_to(kind: Callable[[], bool]) -> bool:
     """Whether `kind`, is_dir or is_file of a directory entry, says so; a link to itself leads nowhere."""
     try:
         return kind()
-    except PermissionError:
-        raise
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
         return False
 
 
@@ -240,12 +241,14 @@ def folder_of_classes(
         notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
 
     used = [name for name, n in counts.items() if n]
-    if used and all(name.lower() in _PARTS for name in used):
+    if len(used) > 1 and all(name.lower() in _PARTS for name in used):
         part = {name[:3].lower(): name for name in used}
-        val = f" --val-dir {root}/{part['val']}" if "val" in part else ""
+        one = f"one of them, such as {option} {root}/{part.get('tra', used[0])}"
+        if option == "--data-dir" and {"tra", "val"} <= part.keys():
+            one += f"; for training with --val-dir {root}/{part['val']}"
         raise UserError(
             f"{option} {root} holds {', '.join(used)}, which are parts of a data set and no classes; "
-            f"give --data-dir {root}/{part.get('tra', used[0])}{val}"
+            f"give {one}"
         )
     if len(used) < at_least:
         have = f"only {used[0]!r}" if used else "none"
@@ -306,64 +309,56 @@ def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
     return groups
 
 
-def _cell(path: str) -> str:
-    """How a cell of a CSV, read without blanks around it, has the path of an image."""
-    return nfc(path).strip()
-
-
 def groups_from_file(folder: ImageFolder, csv_path: Path, beside: ImageFolder | None = None) -> list[str]:
     """The patient of each image of `folder` from a CSV with columns `path` and `group`.
 
-    A path is relative to the folder, or has the folder's name in front. Where `beside`, the other of
-    --data-dir and --val-dir, has an image of the same path only the name tells which of the two is meant.
+    A path is relative to the folder, or has the folder's name in front, as it must where `beside`, the other
+    of --data-dir and --val-dir, has an image of the same path.
     """
     what = f"--groups-file {csv_path}"
     own, other = (nfc(os.path.basename(os.path.abspath(f.root))) for f in (folder, beside or folder))
-    shared = set(map(_cell, folder.paths)) & set(map(_cell, beside.paths)) if beside else set()
-    vague: set[str] = set()
+    paths = [nfc(path).strip() for path in folder.paths]  # as cells are read
+    shared = set(paths).intersection(nfc(path).strip() for path in beside.paths) if beside else set()
     group_of: dict[str, str] = {}
-
-    def key_of(path: str, name: str) -> str:
-        cell, full = _cell(path), f"{name}/{_cell(path)}"
-        return full if full in group_of and (cell in shared or cell not in group_of) else cell
-
     of_name: dict[str, str] = {}
     try:
         with open(csv_path, encoding="utf-8-sig", newline="") as file:
             for line, (path, group) in csv_rows(lines_of(file, what), ("path", "group"), what):
                 path, group = nfc(path.replace("\\", "/")).removeprefix("./"), nfc(group)
                 group = of_name.setdefault(group, group)  # images of one patient share the object
-                if group_of.setdefault(path, group) == group:
-                    continue
-                if path in shared:
-                    vague.add(path)
-                else:
+                if group_of.setdefault(path, group) != group:
+                    both = f"; of two images write {own}/{path} and {other}/{path}" if path in shared else ""
                     raise UserError(
-                        f"{what}, line {line}: {path} is given two groups, {group_of[path]!r} and {group!r}"
+                        f"{what}, line {line}: {path} is given two groups, {group_of[path]!r} and "
+                        f"{group!r}{both}"
                     )
     except FileNotFoundError:
         raise UserError(f"{what} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read as UTF-8 CSV: {error}") from None
-    keys = {path: key_of(path, own) for path in shared}
-    vague |= {path for path, key in keys.items() if key in group_of and key == key_of(path, other)}
+    keys = [f"{own}/{path}" if f"{own}/{path}" in group_of else path for path in paths]
+    vague = [
+        path
+        for path, key in zip(paths, keys, strict=True)
+        if path in shared and key in group_of and (own == other or key == path)
+    ]
     if vague:
-        first = min(vague)
+        first = vague[0]
         mend = f"write {own}/{first} and {other}/{first}"
         if own == other:
             mend = f"rename one of the folders, which both are called {own}, and write its name in front"
         raise UserError(
             f"{what} does not tell apart {len(vague)} images of --data-dir from those of the same path in "
-            f"--val-dir; {mend}:\n{shorten(sorted(vague))}"
+            f"--val-dir; {mend}:\n{shorten(vague)}"
         )
-    missing = [path for path in folder.paths if key_of(path, own) not in group_of]
+    missing = [path for path, key in zip(folder.paths, keys, strict=True) if key not in group_of]
     if missing:
         raise UserError(
             f"{what} names no group for {len(missing)} of {len(folder.paths)} images; "
             f"its paths are relative to {folder.root}, such as {folder.paths[0]}. Missing:\n"
             + shorten(missing)
         )
-    return [group_of[key_of(path, own)] for path in folder.paths]
+    return [group_of[key] for key in keys]
 
 
 def first_alike(keys: Sequence[str | None] | np.ndarray) -> np.ndarray:

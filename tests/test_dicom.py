@@ -113,7 +113,7 @@ def test_8_bit_grey_is_as_in_a_png(tmp_path):
         (4000, 3000, [3000, 3999]),
     ],
 )
-def test_padding_is_black_and_scales_nothing(tmp_path, photometric, value, limit, filled):
+def test_padding_scales_nothing(tmp_path, photometric, value, limit, filled):
     picture = RAMP[:40].astype(np.int16)
     pixels = picture.copy()
     pixels[0, : len(filled)] = filled
@@ -124,18 +124,23 @@ def test_padding_is_black_and_scales_nothing(tmp_path, photometric, value, limit
         dataset.add_new(name, "SS" if number < 0 else "US", number)
     dataset.save_as(path)
     expected = np.rint(255 * (picture - float(len(filled))) / (picture.max() - len(filled))).clip(0)
+    expected[0, : len(filled)] = 255 if filled[0] > 0 else 0  # as any value beyond the ends
     expected = 255 - expected if photometric == "MONOCHROME1" else expected
-    expected[0, : len(filled)] = 0
     assert np.array_equal(read(path)[..., 0], expected)
 
 
-@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-def test_padding_is_black_beside_a_window_too(tmp_path, photometric):
-    options = {"PixelPaddingValue": 4095, "WindowCenter": 2048, "WindowWidth": 4096}
-    pixels = read(dicom(tmp_path / "x.dcm", RAMP, photometric, **options))[..., 0]
-    assert pixels[-1, -1] == 0 and pixels[-1, -2] == (255 if photometric == "MONOCHROME2" else 0)
-    filled = np.full((4, 4), 7, np.uint16)
-    assert not read(dicom(tmp_path / "y.dcm", filled, photometric, PixelPaddingValue=7)).any()
+def test_padding_of_16_bits_in_an_image_of_8_is_none_of_its_pixels(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = dicom(tmp_path / "x.dcm", pixels)
+    for value in (63536, 65535, 4095):
+        dataset = pydicom.dcmread(path)
+        dataset.add_new("PixelPaddingValue", "US", value)
+        dataset.save_as(path)
+        assert np.array_equal(read(path)[..., 0], pixels)
+
+
+def test_an_image_that_is_all_padding_is_black(tmp_path):
+    assert not read(dicom(tmp_path / "y.dcm", np.full((4, 4), 7, np.uint16), PixelPaddingValue=7)).any()
 
 
 def test_the_first_of_several_windows_is_used(tmp_path):
@@ -213,6 +218,13 @@ def test_a_voi_table_is_scaled_by_its_depth(tmp_path):
     stored = np.array([[1, 1], [2, 2]], np.uint16)
     path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table([0, 1023, 2047, 4095], bits=12)])
     assert read(path)[..., 0].tolist() == [[64, 64], [127, 127]]  # 1023 and 2047 of 4095
+
+
+@pytest.mark.parametrize("claimed", [16, 8])
+def test_a_voi_table_that_is_not_as_deep_as_it_claims_is_scaled_by_what_it_holds(tmp_path, claimed):
+    voi = table(np.arange(4096)[::-1].tolist(), bits=claimed)
+    grey = read(dicom(tmp_path / "x.dcm", RAMP, VOILUTSequence=[voi]))[..., 0]
+    assert np.array_equal(grey, np.rint((4095 - RAMP) / 4095 * 255))
 
 
 @pytest.mark.parametrize("stored_as", ["words", "packed words", "bytes"])

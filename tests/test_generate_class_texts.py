@@ -186,6 +186,16 @@ def test_a_piped_line_that_cannot_be_used_ends_it(images, output, typed, words):
     refused(run(images, output, "--interactive", typed=typed), *words, "--overwrite")
 
 
+@pytest.mark.parametrize("typed", ["一\n二\n三\n四\n", "双肺野清晰\n\n胸腔外带见透亮区\n\n\n", "\n\n\n\n四"])
+def test_more_piped_lines_than_classes_are_refused(images, output, typed):
+    refused(run(images, output, "--interactive", typed=typed), "more lines than the 3 classes", "--overwrite")
+
+
+def test_an_empty_line_behind_the_last_answer_is_what_echo_adds(images, output):
+    assert run(images, output, "--interactive", typed="一\n二\n三\n\n").returncode == 0
+    assert list(read(output).values()) == ["一", "二", "三"]
+
+
 def test_back(images, output):
     done = run(images, output, "--interactive", typed="错\nb\n对\n\n\n")
     assert done.returncode == 0 and "now: 错" in done.stdout

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import sys
 import unicodedata
 from dataclasses import replace
@@ -237,10 +238,11 @@ def test_fewer_than_two_classes_are_refused(tmp_path, paths, says):
 @pytest.mark.parametrize(
     ("parts", "says"),
     [
-        (("train", "val", "test"), "--data-dir {0}/train --val-dir {0}/val"),
-        (("Training", "VALIDATION"), "--data-dir {0}/Training --val-dir {0}/VALIDATION"),
-        (("Train", "testing"), "--data-dir {0}/Train"),
-        (("train", "valid"), "--data-dir {0}/train --val-dir {0}/valid"),
+        (("train", "val", "test"), "--data-dir {0}/train; for training with --val-dir {0}/val"),
+        (("Training", "VALIDATION"), "{0}/Training; for training with --val-dir {0}/VALIDATION"),
+        (("Train", "testing"), "such as --data-dir {0}/Train"),
+        (("val", "test"), "such as --data-dir {0}/test"),
+        (("train", "valid"), "--data-dir {0}/train; for training with --val-dir {0}/valid"),
     ],
 )
 def test_parts_of_a_data_set_are_no_classes(tmp_path, parts, says):
@@ -250,6 +252,8 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path, parts, says):
 
 def test_a_class_may_be_called_as_a_part_of_a_data_set(tmp_path):
     assert scan_folder(fill(tmp_path, "test/1.png", "control/1.png")).classes == ("control", "test")
+    shutil.rmtree(tmp_path / "control")  # to evaluate on, one class is enough
+    assert scan_folder(tmp_path, at_least=1).classes == ("test",)
 
 
 def test_a_missing_folder_is_refused_by_the_name_of_its_option(tmp_path):
@@ -355,10 +359,11 @@ def beside_each_other(*names: str) -> list[ImageFolder]:
 
 
 def test_the_names_of_two_folders_tell_their_images_apart(tmp_path):
-    rows = ["A/1.png,P1", "A/2.png,P2", "B/1.png,P3"]
+    rows = ["tr/A/1.png,P1", "", "tr/B/1.png,P3"]
     one, two = beside_each_other("tr", "va")
-    for front in ("tr/", ""):  # what has no name in front can only be the other's
-        content = ["path,group", *(front + row for row in rows), "va/A/1.png,P8", "va/B/1.png,P9"]
+    for front in ("tr/", ""):  # of the image that the other folder lacks
+        rows[1] = f"{front}A/2.png,P2"
+        content = ["path,group", *rows, "va/A/1.png,P8", "va/B/1.png,P9"]
         path = csv_file(tmp_path, "\n".join(content))
         assert groups_from_file(one, path, two) == ["P1", "P2", "P3"]
         assert groups_from_file(two, path, one) == ["P8", "P9"]
@@ -368,8 +373,7 @@ def test_the_names_of_two_folders_tell_their_images_apart(tmp_path):
     ("rows", "names", "says"),
     [
         ("A/1.png,P1 A/2.png,P2 B/1.png,P3", "tr va", "tr/A/1.png and va/A/1.png:\n  A/1.png\n  B/1.png"),
-        ("A/1.png,P1 A/2.png,P2 B/1.png,P3 va/A/1.png,P4", "tr va", "tr/B/1.png and va/B/1.png:\n  B/1.png"),
-        ("A/1.png,P1 A/2.png,P2 tr/B/1.png,P3 A/1.png,P4", "tr va", "write tr/A/1.png and va/A/1.png"),
+        ("tr/A/1.png,P1 A/2.png,P2 B/1.png,P3", "tr va", "tr/B/1.png and va/B/1.png:\n  B/1.png"),
         ("x/A/1.png,P1 x/A/2.png,P2 x/B/1.png,P3", "x x", "rename one of the folders"),
     ],
 )
@@ -378,6 +382,12 @@ def test_images_that_a_csv_does_not_tell_apart_are_named(tmp_path, rows, names, 
     path = csv_file(tmp_path, "\n".join(("path,group", *rows.split())))
     message = refusal(groups_from_file, one, path, two)
     assert "of the same path in --val-dir" in message and says in message
+
+
+def test_two_patients_of_one_path_are_refused_with_the_way_to_write_them(tmp_path):
+    one, two = beside_each_other("tr", "va")
+    path = csv_file(tmp_path, "path,group\nA/1.png,P1\nA/1.png,P4\n")
+    assert "write tr/A/1.png and va/A/1.png" in refusal(groups_from_file, one, path, two)
 
 
 def test_csv_knows_both_spellings(tmp_path):
