@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,9 +198,7 @@ def evaluate(typed: Sequence[str]) -> int:
     options = dataclasses.replace(options, img_size=ensemble.sizes[0])
     data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
     known, silent = images_known_to(models, data)
-    for why, of in silent.items():
-        print(f"note: {', '.join(of)}: {why}")
-    findings = by_danger([*findings_of(data, []), *danger_of(known, len(data.files))])
+    findings = by_danger([*findings_of(data, []), *known_findings(known, silent, len(data.files))])
     print_findings(findings)
     with failures_explained(arguments.batch_size):
         probs = mean_probs(ensemble, data, options)
@@ -226,7 +224,7 @@ def images_known_to(
     """The paths of the images that a model was trained or validated on, by their pixels; and why that is not
     known of some checkpoints -> these.
 
-    A checkpoint without `image_keys` knows its images all together: by their folder or their fingerprint.
+    A checkpoint without `image_keys` knows its images all together: by their fingerprint.
     """
     import numpy as np
 
@@ -240,23 +238,29 @@ def images_known_to(
                 silent[WRITTEN_ANEW].append(str(model.path))
             known |= found
         # with --val-dir one string holds both fingerprints
-        elif root in model.folders or data.fingerprint in model.facts["dataset_fingerprint"]:
+        elif data.fingerprint in model.facts["dataset_fingerprint"]:
             known[:] = True
         else:
             silent[OF_EARLIER_VERSION].append(str(model.path))
     return [data.paths[i] for i in np.flatnonzero(known)], dict(silent)
 
 
-def danger_of(known: Sequence[str], n_images: int) -> "list[Finding]":
-    """What is to be said of the images that a model knows; nothing where there are none."""
+def known_findings(
+    known: Sequence[str], silent: Mapping[str, Sequence[str]], n_images: int
+) -> "list[Finding]":
+    """What is to be said of images that a model knows, and of models that do not tell."""
     from data.findings import finding, number
 
+    unknown = [
+        finding("warning", "known_to_model_unknown", f"{', '.join(of)}: {why}", count=len(of))
+        for why, of in silent.items()
+    ]
     message = (
         f"of {n_images} images {number(len(known), 'was', 'were')} used to train or validate a model, so "
         f"what follows is too good; {KNOWN_IMAGES} names them; remove them from the folder, or take the "
         "honest numbers from the run's own metrics.json"
     )
-    return [finding("danger", "known_to_model", message, known)] if known else []
+    return [finding("danger", "known_to_model", message, known), *unknown] if known else unknown
 
 
 def mean_probs(ensemble: "Ensemble", data: "DataSet", options: "Config") -> "np.ndarray":
@@ -290,26 +294,27 @@ def record_of(
     n_known: int | None,
 ) -> dict[str, Any]:
     """Content of the evaluation's config.json: what was evaluated on what, with what. Of each model the
-    options that matter most, and those in which the models differ.
+    options that matter most, and all in which the models differ.
     """
     from training.config import FIELDS
     from training.outputs import FREE_ON_CONTINUE, library_versions
 
-    configs = [model.facts["config"] for model in models]
+    # a checkpoint of an earlier version lacks options that have come since
+    options = [{n: model.facts["config"].get(n, FIELDS[n].default) for n in FIELDS} for model in models]
     of_model = ["data_dir", "image_encoder_name", "text_encoder_name", "img_size", "random_state", "epochs"]
-    of_model += [
-        name
-        for name in FIELDS
-        if name not in (*of_model, *FREE_ON_CONTINUE)
-        and any(config.get(name) != configs[0].get(name) for config in configs)
-    ]
+    of_no_model = {*of_model, *FREE_ON_CONTINUE, "save_best"}  # what is the same model without
+    differing = [n for n in FIELDS if any(own[n] != options[0][n] for own in options)]
+    of_model += [n for n in differing if n not in of_no_model]
+    facts = ["epoch", "epoch_is"]
+    for name in ("class_texts", "dataset_fingerprint"):
+        if any(model.facts[name] != models[0].facts[name] for model in models):
+            facts.append(name)
     typed = ("data_dir", "group_pattern", "groups_file", "rename", "skip_extra", "skip_unreadable")
     return {
         "checkpoints": [str(model.path) for model in models],
         "models": [
-            {key: model.facts["config"].get(key) for key in of_model}
-            | {key: model.facts[key] for key in ("epoch", "chosen", "finished")}
-            for model in models
+            {key: own[key] for key in of_model} | {key: model.facts[key] for key in facts}
+            for model, own in zip(models, options, strict=True)
         ],
         **{key: getattr(arguments, key) for key in typed},
         "data_dir": str(arguments.data_dir),

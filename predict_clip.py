@@ -145,7 +145,9 @@ def warn_of_training_images(source: Path, images: "ImageList", models: Sequence[
 def _folders_of(images: "ImageList") -> set[str]:
     """Where the images of a list lie, which may come from Windows."""
     either = {own for name in images.names if "\0" not in name for own in (name, name.replace("\\", "/"))}
-    return {os.path.dirname(os.path.join(images.root, name)) for name in either}
+    paths = {os.path.join(images.root, name) for name in either}
+    paths |= {os.path.realpath(path) for path in paths if os.path.islink(path)}
+    return set(map(os.path.dirname, paths))
 
 
 def print_summary(

@@ -34,11 +34,12 @@ from PIL import Image
 import common.torchvision_compat  # noqa: F401
 import train_clip
 from benchmarks.torture import SMALL, make_images
+from common.checksum import checksum
 from common.cli import Parser, exit_code_of
 from common.errors import RunFailed, UserError
 from data.images import UnreadableImage, read_image
 from data.texts import class_sentences
-from evaluation.checkpoints import checksum, read_checkpoint, write_file
+from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
 from training.config import Config, make_config, read_config_file
 from training.optim import parameter_groups

@@ -8,7 +8,9 @@ ensure_venv() {
     venv="${VENV:-$root/.venv}"
     begun="${venv%/}.begun" # there while $venv is being made: what an interruption left of it may be cleared
     PY="$venv/bin/python"
-    if [ -e "$begun" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ]; then
+    if "$PY" -c 'import pip' 2>/dev/null; then
+        rm -f "$begun"
+    elif [ -e "$begun" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ]; then
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "error: $python is missing or older than Python 3.10; set PYTHON to a newer one" >&2
             return 2
@@ -18,8 +20,8 @@ ensure_venv() {
             echo "error: $python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2
             return 2
         }
-        rm "$begun"
-    elif ! "$PY" -c 'import pip' 2>/dev/null; then # uv makes virtual environments without pip
+        rm -f "$begun"
+    else # uv makes virtual environments without pip
         { [ -e "$venv/pyvenv.cfg" ] && "$PY" -m ensurepip >/dev/null 2>&1; } || {
             echo "error: $venv is no virtual environment with a working pip, and nothing in it is removed for one;" \
                 "move it away, or set VENV to another folder" >&2

@@ -19,8 +19,9 @@ Finding = dict[str, Any]
 LEVELS = ("danger", "warning", "note")
 # Within a level, the more dangerous first.
 KINDS = (
-    "known_to_model", "identical_across_splits", "near_across_splits", "patient_across_splits",
-    "identical_across_classes", "shortcut_shape", "shortcut_format", "shortcut_brightness",
+    "known_to_model", "known_to_model_unknown",
+    "identical_across_splits", "near_across_splits", "patient_across_splits", "identical_across_classes",
+    "shortcut_shape", "shortcut_format", "shortcut_brightness",
     "shortcut_everything", "class_too_small", "near_across_classes", "near_across_patients", "near_within",
     "patient_in_several_classes", "unreadable",
     "constant", "nearly_constant", "tiny", "identical_within", "class_small", "lopsided",

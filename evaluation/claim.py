@@ -156,11 +156,14 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
     commit = run.config.get("git_commit")
     frozen = [side for side in ("image", "text") if options[f"freeze_{side}_encoder"]]
     stop = options["early_stopping_patience"]
-    stopping = (
-        f" {run.first_of}Training could stop early: {stop} epochs without gain in "
-        f"{options['early_stopping_monitor']} on the validation images."
-        if stop
-        else ""
+    stopping = next(
+        (
+            f" Training could stop early: {own['early_stopping_patience']} epochs without gain in "
+            f"{own['early_stopping_monitor']} on the validation images."
+            for own in run.models_trained_with(options)
+            if own["early_stopping_patience"]
+        ),
+        "",
     )
     n_models = len(run.config.get("checkpoints", [1]))
     answers = {
@@ -168,7 +171,8 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         9: (
             ANSWERED,
             f"Whole image resized to a square of {options['img_size']} pixels (bicubic), 8 bits per "
-            f"channel; images of more bits scaled by their own range. {augmentation}",
+            f"channel; images of more bits scaled by their own range, DICOM by its window or table. "
+            f"{augmentation}",
         ),
         22: (
             ANSWERED,
@@ -198,21 +202,22 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         42: (PARTLY, "Every option and number: config.json, splits.json and history.json of the run."),
         43: (PARTLY, "The trained weights are in the checkpoints of the run's folder."),
     }  # fmt: skip
-    if run.first_of:  # what the others were trained with is for the authors
-        answers |= {number: (PARTLY, run.first_of + answers[number][1]) for number in (9, 22, 24, 25)}
+    if run.differing:  # what the others were trained with is for the authors
+        differ = f" This is the first model's; the models differ in {', '.join(run.differing)}."
+        answers |= {number: (PARTLY, answers[number][1] + differ) for number in (9, 22, 24, 25)}
     return answers
 
 
 def _which_epochs(run: RunFolder, stopping: str) -> tuple[str, str]:
     """A run reports its last epoch; of an evaluation's models each may be of another kind."""
-    models = [{"chosen": False, "finished": True}]
+    models = [{"epoch_is": "last"}]
     if run.kind == EVALUATION:
         models = run.config.get("models", [{}])
     kinds = Counter(map(which_epoch, models))
     words = "; ".join(f"{n} of {len(models)} models: {kind}" for kind, n in kinds.items())
     if len(kinds) == 1:
         words = next(iter(kinds)).capitalize()
-    known = all("chosen" in model for model in models) and not run.first_of
+    known = all("epoch_is" in model for model in models) and not run.differing
     return ANSWERED if known else PARTLY, f"{words}.{stopping}"
 
 

@@ -22,8 +22,8 @@ from evaluation.trained import TrainedModel
 def run_facts(trained: TrainedModel) -> dict[str, Any]:
     """What the checkpoint, and the run's own files where they lie beside it, say of the run.
 
-    fold: its number in a cross-validation, or None. chosen, finished: of `TrainedModel.facts`. val: the
-    validation figures of the checkpoint's epoch. pretrained: did training start from published weights.
+    fold: its number in a cross-validation, or None. epoch_is: of `TrainedModel.facts`. val: the validation
+    figures of the checkpoint's epoch. pretrained: did training start from published weights.
     apart, by_image: how the validation images were set apart. record, split: config.json, the fold in
     splits.json; None where they are not known. metrics: metrics.json; None also where it is of another epoch.
     """
@@ -32,11 +32,9 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
     in_fold = number is not None and (folder.parent / "config.json").exists()
     run, fold = (folder.parent, int(number[1])) if in_fold else (folder, None)
     history, epoch = trained.facts["history"], trained.facts["epoch"]
-    chosen, finished = trained.facts["chosen"], trained.facts["finished"]
     facts: dict[str, Any] = {
         "fold": fold,
-        "chosen": chosen,
-        "finished": finished,
+        "epoch_is": trained.facts["epoch_is"],
         "val": {key: values[epoch - 1] for key, values in history.items() if key.startswith("val_")},
         "pretrained": bool(trained.facts["pretrained"]["image"]),
     }
@@ -47,7 +45,7 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
         record = splits = metrics = None  # the checkpoint was moved here from elsewhere
     facts |= {
         "record": record,
-        "metrics": metrics if finished and not chosen else None,
+        "metrics": metrics if facts["epoch_is"] == "last" else None,
         "split": None,
         "apart": "in a way not known",
         "by_image": False,

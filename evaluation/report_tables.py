@@ -89,7 +89,10 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
     rows = [["Images 图像", f"{config['data_dir']}, fingerprint {config['dataset_fingerprint'][:16]}"]]
     if run.kind == EVALUATION:
         rows.append(["Models 模型", "; ".join(_models(config))])
-        rows += [["Trained on 训练图像", run.first_of + o["data_dir"]]] if o else []
+        rows += [["Trained on 训练图像", o["data_dir"]]] if o else []
+        if run.differing:
+            words = f"{', '.join(run.differing)}; what is said of training here is the first model's"
+            rows.append(["The models differ in 模型的不同之处", words])
     elif config.get("val_dir"):
         rows.append(["Validation 验证", str(config["val_dir"])])
     else:
@@ -106,7 +109,7 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
     if o is None:
         rows.append(["Training 训练", "not known: no checkpoint could be read"])
     else:
-        of_model = [
+        rows += [
             ["Image encoder 图像编码器", f"{o['image_encoder_name']}, weights: {o['image_weights']}"],
             ["Text encoder 文本编码器", f"{o['text_encoder_name']}, weights: {o['text_weights']}"],
             [
@@ -120,7 +123,6 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
                 f"{o['random_state']}",
             ],
         ]  # fmt: skip
-        rows += [[title, run.first_of + words] for title, words in of_model]
     if "million_parameters" in config:
         rows.append(["Parameters 参数量", f"{config['million_parameters']:.1f} million"])
     if "hardware" in config:
@@ -244,10 +246,11 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
             caption += " It is that of the folds' single models, not of their mean."
         if scaling["nll_after"] >= scaling["nll_before"]:
             caption += " Here it does not lower the NLL: none is needed, or the images are too few to fit it."
-    if trained_with is not None and weight_for_rare_classes(trained_with):
+    models = run.models_trained_with(trained_with) if trained_with is not None else []
+    evened = next(filter(weight_for_rare_classes, models), None)
+    if evened:
         caption += (
-            f" {run.first_of}Training made up for rare classes ({loss_words(trained_with)}): probabilities "
-            "suppose a class that was rare in training to be more frequent than it was, and a temperature "
-            "cannot mend that."
+            f" Training made up for rare classes ({loss_words(evened)}): probabilities suppose a class that "
+            "was rare in training to be more frequent than it was, and a temperature cannot mend that."
         )
     return {"header": header, "rows": rows}, caption

@@ -49,16 +49,20 @@ class RunFolder:
         return bool(self.config.get("group_pattern") or self.config.get("groups_file"))
 
     @property
-    def first_of(self) -> str:
-        """What to say before facts of an ensemble's first model that are not those of all: "First of 2
-        models: ", or "" where the models were trained alike.
-        """
-        models = [
-            {key: value for key, value in model.items() if key not in ("epoch", "chosen", "finished")}
-            for model in self.config.get("models", ())
+    def differing(self) -> list[str]:
+        """What an evaluation's models differ in, by the keys of config.json; nothing for other kinds."""
+        models = self.config.get("models", [])
+        keys = dict.fromkeys(key for model in models for key in model)
+        of_each = ("epoch", "epoch_is", "data_dir")  # where images lay says nothing of the model
+        return [
+            key
+            for key in keys
+            if key not in of_each and any(model.get(key) != models[0].get(key) for model in models)
         ]
-        differ = any(model != models[0] for model in models[1:])
-        return f"First of {len(models)} models: " if differ else ""
+
+    def models_trained_with(self, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The options of each model, from those of the first (or only) one."""
+        return [{**options, **model} for model in self.config.get("models", [{}])]
 
     def checkpoints(self) -> dict[int, Path]:
         """The file of the model that made the predictions of each fold; 0 where there are no folds."""
@@ -129,11 +133,12 @@ def read_run_folder(path: Path) -> RunFolder:
 
 def which_epoch(model: Mapping[str, Any]) -> str:
     """Of one of an evaluation's "models": whether its epoch was chosen."""
-    if "chosen" not in model:
-        return "whether its epoch was chosen is not known"  # of an evaluation by an earlier version
-    if model["chosen"]:
-        return "an epoch chosen on the validation images of its own training run"
-    return "the last epoch, not chosen" if model["finished"] else "not chosen, of a training not finished"
+    return {
+        "chosen": "an epoch chosen on the validation images of its own training run",
+        "last": "the last epoch, not chosen",
+        "unfinished": "not chosen, of a training not finished",
+        None: "whether its epoch was chosen is not known",  # an evaluation by an earlier version
+    }[model.get("epoch_is")]
 
 
 def weight_for_rare_classes(options: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,8 @@ class TrainedModel:
 
     model: in evaluation mode on `device`; its text tower is None unless asked for. class_features (C, D): of
     unit length, on `device`. facts: the checkpoint without its weights (config, history, epoch, best, ...),
-    and whether it was "chosen" (as the best by its validation images) and is of a "finished" training's end.
+    and "epoch_is": "chosen" as the best by its validation images, "last", or "unfinished": of a training that
+    was to go on.
     """
 
     path: Path
@@ -112,18 +113,18 @@ def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -
         class_features=checkpoint["class_features"].to(device),
         img_size=config["img_size"],
         facts={key: checkpoint[key] for key in checkpoint.keys() - {"model", *NOT_FOR_USE}}
-        | {"chosen": "optimizer" not in checkpoint, "finished": _is_finished(checkpoint)},
+        | {"epoch_is": _which_epoch(checkpoint)},
     )
 
 
-def _is_finished(checkpoint: Mapping[str, Any]) -> bool:
-    """Its epoch is the last that was asked for, or the one that early stopping ended with. The best epoch's
-    file does not keep what early stopping needs.
-    """
+def _which_epoch(checkpoint: Mapping[str, Any]) -> str:
+    if "optimizer" not in checkpoint:  # as in every best epoch's file, whatever it is called
+        return "chosen"
     config = checkpoint["config"]
     patience = config.get("early_stopping_patience")
     without = checkpoint.get("early_stopping", {}).get("epochs_without", 0)
-    return checkpoint["epoch"] == config.get("epochs") or (patience is not None and without >= patience)
+    stopped_early = patience is not None and without >= patience
+    return "last" if stopped_early or checkpoint["epoch"] == config.get("epochs") else "unfinished"
 
 
 def load_models(

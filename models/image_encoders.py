@@ -164,17 +164,17 @@ def _config(name: str) -> PretrainedCfg:
         raise UserError(f"timm knows no weights {name!r}{did_you_mean(name, tags)}") from None
 
 
-def _refuse_cut(backbone: nn.Module, name: str, img_size: int) -> None:
-    """Raises UserError where whole patches would not reach the image's right and lower edge."""
+def _say_what_is_cut(backbone: nn.Module, name: str, img_size: int) -> None:
+    """Whole patches may not reach the image's right and lower edge."""
     embed = getattr(backbone, "patch_embed", None)
     if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad or img_size % embed.patch_size[0] == 0:
         return
     patch = embed.patch_size[0]
     below = img_size // patch * patch
     near = " or ".join(str(size) for size in (below, below + patch) if size >= LEAST_IMG_SIZE)
-    raise UserError(
-        f"--img-size {img_size}: {name} takes patches of {patch} pixels and would leave out "
-        f"{img_size - below} at the right and lower edge; give a multiple of {patch}, such as {near}"
+    print(
+        f"warning: --img-size {img_size}: {name} takes patches of {patch} pixels and leaves out "
+        f"{img_size - below} at the right and lower edge; a multiple of {patch}, such as {near}, shows it all"
     )
 
 
@@ -188,7 +188,7 @@ def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
     try:
         random_state = torch.get_rng_state()
         backbone = timm.create_model(name, **arguments)
-        _refuse_cut(backbone, name, img_size)
+        _say_what_is_cut(backbone, name, img_size)
         if weights != "none":  # timm converts old layouts and resamples position embeddings as it loads
             state = published_weights(name, weights)
             torch.set_rng_state(random_state)

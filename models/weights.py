@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from common.checksum import checksum
 from common.errors import UserError, first_line, why_not_loaded
 
 MIRROR = "https://hf-mirror.com"
@@ -151,7 +152,10 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
                 f"{option} {path} was trained with a frozen {tower.replace('_', ' ')}, which is kept once in "
                 f"{name}; put that file of the run beside it, or give its own path"
             )
-        return read_state_dict(files[0], option)
+        own = read_state_dict(files[0], option)
+        if checksum({"format": state.get("format"), "tower": own}) != frozen[tower]:
+            raise UserError(f"{files[0]} is of another run than {path}; put the file of that run beside it")
+        return own
     for wrapper in ("model", "state_dict", "tower"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

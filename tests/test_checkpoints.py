@@ -18,8 +18,9 @@ import pytest
 import torch
 from quick import a_checkpoint, train
 
+from common.checksum import checksum
 from common.errors import RunFailed, UserError
-from evaluation.checkpoints import FORMAT, NOT_FOR_USE, checksum, read_checkpoint, write_file
+from evaluation.checkpoints import FORMAT, NOT_FOR_USE, read_checkpoint, write_file
 from evaluation.trained import load_trained
 from models.text_encoders import build_text_tower
 from training import fit as fit_module
@@ -354,6 +355,8 @@ def test_the_frozen_tower_of_another_run_is_refused(frozen_run, class_folder, tm
     write_file(copied / "frozen_text_tower.pth", other)
     with pytest.raises(UserError, match="of another run"):
         read_checkpoint(copied / "checkpoint_latest.pth")
+    with pytest.raises(UserError, match="of another run"):
+        build_text_tower("bert-tiny-bytes", str(copied / "checkpoint_latest.pth"))
     (copied / "checkpoint_latest.pth").unlink()
     flags = ["--freeze-text-encoder", "--embed-dim", 8, "--epochs", 1]
     assert train(class_folder, copied, *flags, "--overwrite") == 0  # all that the old run wrote goes

@@ -15,6 +15,7 @@ from quick import QUICK, train
 from common.errors import UserError
 from common.files import whole_file
 from evaluation.checkpoints import read_checkpoint, write_file
+from evaluation.trained import load_trained
 from train_clip import main
 from training import cross_validation
 from training.config import make_config, options_from_flags, refuse_without_effect
@@ -176,6 +177,18 @@ def test_a_run_resumed_in_another_folder_that_saved_nothing_there_goes_on_there(
     assert len(json.loads((out / "history.json").read_text())["val_acc"]) == 5
 
 
+def test_a_run_that_is_ended_where_it_stands_leaves_a_model_that_knows_it(class_folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    latest = torch.load(out / "checkpoint_latest.pth", weights_only=True)
+    latest.pop("checksum")
+    latest["config"]["epochs"] = 9  # it was stopped after 4 of them
+    write_file(out / "checkpoint_latest.pth", latest)
+    assert load_trained(out / "checkpoint_latest.pth", torch.device("cpu")).facts["epoch_is"] == "unfinished"
+    assert train(class_folder, out, "--resume-from", "auto", "--epochs", 4) == 0
+    assert load_trained(out / "checkpoint_latest.pth", torch.device("cpu")).facts["epoch_is"] == "last"
+
+
 def test_results_of_the_shorter_run_do_not_lie_beside_the_longer_ones_weights(
     class_folder, finished, tmp_path, monkeypatch
 ):
@@ -323,7 +336,7 @@ def test_a_changed_option_of_a_finished_entry_is_refused_with_the_way_out(two_en
     assert compare(two_entries / "data", two_entries / "out", file) == 2
     error = capsys.readouterr().err
     assert "entry 2: " in error and "save_best True there, False now" in error
-    assert "--config-index 2 --overwrite" in error
+    assert "with --config-index N it replaces entry N alone" in error
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
@@ -333,6 +346,12 @@ def test_a_fold_in_training_is_left_alone(quick_report, class_folder, tmp_path, 
     other_job = held_by_another_process(out / "fold_2", tmp_path)
     try:
         assert train(class_folder, out, *flags, "--fold", 1) == 0  # other folds may be trained meanwhile
+        before = {
+            file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != ".lock"
+        }
+        assert train(class_folder, out, *flags, "--overwrite", "--random-state", 2) == 2
+        assert all(file.read_bytes() == content for file, content in before.items())
+        capsys.readouterr()
         assert train(class_folder, out, *flags, "--fold", 2) == 2
         assert "fold_2 is in use by another run" in capsys.readouterr().err
     finally:

@@ -81,22 +81,22 @@ def test_several_checkpoints_are_averaged(finished, elsewhere, tmp_path):
         probs.append(read_predictions(tmp_path / str(number) / "predictions.csv").probs)
     np.testing.assert_allclose(probs[2], (probs[0] + probs[1]) / 2, atol=1e-6)
     folder = read_run_folder(tmp_path / "2")
-    assert folder.first_of == ""  # one run's
-    found = [(model["epoch"], model["chosen"], model["finished"]) for model in folder.config["models"]]
+    assert folder.differing == []  # one run's
+    found = [(model["epoch"], model["epoch_is"]) for model in folder.config["models"]]
     history = json.loads((finished / "history.json").read_text("utf-8"))["val_acc"]
     best = 1 + history.index(max(history))
-    assert found == [(4, False, True), (best, True, best == 4)]
+    assert found == [(4, "last"), (best, "chosen")]
 
 
 def test_an_ensemble_of_models_trained_in_other_ways_says_in_what(finished, elsewhere, tmp_path):
     config = torch.load(finished / "checkpoint_latest.pth", weights_only=True)["config"]
-    other = changed_copy(
-        finished, tmp_path / "other.pth", config=config | {"learning_rate": 0.5, "gpu_id": 3}
-    )
+    changed = {"learning_rate": 0.5, "gpu_id": 3, "save_best": False, "data_dir": "moved"}
+    of_before = {key: value for key, value in config.items() if key != "cutmix_prob"}
+    other = changed_copy(finished, tmp_path / "other.pth", config=of_before | changed)
     flags = ["--rename", "pneumonia=肺炎", "--skip-extra"]
     assert evaluate([finished, other], elsewhere, tmp_path / "out", *flags) == 0
     folder = read_run_folder(tmp_path / "out")
-    assert folder.first_of == "First of 2 models: "
+    assert folder.differing == ["learning_rate"]
     assert [model["learning_rate"] for model in folder.config["models"]] == [config["learning_rate"], 0.5]
     assert "gpu_id" not in folder.config["models"][0]  # where it was trained says nothing of the model
 
@@ -142,15 +142,18 @@ def test_a_checkpoint_that_keeps_no_images_says_so(finished, class_folder, elsew
     old = changed_copy(finished, tmp_path / "old.pth", image_keys=None)
     flags = ["--rename", "pneumonia=肺炎", "--skip-extra"]
     assert evaluate([old], elsewhere, tmp_path / "out", *flags) == 0
-    assert "did not keep which images" in capsys.readouterr().out
+    assert "did not keep which images" in " ".join(capsys.readouterr().out.split())
     assert known_to_model(tmp_path / "out") == (None, ())
-    assert evaluate([old], class_folder, tmp_path / "own") == 0  # it knows the folder
+    assert evaluate([old], class_folder, tmp_path / "own") == 0  # it knows what all of them were
     assert known_to_model(tmp_path / "own")[0] == len(scan_folder(class_folder).paths)
     mixed = Path(shutil.copytree(elsewhere, tmp_path / "mixed"))
     shutil.copy(sorted((class_folder / "正常").iterdir())[0], mixed / "正常" / "same.png")
     assert evaluate([old, finished], mixed, tmp_path / "both", *flags) == 0
-    assert "did not keep which images" in capsys.readouterr().out
+    assert "did not keep which images" in " ".join(capsys.readouterr().out.split())
     assert known_to_model(tmp_path / "both") == (1, ("正常/same.png",))
+    findings = json.loads((tmp_path / "both" / "data_check.json").read_text("utf-8"))["findings"]
+    levels = {f["kind"]: f["level"] for f in findings}
+    assert levels["known_to_model"] == "danger" and levels["known_to_model_unknown"] == "warning"
 
 
 def test_images_of_a_validation_folder_are_known_too(class_folder, elsewhere, tmp_path, quick_report):
@@ -172,7 +175,8 @@ def test_other_images_in_a_folder_of_the_same_path_are_not_called_known(
         there = changed_copy(finished, tmp_path / "there.pth", config=config | {name: str(elsewhere)})
         assert evaluate([there], elsewhere, tmp_path / name, *flags) == 0
         streams = capsys.readouterr()
-        assert "written anew cannot be recognised" in streams.out and "danger" not in streams.out
+        said = " ".join(streams.out.split())
+        assert "written anew cannot be recognised" in said and "danger" not in said
         assert known_to_model(tmp_path / name) == (None, ())
 
 

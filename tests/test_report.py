@@ -407,20 +407,19 @@ def test_an_ensemble_of_other_encoders_is_not_described_as_its_first_model(tmp_p
     run = make_run(tmp_path, CHINESE, "evaluation", early_stopping_patience=2)
     record = json.loads((run / "config.json").read_text())
     alike = {"image_encoder_name": "timm:test_resnet", "text_encoder_name": "bert-tiny-bytes"}
-    last = alike | {"epoch": 4, "chosen": False, "finished": True}
-    best = last | {"epoch": 2, "chosen": True, "finished": False}
+    last = alike | {"epoch": 4, "epoch_is": "last"}
+    best = alike | {"epoch": 2, "epoch_is": "chosen"}
     answers = {}
     for name, models in {
         "same": [last, best],
         "other": [last, best | {"image_encoder_name": "resnet34"}],
-        "unfinished": [last, last | {"finished": False}],
+        "unfinished": [last, last | {"epoch_is": "unfinished"}],
         "earlier": [alike, alike],
     }.items():
         write_json(run / "config.json", record | {"models": models})
         text = Page(write_report(run)).text
         assert "(timm:test_resnet, bert-tiny-bytes, " in text
-        assert ("First of 2 models: timm:test_resnet, weights: random" in text) is (name == "other")
-        assert ("First of 2 models: 64 x 64 pixels" in text) is (name == "other")
+        assert ("image_encoder_name; what is said of training here is the first" in text) is (name == "other")
         assert ("model.pth (resnet34, bert-tiny-bytes, epoch 2, an epoch chosen on" in text) is (
             name == "other"
         )
@@ -430,12 +429,10 @@ def test_an_ensemble_of_other_encoders_is_not_described_as_its_first_model(tmp_p
         for number in (9, 22, 24, 25):
             status, answer = answers[name][number]
             assert status == ("partly" if name == "other" else "answered")
-            assert answer.startswith("First of 2 models: ") is (name == "other")
+            assert ("the models differ in image_encoder_name" in answer) is (name == "other")
     mixed = "1 of 2 models: the last epoch, not chosen; 1 of 2 models: an epoch chosen on"
     assert answers["same"][26][0] == "answered" and answers["same"][26][1].startswith(mixed)
-    assert (
-        answers["other"][26][0] == "partly" and "First of 2 models: Training could" in answers["other"][26][1]
-    )
+    assert answers["other"][26][0] == "partly" and " Training could stop early" in answers["other"][26][1]
     assert "of a training not finished" in answers["unfinished"][26][1]
     assert answers["earlier"][26][0] == "partly" and "is not known" in answers["earlier"][26][1]
 

@@ -55,6 +55,14 @@ def test_what_an_interruption_left_half_made_is_made_anew(program):
     assert sorted(program.iterdir()) == before and (venv / "of the user").exists()
 
 
+def test_an_environment_made_by_hand_after_an_interruption_is_kept(program):
+    (program / ".venv.begun").touch()
+    subprocess.run([sys.executable, "-m", "venv", program / ".venv"], check=True)
+    (program / ".venv" / "of the user").touch()
+    assert set_up(program).returncode == 0
+    assert (program / ".venv" / "of the user").exists() and not (program / ".venv.begun").exists()
+
+
 def test_a_folder_that_is_no_virtual_environment_is_left_as_it_is(program):
     thesis = program.parent / "thesis"
     (thesis / "bin").mkdir(parents=True)

@@ -241,7 +241,8 @@ def fit(
             if stuck_at_chance(state.history["train_loss_image_to_text"], chance_loss):
                 print(CHANCE_HINT, flush=True)
         if probs is None:  # resumed when all epochs were done
-            _, probs, _ = validate(state, sentences, val_loader, hardware, requests)
+            _, probs, class_features = validate(state, sentences, val_loader, hardware, requests)
+            save(class_features)  # with the options by which it is finished
     if state.stopped_early:
         print(
             f"stopped early: {state.early_stopping.monitor} has not improved by more than "

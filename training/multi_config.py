@@ -134,17 +134,18 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     # every folder is looked at before the first entry starts
     with first_here_first():  # the others find the shards fetched
         images = scan_images(config.data_dir, cache_dir=config.cache_dir)
+    texts = [_texts(entry, images) for entry in chosen]
     begun, problems = [], []
-    for entry in chosen:
+    for entry, own in zip(chosen, texts, strict=True):
         try:
-            begun.append(continues(entry.folder, entry.config, _texts(entry, images)))
+            begun.append(continues(entry.folder, entry.config, own))
             if begun[-1] and is_finished(entry):
                 refuse_other_images(entry.folder, entry.config, images)
         except UserError as error:
-            alone = f"(--config-index {entry.number} --overwrite replaces this entry alone)"
-            problems += [f"entry {entry.number}: {problem} {alone}" for problem in error.problems]
+            problems += [f"entry {entry.number}: {problem}" for problem in error.problems]
     if problems:
-        raise UserError(*problems)
+        alone = ["--overwrite replaces all entries; with --config-index N it replaces entry N alone"]
+        raise UserError(*problems, *(alone if n_processes() == 1 else []))
     failed = []
     for entry, going_on in zip(chosen, begun, strict=True):
         print(f"\n=== configuration {entry.number} of {len(entries)}: {entry.folder.name}", flush=True)

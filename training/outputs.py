@@ -162,7 +162,7 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
     """
     check_writable(output_dir)
     found = results_in(output_dir)
-    if not found or config.overwrite:
+    if set(found) <= {"data_check.json"} or config.overwrite:
         return False
     if "config.json" not in found:
         raise UserError(
@@ -257,20 +257,25 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 def prepare_output_folder(output_dir: Path, overwrite: bool) -> None:
     """Make the folder; with `overwrite` remove the files (and nothing else) that a run wrote there.
 
-    Raises UserError when a fold is being trained there.
+    Raises InUse, before anything is removed, when a fold is being trained there.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in results_in(output_dir) if overwrite else ():
-        path = output_dir / name
-        if path.is_file():
-            path.unlink()
-            continue
-        with locked(path):
-            for file in FOLD_FILES:
-                (path / file).unlink(missing_ok=True)
+    if not overwrite:
+        return
+    found = [output_dir / name for name in results_in(output_dir)]
+    # a fold in its first epoch holds nothing but its lock
+    locks = output_dir.glob(f"fold_*/{LOCK}")
+    folds = {path for path in found if path.is_dir()} | {lock.parent for lock in locks}
+    with contextlib.ExitStack() as stack:
+        for fold in sorted(folds):
+            stack.enter_context(locked(fold))
+        files = [path for path in found if path.is_file()]
+        for file in files + [fold / name for fold in folds for name in FOLD_FILES]:
+            file.unlink(missing_ok=True)
+    for fold in folds:
         with contextlib.suppress(OSError):  # it holds something else too
-            (path / LOCK).unlink()
-            path.rmdir()
+            (fold / LOCK).unlink()
+            fold.rmdir()
 
 
 def run_record(
