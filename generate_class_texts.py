@@ -231,6 +231,8 @@ def interactive(arguments: argparse.Namespace, folder: ImageFolder) -> int:
 
 def report(arguments: argparse.Namespace, answers: dict[str, list[str]]) -> None:
     n_sentences = sum(map(len, answers.values()))
+    for name, own in answers.items():
+        print(f"  {name}: {'; '.join(own)}")
     print(f"\n{arguments.output}: {len(answers)} classes, {n_sentences} sentences")
     command = ["python", "train_clip.py", "--data-dir", str(arguments.data_dir), "--output-dir", "OUTPUT"]
     print(f"To train with it: {shlex.join([*command, '--class-texts-file', str(arguments.output)])}")
@@ -253,8 +255,6 @@ def generate(typed: Sequence[str]) -> int:
         return interactive(arguments, folder)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output, unedited)
-    for name, sentence in unedited.items():
-        print(f"  {name}: {sentence}")
     report(arguments, sentences)
     print("Sentences that say what is to be seen teach more than a template: edit the file first.")
     return 0

@@ -26,8 +26,10 @@ PIPE_CLOSED = "the program that this one's output went to has ended (as head doe
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return " (did you mean 'x' or 'y'?)" with the nearest valid names, or "" when none is near."""
     by_lower = {v.lower(): v for v in valid}
-    near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
-    return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    ratios = [difflib.SequenceMatcher(None, n, name.lower()).ratio() for n in near]
+    meant = [by_lower[n] for n, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.2]
+    return f" (did you mean {' or '.join(map(repr, meant))}?)" if meant else ""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

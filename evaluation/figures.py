@@ -128,7 +128,9 @@ def learning_curve(
     Each fold is a thin line and their mean a strong one, as far as all folds have come.
     """
     figure, axes = _figure(5.0, 3.3)
-    for colour, (name, folds) in zip((BLUE, VERMILION, GREEN), curves.items(), strict=False):
+    # dashes over a line that they may lie on: balanced accuracy is accuracy where classes are of one size
+    styles = ((BLUE, "-"), (VERMILION, "-"), (GREEN, "--"))
+    for (colour, style), (name, folds) in zip(styles, curves.items(), strict=False):
         shared = min(map(len, folds))
         mean = np.mean([fold[:shared] for fold in folds], axis=0)
         if len(folds) > 1:
@@ -136,7 +138,7 @@ def learning_curve(
                 axes.plot(range(1, len(fold) + 1), fold, color=colour, alpha=0.35, linewidth=0.8)
         label = f"{name}, mean of {len(folds)} folds" if len(folds) > 1 else name
         axes.plot(
-            range(1, shared + 1), mean, color=colour, linewidth=2, label=label,
+            range(1, shared + 1), mean, color=colour, linestyle=style, linewidth=2, label=label,
             marker="o" if shared == 1 else None,
         )  # fmt: skip
     if best_epoch is not None:

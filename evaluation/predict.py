@@ -116,7 +116,7 @@ def _path_of(root: Path, name: str) -> Path:
 def _why_unreadable(path: Path, error: Exception) -> str:
     # os.path, not Path: it answers for any name; where looking is not allowed there may be a file
     if not os.path.exists(path) and not isinstance(error.__context__, PermissionError):
-        return "there is no such file"
+        return f"there is no such file as {path}"
     if os.path.isdir(path):
         return "it is a folder, not an image"
     return (

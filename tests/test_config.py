@@ -101,6 +101,15 @@ def test_contradictions(flags, part):
         make_config(resolve_auto(options_from_flags(flags)))
 
 
+def test_a_checkpoint_looked_for_contradicts_no_cross_validation():
+    with pytest.raises(UserError) as refused:
+        make_config(
+            resolve_auto(options_from_flags([*NEEDED, "--use-cv", "--overwrite", "--resume-from", "auto"]))
+        )
+    (problem,) = refused.value.problems
+    assert problem.startswith("--resume-from and --overwrite exclude each other")
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [

@@ -115,6 +115,8 @@ def test_json_that_is_missing_or_a_folder(tmp_path):
 
 def test_near_names_are_offered():
     assert did_you_mean("Resnet5O", ["resnet50", "vit"]) == " (did you mean 'resnet50'?)"
+    flags = ["--img-size", "--config-file", "--config-index"]  # these two are half alike
+    assert did_you_mean("--img-szie", flags) == " (did you mean '--img-size'?)"
     assert did_you_mean("zzz", ["resnet50", "vit"]) == ""
     assert did_you_mean("x", []) == ""
 

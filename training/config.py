@@ -474,6 +474,8 @@ def contradictions(config: Config) -> list[str]:
         ("resume_from", "multi_config", "finished entries are skipped when the same command is given again"),
     ]
     for first, second, why in exclusive:
+        if second in ("use_cv", "multi_config") and config.resume_from == "auto":
+            continue  # it changes nothing there
         if getattr(config, first) and getattr(config, second):
             problems.append(f"{flag_of(first)} and {flag_of(second)} exclude each other: {why}")
     if config.multi_config and not config.config_file:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from common.device import choose_hardware
 from common.distributed import begun, first_here_first, is_main, of_the_first, wait_for_all
@@ -70,6 +71,11 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     going_on = continues(output_dir, config, texts)
 
     print(f"device: {hardware.description}")
+    if config.fold and hardware.device.type == "cpu" and torch.get_num_threads() > 1:
+        print(
+            "note: jobs of several folds on one machine's CPU hold each other up; give each its share of the "
+            "cores, such as OMP_NUM_THREADS=1"
+        )
     model = build_model(config, hardware)
     refuse_full_disk(output_dir, model, config)
     sentences = tokenise(model, texts)
