@@ -212,7 +212,8 @@ def evaluate(typed: Sequence[str]) -> int:
     if known:
         write_csv(output_dir / KNOWN_IMAGES, ["path"], [[path_cell(path)] for path in known])
     metrics = write_results(output_dir, predictions, "predictions.csv")
-    print(f"{len(predictions.paths)} images: {headline(metrics)}")
+    share = 100 * np.bincount(predictions.labels).max() / len(predictions.labels)
+    print(f"{len(predictions.paths)} images, {share:.1f} % of the most frequent class: {headline(metrics)}")
     write_report(output_dir)
     print_files(output_dir)
     return 0

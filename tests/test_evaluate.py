@@ -52,6 +52,7 @@ def test_numbers_are_those_of_scikit_learn_on_the_written_predictions(finished, 
     flags = ["--rename", "pneumonia=肺炎", "--skip-extra", "--group-pattern", r"_(P\d+)_"]
     assert evaluate([finished], elsewhere, tmp_path, *flags) == 0
     said = capsys.readouterr().out
+    assert "48 images, 50.0 % of the most frequent class: accuracy " in said
     assert (
         "'骨折' is no class of the model; its 24 images are left out" in said and "no images of 气胸" in said
     )
