@@ -122,8 +122,9 @@ class Session:
         at = 0
         while at < len(order):
             at = max(0, at + self.ask(order[at], at + 1))
+        left = "" if sys.stdin.isatty() else lines_left()
         # an empty line at the end is what echo adds; more of them were meant for something
-        if not sys.stdin.isatty() and (left := sys.stdin.read()) and (left.strip() or left.count("\n") > 1):
+        if left.strip() or left.count("\n") > 1:
             raise UserError(
                 f"--interactive: there are more lines than the {len(order)} classes, so sentences may be in "
                 f"{self.output} for the wrong ones; pipe one line for each class, with --overwrite"
@@ -178,6 +179,15 @@ class Session:
         ordered = {c: self.answers[c] for c in self.folder.classes if c in self.answers}
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.output, {c: own[0] if len(own) == 1 else own for c, own in ordered.items()})
+
+
+def lines_left() -> str:
+    """What is piped behind the last answer."""
+    print("\nall classes are answered; waiting for the end of the input", flush=True)
+    try:
+        return sys.stdin.read()
+    except OSError:  # it cannot be read, so nothing comes
+        return ""
 
 
 def read_line(prompt: str) -> str:

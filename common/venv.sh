@@ -8,7 +8,8 @@ ensure_venv() {
     venv="${VENV:-$root/.venv}"
     begun="${venv%/}.begun" # there while $venv is being made: what an interruption left of it may be cleared
     PY="$venv/bin/python"
-    if "$PY" -c 'import pip' 2>/dev/null; then
+    if "$PY" -c 'import pip' 2>/dev/null && { [ ! -e "$begun" ] ||
+        "$PY" -c 'from importlib.metadata import version; version("pip")' 2>/dev/null; }; then # it is written last
         rm -f "$begun"
     elif [ -e "$begun" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ]; then
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then

@@ -336,7 +336,13 @@ def groups_from_file(folder: ImageFolder, csv_path: Path, beside: ImageFolder | 
         raise UserError(f"{what} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read as UTF-8 CSV: {error}") from None
-    keys = [f"{own}/{path}" if f"{own}/{path}" in group_of else path for path in paths]
+
+    def key_of(path: str) -> str:
+        """With the folder's name in front it may be another image's own path: only where it must be meant."""
+        full = f"{own}/{path}"
+        return full if full in group_of and (path in shared or path not in group_of) else path
+
+    keys = list(map(key_of, paths))
     vague = [
         path
         for path, key in zip(paths, keys, strict=True)

@@ -85,6 +85,14 @@ def test_stopped_before_its_first_epoch_ended_the_same_command_works(class_folde
     assert train(class_folder, tmp_path, "--epochs", 1) == 0
 
 
+def test_a_run_beside_others_leaves_their_folders_alone(class_folder, finished, tmp_path):
+    other = tmp_path / "fold_a"  # no fold: a run that is called so
+    shutil.copytree(finished, other)
+    (other / ".lock").touch()
+    assert train(class_folder, tmp_path, "--epochs", 1) == 0
+    assert {path.name for path in finished.iterdir()} <= {path.name for path in other.iterdir()}
+
+
 def test_the_config_json_of_another_program_is_not_taken_for_the_beginning_of_a_run(
     class_folder, tmp_path, capsys
 ):

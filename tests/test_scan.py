@@ -384,6 +384,12 @@ def test_images_that_a_csv_does_not_tell_apart_are_named(tmp_path, rows, names, 
     assert "of the same path in --val-dir" in message and says in message
 
 
+def test_a_path_that_looks_like_one_with_the_folders_name_in_front_is_its_own_images(tmp_path):
+    folder = replace(folder_of("A/A/x.png", "A/x.png", "B/y.png"), root=Path("set") / "A")
+    path = csv_file(tmp_path, "path,group\nA/x.png,P1\nA/A/x.png,P2\nB/y.png,P3\n")
+    assert groups_from_file(folder, path) == ["P2", "P1", "P3"]
+
+
 def test_two_patients_of_one_path_are_refused_with_the_way_to_write_them(tmp_path):
     one, two = beside_each_other("tr", "va")
     path = csv_file(tmp_path, "path,group\nA/1.png,P1\nA/1.png,P4\n")

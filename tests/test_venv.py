@@ -55,6 +55,18 @@ def test_what_an_interruption_left_half_made_is_made_anew(program):
     assert sorted(program.iterdir()) == before and (venv / "of the user").exists()
 
 
+def test_a_pip_that_is_half_there_is_made_anew(program):
+    half = program / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", half], check=True)
+    (site,) = half.glob("lib/python*/site-packages")
+    (site / "pip").mkdir()
+    (site / "pip" / "__init__.py").touch()
+    (program / ".venv.begun").touch()
+    (program / "requirements.txt").write_text("# nothing\n")
+    assert set_up(program).returncode == 0
+    assert (site / "pip" / "__main__.py").exists()
+
+
 def test_an_environment_made_by_hand_after_an_interruption_is_kept(program):
     (program / ".venv.begun").touch()
     subprocess.run([sys.executable, "-m", "venv", program / ".venv"], check=True)

@@ -264,8 +264,9 @@ def prepare_output_folder(output_dir: Path, overwrite: bool) -> None:
         return
     found = [output_dir / name for name in results_in(output_dir)]
     # a fold in its first epoch holds nothing but its lock
-    locks = output_dir.glob(f"fold_*/{LOCK}")
-    folds = {path for path in found if path.is_dir()} | {lock.parent for lock in locks}
+    locked_ones = {lock.parent for lock in output_dir.glob(f"fold_*/{LOCK}")}
+    folds = {path for path in found if path.is_dir()}
+    folds |= {path for path in locked_ones if re.fullmatch(r"fold_\d+", path.name)}
     with contextlib.ExitStack() as stack:
         for fold in sorted(folds):
             stack.enter_context(locked(fold))
