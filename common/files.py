@@ -88,6 +88,17 @@ def saved_in(run_dir: Path) -> Path | None:
     return run_dir / LATEST if any((run_dir / name).exists() for name in (LATEST, PREVIOUS)) else None
 
 
+def frozen_file(tower: str) -> str:
+    """The name of the file of a tower that does not change: one for a run, or for all folds together."""
+    return f"frozen_{tower}.pth"
+
+
+def frozen_beside(checkpoint: Path, tower: str) -> Path:
+    """That file of a checkpoint: beside it, or one folder above; it need not exist."""
+    beside, above = (folder / frozen_file(tower) for folder in (checkpoint.parent, checkpoint.parent.parent))
+    return beside if beside.is_file() or not above.is_file() else above
+
+
 def refuse_run_folder(folder: Path) -> None:
     """Raises UserError where a run or a cross-validation has written: other programs would replace its
     config.json, or remove its model.

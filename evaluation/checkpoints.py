@@ -21,16 +21,12 @@ import torch
 
 from common.checksum import checksum
 from common.errors import UserError, why_not_loaded
-from common.files import LATEST, whole_file
+from common.files import LATEST, frozen_beside, frozen_file, whole_file
 
 FORMAT = 3  # 3 added the checksum and put frozen towers into files of their own
 DAMAGED = "checkpoint_latest.pth.damaged"  # what a run found as its latest and could not read
 TOWERS = ("image_tower", "text_tower")
 NOT_FOR_USE = ("optimizer", "scheduler", "scaler", "rng", "in_epoch", "early_stopping")
-
-
-def frozen_file(tower: str) -> str:
-    return f"frozen_{tower}.pth"
 
 
 def write_file(path: Path, content: Mapping[str, Any]) -> None:
@@ -81,8 +77,7 @@ def read_checkpoint(
     for tower, wanted in checkpoint["frozen"].items():
         if tower == "text_tower" and not with_text:
             continue
-        beside, above = (folder / frozen_file(tower) for folder in (path.parent, path.parent.parent))
-        file = beside if beside.is_file() or not above.is_file() else above
+        file = frozen_beside(path, tower)
         if not file.is_file():
             raise UserError(
                 f"{option} {path} was trained with a frozen {tower.replace('_', ' ')}, which is kept once "

@@ -15,6 +15,7 @@ import torch
 
 from common.checksum import checksum
 from common.errors import UserError, first_line, why_not_loaded
+from common.files import frozen_beside
 
 MIRROR = "https://hf-mirror.com"
 CONNECT_SECONDS = 3  # per endpoint, so that without a network the run stops well within 10 seconds
@@ -145,16 +146,15 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
         ) from None
     tower, frozen = _TOWER_OF.get(option), state.get("frozen") if isinstance(state, dict) else None
     if isinstance(frozen, dict) and tower in frozen:
-        name = f"frozen_{tower}.pth"
-        files = [folder / name for folder in path.absolute().parents[:2] if (folder / name).is_file()]
-        if not files:
+        file = frozen_beside(path.absolute(), tower)
+        if not file.is_file():
             raise UserError(
                 f"{option} {path} was trained with a frozen {tower.replace('_', ' ')}, which is kept once in "
-                f"{name}; put that file of the run beside it, or give its own path"
+                f"{file.name}; put that file of the run beside it, or give its own path"
             )
-        own = read_state_dict(files[0], option)
+        own = read_state_dict(file, option)
         if checksum({"format": state.get("format"), "tower": own}) != frozen[tower]:
-            raise UserError(f"{files[0]} is of another run than {path}; put the file of that run beside it")
+            raise UserError(f"{file} is of another run than {path}; put the file of that run beside it")
         return own
     for wrapper in ("model", "state_dict", "tower"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

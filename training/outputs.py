@@ -15,9 +15,18 @@ from typing import Any
 from common.device import Hardware
 from common.distributed import is_main
 from common.errors import UserError
-from common.files import BEST, KNOWN_IMAGES, LATEST, MOST_OF_SPLITS, PREVIOUS, read_json, unwritable
+from common.files import (
+    BEST,
+    KNOWN_IMAGES,
+    LATEST,
+    MOST_OF_SPLITS,
+    PREVIOUS,
+    frozen_file,
+    read_json,
+    unwritable,
+)
 from data.scan import ImageFolder, nfc
-from evaluation.checkpoints import DAMAGED, TOWERS, frozen_file, read_checkpoint
+from evaluation.checkpoints import DAMAGED, TOWERS, read_checkpoint
 from models.clip import CLIPModel
 from training.config import FIELDS, Config, of_preset, shown
 from training.dataset import DataSet
@@ -62,12 +71,14 @@ def results_in(output_dir: Path) -> list[str]:
     """Names of what an earlier run left in the folder."""
     if not output_dir.is_dir():
         return []
-    folds = [
-        folder.name
-        for folder in output_dir.iterdir()
-        if re.fullmatch(r"fold_\d+", folder.name) and any((folder / name).exists() for name in FOLD_FILES)
-    ]
-    return [name for name in RESULT_FILES if (output_dir / name).exists()] + sorted(folds)
+    folds = [folder.name for folder in _folds_with(FOLD_FILES, output_dir)]
+    return [name for name in RESULT_FILES if (output_dir / name).exists()] + folds
+
+
+def _folds_with(names: Sequence[str], output_dir: Path) -> list[Path]:
+    """The folders of folds that hold one of the files `names`, sorted."""
+    folds = [folder for folder in output_dir.iterdir() if re.fullmatch(r"fold_\d+", folder.name)]
+    return sorted(folder for folder in folds if any((folder / name).exists() for name in names))
 
 
 def check_writable(output_dir: Path) -> None:
@@ -262,15 +273,11 @@ def prepare_output_folder(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     if not overwrite:
         return
-    found = [output_dir / name for name in results_in(output_dir)]
-    # a fold in its first epoch holds nothing but its lock
-    locked_ones = {lock.parent for lock in output_dir.glob(f"fold_*/{LOCK}")}
-    folds = {path for path in found if path.is_dir()}
-    folds |= {path for path in locked_ones if re.fullmatch(r"fold_\d+", path.name)}
+    folds = _folds_with((*FOLD_FILES, LOCK), output_dir)  # in its first epoch one holds nothing but its lock
     with contextlib.ExitStack() as stack:
-        for fold in sorted(folds):
+        for fold in folds:
             stack.enter_context(locked(fold))
-        files = [path for path in found if path.is_file()]
+        files = [output_dir / name for name in RESULT_FILES if (output_dir / name).is_file()]
         for file in files + [fold / name for fold in folds for name in FOLD_FILES]:
             file.unlink(missing_ok=True)
     for fold in folds:
