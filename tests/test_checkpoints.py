@@ -28,6 +28,7 @@ from training import state as state_module
 from training.state import CheckpointWriter, read_to_resume, write_checkpoint
 
 NAMES = ("checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth")
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def checkpoint(epoch: int) -> dict:
@@ -379,7 +380,10 @@ def test_the_folds_of_a_cross_validation_share_one_frozen_tower(class_folder, tm
 # --- beside training ----------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_the_moment_it_was_taken(quick_report, class_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpu_id", [-1, pytest.param(0, marks=NEEDS_GPU)])
+def test_what_is_written_is_the_moment_it_was_taken(
+    quick_report, class_folder, tmp_path, monkeypatch, gpu_id
+):
     """Training goes on while a checkpoint is written; a slow disk must not mix two epochs."""
     taken, epoch_two, one_epoch = [], threading.Event(), fit_module.train_one_epoch
 
@@ -399,7 +403,7 @@ def test_what_is_written_is_the_moment_it_was_taken(quick_report, class_folder, 
 
     monkeypatch.setattr(state_module, "write_checkpoint", slow)
     monkeypatch.setattr(fit_module, "train_one_epoch", noting)
-    assert train(class_folder, tmp_path / "out", "--epochs", 2) == 0
+    assert train(class_folder, tmp_path / "out", "--epochs", 2, "--gpu-id", gpu_id) == 0
     stored = torch.load(tmp_path / "out" / "checkpoint_latest.pth", weights_only=True)
     assert stored["epoch"] == 2 and len(taken) == 2
     for part in ("model", "optimizer"):
@@ -430,7 +434,7 @@ def test_writing_takes_a_hundredth_of_the_time_and_what_is_held_comes_at_the_end
     monkeypatch.setattr(
         state_module, "time", SimpleNamespace(monotonic=lambda: clock.now, thread_time=lambda: next(cost))
     )
-    with contextlib.suppress(RunFailed), CheckpointWriter(tmp_path) as writer:
+    with contextlib.suppress(RunFailed), CheckpointWriter(tmp_path, torch.device("cpu")) as writer:
         for epoch, at, is_best in (
             (1, 0, True), (2, 30, True), (3, 99, False), (4, 101, False), (5, 110, True), (6, 120, False),
         ):  # fmt: skip

@@ -192,7 +192,7 @@ def fit(
         stack.enter_context(stopping_together())
         # left last, so that no signal keeps the writer from writing what it holds
         requests = stack.enter_context(Requests(60 * save_every_minutes, maximum, is_main()))
-        writer = stack.enter_context(CheckpointWriter(output_dir)) if is_main() else None
+        writer = stack.enter_context(CheckpointWriter(output_dir, hardware.device)) if is_main() else None
 
         def save(class_features: torch.Tensor | None = None, is_best: bool = False) -> None:
             """`class_features`: of a validated epoch, so that images need no text tower later."""

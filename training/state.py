@@ -10,12 +10,13 @@
 | options | the checkpoint's, where the command line does not say otherwise; the model's shape must match |
 """
 
+import contextlib
 import functools
 import os
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ HISTORY_KEYS = (
     "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
     "train_loss_image_to_text", "lr", "temperature", "epoch_seconds", "images_per_second",
 )  # fmt: skip
+COPY_OF_GPU = 0.1  # of its free memory, for one copy of a run's state
 
 
 @dataclass
@@ -112,7 +114,8 @@ class TrainState:
         return [statistic for statistic in each if statistic is not None]
 
     def checkpoint(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """All of it at this moment, copied to the CPU, so that training may go on while it is written.
+        """All of it at this moment, copied, so that training may go on while it is written: within a GPU that
+        has ample room for it, else to the CPU, for which training waits.
 
         `facts`: what is not state (config, classes, sentences, ...).
         """
@@ -148,7 +151,12 @@ class TrainState:
             },
             "history": self.history,
         }
-        return _copied(now)
+        device = self.model.logit_scale.device
+        if device.type == "cuda":
+            n_bytes = 3 * sum(p.nbytes for p in self.model.parameters())  # AdamW keeps two numbers for each
+            if n_bytes <= COPY_OF_GPU * torch.cuda.mem_get_info(device)[0]:
+                return _with_each_tensor(now, lambda tensor: tensor.detach().clone())
+        return _with_each_tensor(now, lambda tensor: tensor.detach().to("cpu", copy=True))
 
     def restore(self, checkpoint: Mapping[str, Any], path: Path | None) -> None:
         """Take over what `checkpoint` holds. Raises UserError when it does not fit the model or, within an
@@ -190,12 +198,12 @@ class TrainState:
             ) from None
 
 
-def _copied(value: Any) -> Any:
+def _with_each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _copied(own) for key, own in value.items()}
-    return [_copied(own) for own in value] if isinstance(value, list) else value
+        return {key: _with_each_tensor(own, change) for key, own in value.items()}
+    return [_with_each_tensor(own, change) for own in value] if isinstance(value, list) else value
 
 
 def send_statistics(statistics: Sequence[torch.Tensor]) -> None:
@@ -284,8 +292,8 @@ class CheckpointWriter:
 
     LARGEST_SHARE = 0.01
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.device = folder, device
         self._latest: Mapping[str, Any] | None = None
         self._best: Mapping[str, Any] | None = None
         self._pool, self._writing = ThreadPoolExecutor(1), Future()
@@ -316,6 +324,8 @@ class CheckpointWriter:
     def _timed(self, latest: Mapping[str, Any], best: Mapping[str, Any] | None) -> float:
         """Seconds of a processor that writing took; waiting for the disk holds no training up."""
         started = time.thread_time()
+        with _beside_training(self.device):
+            latest, best = (_with_each_tensor(own, torch.Tensor.cpu) for own in (latest, best))
         write_checkpoint(self.folder, latest, best)
         return time.thread_time() - started
 
@@ -324,6 +334,18 @@ class CheckpointWriter:
             if self._latest is not None:
                 self._write_held()
         self._writing.result()
+
+
+@contextlib.contextmanager
+def _beside_training(device: torch.device) -> Iterator[None]:
+    """In the block, which another thread runs, what a GPU holds is read without waiting for each step that
+    training has queued there.
+    """
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # until the copies that are to be read are made
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        yield
 
 
 def _random_states() -> dict[str, Any]:
