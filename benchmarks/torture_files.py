@@ -37,7 +37,8 @@ from benchmarks.torture import SMALL, make_images
 from common.checksum import checksum
 from common.cli import Parser, exit_code_of
 from common.errors import RunFailed, UserError
-from data.images import UnreadableImage, read_image
+from data.images import read_image
+from data.pixels import UnreadableImage
 from data.texts import class_sentences
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained

@@ -1,10 +1,8 @@
 """Read one image of any supported format as 8-bit RGB, and read a whole folder once to check it."""
 
 import hashlib
-import io
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,27 +14,19 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from tqdm import tqdm
 
+from data.dicom import is_dicom, read_dicom
 from data.names import all_but
-from data.scan import has_dicom_magic
+from data.pixels import Stored, UnreadableImage, grey_if_grey, refuse_too_many_pixels, scale_to_8_bit
 
 if TYPE_CHECKING:
-    import pydicom
-
     from data.shards import Member
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
 READ_AHEAD = 2**27  # bytes of decoded squares that may wait for their turn, and 1,024 squares at the most
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's others, as PostScript, run other programs
-AT_ONCE = 2**16  # pixels: copies that stay in the cache, where those of a large image would fill the memory
-# A small file can claim any size ("decompression bomb"). This is Pillow's limit; Pillow itself only warns.
-MOST_PIXELS = 2**30 // 4 // 3
 DIGEST_BYTES = 16
 MOST_BYTES = 2**29  # so many pixels of 32 bits, and headers
-
-
-class UnreadableImage(OSError):
-    """The file is no image that can be read; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -56,141 +46,6 @@ class Facts:
     constant: bool
 
 
-def scale_to_8_bit(pixels: np.ndarray, ends: tuple[float, float] | None = None) -> np.ndarray:
-    """Map `ends`, or the image's own minimum and maximum, to 0 and 255 (uint8, same shape), and what lies
-    beyond to the nearer of them. Where the two are equal all becomes zeros.
-
-    Raises UnreadableImage when a pixel is not a finite number.
-    """
-    low, high = float(pixels.min()), float(pixels.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise UnreadableImage("holds pixels that are not finite numbers")
-    low, high = ends or (low, high)
-    scaled = np.zeros(pixels.shape, np.uint8)
-    if high > low:
-        flat, target = pixels.reshape(-1), scaled.reshape(-1)
-        for start in range(0, len(flat), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            target[part] = np.rint(
-                (flat[part].astype(np.float64).clip(low, high) - low) * (255 / (high - low))
-            )
-    return scaled
-
-
-# What the file itself says: format, mode, bits per channel.
-_Stored = tuple[str, str, int]
-
-
-def _read_dicom(path: Path) -> tuple[Image.Image, _Stored]:
-    import pydicom
-    from pydicom.pixels import apply_color_lut
-
-    try:
-        syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
-        if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # it unpacks to whatever size at once
-            raise UnreadableImage("is a deflated DICOM file, which is not supported; save it undeflated")
-        if syntax is None:
-            raise UnreadableImage("DICOM: its head is damaged: it names no transfer syntax")
-        with open(path, "rb") as file:
-            # what a crashed copy left empty reads as millions of elements of group 0
-            dataset = pydicom.filereader.read_partial(file, lambda tag, *_: tag.group < 8)
-        _refuse_too_many_pixels(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
-        frames = int(dataset.get("NumberOfFrames", 1) or 1)
-        if frames != 1:
-            raise UnreadableImage(f"holds {frames} frames; save each frame as its own file")
-        stored = ("DICOM", str(dataset.get("PhotometricInterpretation")), int(dataset.get("BitsStored", 8)))
-        pixels = dataset.pixel_array  # YBR is converted to RGB by pydicom
-        if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
-            pixels = apply_color_lut(pixels, dataset)
-            if pixels.dtype == np.uint16:  # 8-bit entries may lie in 16 bits too
-                bits = dataset.RedPaletteColorLookupTableDescriptor[2]
-                pixels = (pixels >> (bits - 8)).astype(np.uint8)
-        if pixels.ndim == 3:
-            colour = pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)
-            return _grey_if_grey(Image.fromarray(colour)), stored
-        return Image.fromarray(_shown(pixels, dataset)), stored
-    except UnreadableImage:
-        raise
-    except Exception as error:  # pydicom raises many kinds; each means the file cannot be used
-        raise UnreadableImage(f"DICOM: {type(error).__name__}: {error}") from None
-
-
-def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
-    """(H, W) uint8: how a grey DICOM of the stored values `pixels` (H, W) is to look. Changes `dataset`."""
-    from pydicom.pixels import apply_modality_lut, apply_windowing
-
-    values = apply_modality_lut(pixels, dataset)
-    table = (dataset.get("VOILUTSequence") or [{}])[0]
-    if None not in (table.get("LUTDescriptor"), table.get("LUTData")):
-        grey = _looked_up(values, table, "<u2" if dataset.original_encoding[1] else ">u2")
-    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
-        # pydicom maps the window to what these say that values can be; a negative slope would turn it round
-        dataset.BitsStored, dataset.PixelRepresentation, dataset.ModalityLUTSequence = 8, 0, []
-        dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
-        grey = scale_to_8_bit(apply_windowing(values, dataset), (0, 255))
-    elif (bits := int(dataset.get("BitsStored") or 16)) <= 8 and not dataset.get("ModalityLUTSequence"):
-        least = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
-        ends = apply_modality_lut(np.array([least, least + 2**bits - 1]), dataset)
-        grey = scale_to_8_bit(values, (ends.min(), ends.max()))  # 8 bits are grey as they are, as in a PNG
-    else:
-        picture = values[~_padding(pixels, dataset)]
-        grey = scale_to_8_bit(values, (picture.min(), picture.max()) if picture.size else None)
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        grey = 255 - grey  # its largest value is black
-    return grey
-
-
-def _padding(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
-    """(H, W) bool: which of the stored values `pixels` (H, W) only fill the frame."""
-    if dataset.get("PixelPaddingValue") is None or pixels.dtype.kind not in "iu":
-        return np.zeros(pixels.shape, bool)
-    given = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")]
-    ends = np.array([end for end in given if end is not None], np.int64)
-    if pixels.dtype.itemsize == 2:  # a signed value is often written as an unsigned one
-        ends = ends.astype(pixels.dtype)
-    return (pixels >= ends.min()) & (pixels <= ends.max())
-
-
-def _looked_up(values: np.ndarray, table: "pydicom.Dataset", word: str) -> np.ndarray:
-    """(H, W) uint8: the grey that an item of a VOI LUT sequence gives for `values` (H, W). word: dtype of its
-    16-bit words. pydicom's own function counts 8-bit entries in 8 bits, so that the 257th is the first.
-    """
-    n, first, bits = table.LUTDescriptor
-    n = n % 2**16 or 2**16  # 0 stands for 65,536, and in a signed image this may be read as signed too
-    data = table.LUTData
-    words = (np.frombuffer(data, word) if isinstance(data, bytes) else np.atleast_1d(data)).astype("<u2")
-    # 8-bit entries lie two in a word, or one as some programs write them
-    entries = (words.view(np.uint8) if bits == 8 and len(words) < n else words)[:n]
-    if len(entries) < n:
-        raise UnreadableImage(f"DICOM: its VOI table has {len(entries)} entries of {n}")
-    places = (values.astype(np.int64) - first).clip(0, len(entries) - 1)
-    used = int(entries.max()).bit_length()
-    if not used <= bits < used + 4:  # some programs claim 16 for entries of 12 bits
-        bits = used
-    return scale_to_8_bit(entries, (0, 2**bits - 1))[places]
-
-
-def _refuse_too_many_pixels(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise UnreadableImage(f"holds {width} x {height} pixels, more than {MOST_PIXELS} in all; shrink it")
-
-
-def _is_dicom(suffix: str, opened: Path | io.BytesIO) -> bool:
-    if suffix.lower() in (".dcm", ".dicom"):
-        return True
-    if isinstance(opened, io.BytesIO):
-        return has_dicom_magic(opened)
-    with open(opened, "rb") as file:
-        return has_dicom_magic(file)
-
-
-def _read_dicom_member(content: io.BytesIO) -> tuple[Image.Image, _Stored]:
-    with tempfile.NamedTemporaryFile(suffix=".dcm") as copy:  # pydicom reads a head by the file's name only
-        copy.write(content.getvalue())
-        copy.flush()
-        return _read_dicom(Path(copy.name))
-
-
 def _has_16_bit_colour(image: Image.Image) -> bool:
     """Pillow keeps only the high byte of 16-bit colour, which makes 12-bit images black: better to say so."""
     arguments = [tile[3] for tile in getattr(image, "tile", [])]  # the raw mode, alone or first in a tuple
@@ -203,18 +58,6 @@ def _stored_bits(mode: str) -> int:
     return 16 if ";16" in mode else {"1": 1, "I": 32, "F": 32}.get(mode, 8)
 
 
-def _grey_if_grey(image: Image.Image) -> Image.Image:
-    """An RGB image whose three channels are equal as the one channel it is, which is quicker to work on."""
-    rows = max(1, AT_ONCE // image.width)
-    middle = image.height // 2  # one row tells most colour images
-    for top, bottom in ((middle, middle + 1), *((y, y + rows) for y in range(0, image.height, rows))):
-        part = image.crop((0, top, image.width, min(bottom, image.height)))
-        first, *others = (channel.tobytes() for channel in part.split())
-        if any(other != first for other in others):
-            return image
-    return image.getchannel(0)
-
-
 def read_image(path: "Path | Member") -> Image.Image:
     """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit image: L where it is grey, else RGB.
 
@@ -224,7 +67,7 @@ def read_image(path: "Path | Member") -> Image.Image:
     return _read(path)[0]
 
 
-def _read(path: "Path | Member") -> tuple[Image.Image, _Stored]:
+def _read(path: "Path | Member") -> tuple[Image.Image, Stored]:
     opened = path
     try:
         status = path.stat()
@@ -236,10 +79,10 @@ def _read(path: "Path | Member") -> tuple[Image.Image, _Stored]:
             raise UnreadableImage("the file is empty (0 bytes)")
         if not isinstance(path, Path):
             opened = path.open("rb")  # all of it, once
-        if _is_dicom(path.suffix, opened):
-            return _read_dicom(path) if isinstance(path, Path) else _read_dicom_member(opened)
+        if is_dicom(path.suffix, opened):
+            return read_dicom(opened)
         image = Image.open(opened, formats=FORMATS)
-        _refuse_too_many_pixels(image.width, image.height)
+        refuse_too_many_pixels(image.width, image.height)
         # MPO is a camera's JPEG with further pictures behind the photograph, such as its preview.
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
             raise UnreadableImage(f"holds {image.n_frames} frames or pages; save each as its own file")
@@ -258,7 +101,7 @@ def _read(path: "Path | Member") -> tuple[Image.Image, _Stored]:
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
         if image.mode in ("L", "1"):
             return image.convert("L"), stored
-        return _grey_if_grey(image if image.mode == "RGB" else image.convert("RGB")), stored
+        return grey_if_grey(image if image.mode == "RGB" else image.convert("RGB")), stored
     except UnreadableImage:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything from OSError to IndexError

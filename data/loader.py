@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.distributed import n_processes, n_processes_here, rank, share
 from common.errors import UserError
 from common.stopping import stop_after_the_parent
-from data.images import MEMORY_FOR_IMAGES, Squares, UnreadableImage, read_image, to_square
+from data.images import MEMORY_FOR_IMAGES, Squares, read_image, to_square
+from data.pixels import UnreadableImage
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it
 SHARE_OF_GPU = 0.1  # of its free memory, for decoded images

@@ -12,7 +12,8 @@ from PIL import Image
 
 from common.device import Hardware, choose_hardware
 from common.errors import UserError, first_line
-from data.images import UnreadableImage, read_image, to_square
+from data.images import read_image, to_square
+from data.pixels import UnreadableImage
 from data.shards import Member
 from evaluation.heatmaps import heat_maps, overlay
 from evaluation.results import Predictions

@@ -26,9 +26,10 @@ from common.distributed import gathered
 from common.errors import UserError, first_line
 from common.files import path_cell, text_cell, writable, write_whole
 from common.stopping import stop_after_the_parent
-from data.images import UnreadableImage, read_image, to_square
+from data.images import read_image, to_square
 from data.inputs import ImageList
 from data.loader import fork_context, loading_processes, refuse_small_shared_memory
+from data.pixels import UnreadableImage
 from evaluation.trained import TrainedModel
 from models.clip import CLIPModel
 

@@ -16,7 +16,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from data.images import UnreadableImage, read_image
+from data.images import read_image
+from data.pixels import UnreadableImage
 
 RANDOM = np.random.RandomState(0)
 COLOUR = RANDOM.randint(0, 256, (5, 7, 3)).astype(np.uint8)

@@ -25,7 +25,8 @@ import data.inputs
 from common.cli import as_program
 from common.errors import UserError, shorten
 from common.files import lines_of, printable, read_json
-from data.images import UnreadableImage, read_image
+from data.images import read_image
+from data.pixels import UnreadableImage
 from data.texts import class_sentences
 from evaluation.results import read_predictions
 from export_clip import main as export

@@ -18,8 +18,9 @@ from PIL import Image
 import data.loader as loader_module
 from common.errors import UserError
 from data.augment import Augmentation
-from data.images import Squares, UnreadableImage
+from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
+from data.pixels import UnreadableImage
 from training.config import Config
 from training.device import explain_failure
 

@@ -24,8 +24,9 @@ from common.errors import UserError
 from data import images
 from data.cache import cache_file, inspect_cached
 from data.check import main as check_main
-from data.images import UnreadableImage, inspect_images, read_image
+from data.images import inspect_images, read_image
 from data.inputs import list_images
+from data.pixels import UnreadableImage
 from data.scan import fingerprint, groups_by_pattern, groups_from_file, scan_folder
 from data.shards import finder, is_shards, scan_images
 from evaluation.report import write_report

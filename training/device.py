@@ -8,7 +8,7 @@ import torch
 
 from common.distributed import lost_another
 from common.errors import PIPE_CLOSED, RunFailed, first_line, last_line
-from data.images import UnreadableImage
+from data.pixels import UnreadableImage
 from training.config import Config
 
 

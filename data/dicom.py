@@ -1,0 +1,119 @@
+"""Read one DICOM image as it is to be seen: rescaled, by its window or table, or in its palette's colours."""
+
+import io
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from data.pixels import Stored, UnreadableImage, grey_if_grey, refuse_too_many_pixels, scale_to_8_bit
+from data.scan import has_dicom_magic
+
+if TYPE_CHECKING:
+    import pydicom
+
+
+def is_dicom(suffix: str, file: Path | io.BytesIO) -> bool:
+    if suffix.lower() in (".dcm", ".dicom"):
+        return True
+    if isinstance(file, io.BytesIO):
+        return has_dicom_magic(file)
+    with open(file, "rb") as opened:
+        return has_dicom_magic(opened)
+
+
+def read_dicom(file: Path | io.BytesIO) -> tuple[Image.Image, Stored]:
+    """The image, L where it is grey, else RGB, and what the file says of it. Raises UnreadableImage."""
+    import pydicom
+    from pydicom.pixels import apply_color_lut
+
+    if isinstance(file, io.BytesIO):
+        with tempfile.NamedTemporaryFile(suffix=".dcm") as copy:  # pydicom reads a head by a file's name only
+            copy.write(file.getvalue())
+            copy.flush()
+            return read_dicom(Path(copy.name))
+    try:
+        syntax = pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID")
+        if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # it unpacks to whatever size at once
+            raise UnreadableImage("is a deflated DICOM file, which is not supported; save it undeflated")
+        if syntax is None:
+            raise UnreadableImage("DICOM: its head is damaged: it names no transfer syntax")
+        with open(file, "rb") as opened:
+            # what a crashed copy left empty reads as millions of elements of group 0
+            dataset = pydicom.filereader.read_partial(opened, lambda tag, *_: tag.group < 8)
+        refuse_too_many_pixels(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
+        frames = int(dataset.get("NumberOfFrames", 1) or 1)
+        if frames != 1:
+            raise UnreadableImage(f"holds {frames} frames; save each frame as its own file")
+        stored = ("DICOM", str(dataset.get("PhotometricInterpretation")), int(dataset.get("BitsStored", 8)))
+        pixels = dataset.pixel_array  # YBR is converted to RGB by pydicom
+        if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, dataset)
+            if pixels.dtype == np.uint16:  # 8-bit entries may lie in 16 bits too
+                bits = dataset.RedPaletteColorLookupTableDescriptor[2]
+                pixels = (pixels >> (bits - 8)).astype(np.uint8)
+        if pixels.ndim == 3:
+            colour = pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)
+            return grey_if_grey(Image.fromarray(colour)), stored
+        return Image.fromarray(_shown(pixels, dataset)), stored
+    except UnreadableImage:
+        raise
+    except Exception as error:  # pydicom raises many kinds; each means the file cannot be used
+        raise UnreadableImage(f"DICOM: {type(error).__name__}: {error}") from None
+
+
+def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
+    """(H, W) uint8: how a grey DICOM of the stored values `pixels` (H, W) is to look. Changes `dataset`."""
+    from pydicom.pixels import apply_modality_lut, apply_windowing
+
+    values = apply_modality_lut(pixels, dataset)
+    table = (dataset.get("VOILUTSequence") or [{}])[0]
+    if None not in (table.get("LUTDescriptor"), table.get("LUTData")):
+        grey = _looked_up(values, table, "<u2" if dataset.original_encoding[1] else ">u2")
+    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
+        # pydicom maps the window to what these say that values can be; a negative slope would turn it round
+        dataset.BitsStored, dataset.PixelRepresentation, dataset.ModalityLUTSequence = 8, 0, []
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
+        grey = scale_to_8_bit(apply_windowing(values, dataset), (0, 255))
+    elif (bits := int(dataset.get("BitsStored") or 16)) <= 8 and not dataset.get("ModalityLUTSequence"):
+        least = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+        ends = apply_modality_lut(np.array([least, least + 2**bits - 1]), dataset)
+        grey = scale_to_8_bit(values, (ends.min(), ends.max()))  # 8 bits are grey as they are, as in a PNG
+    else:
+        picture = values[~_padding(pixels, dataset)]
+        grey = scale_to_8_bit(values, (picture.min(), picture.max()) if picture.size else None)
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        grey = 255 - grey  # its largest value is black
+    return grey
+
+
+def _padding(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
+    """(H, W) bool: which of the stored values `pixels` (H, W) only fill the frame."""
+    if dataset.get("PixelPaddingValue") is None or pixels.dtype.kind not in "iu":
+        return np.zeros(pixels.shape, bool)
+    given = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")]
+    ends = np.array([end for end in given if end is not None], np.int64)
+    if pixels.dtype.itemsize == 2:  # a signed value is often written as an unsigned one
+        ends = ends.astype(pixels.dtype)
+    return (pixels >= ends.min()) & (pixels <= ends.max())
+
+
+def _looked_up(values: np.ndarray, table: "pydicom.Dataset", word: str) -> np.ndarray:
+    """(H, W) uint8: the grey that an item of a VOI LUT sequence gives for `values` (H, W). word: dtype of its
+    16-bit words. pydicom's own function counts 8-bit entries in 8 bits, so that the 257th is the first.
+    """
+    n, first, bits = table.LUTDescriptor
+    n = n % 2**16 or 2**16  # 0 stands for 65,536, and in a signed image this may be read as signed too
+    data = table.LUTData
+    words = (np.frombuffer(data, word) if isinstance(data, bytes) else np.atleast_1d(data)).astype("<u2")
+    # 8-bit entries lie two in a word, or one as some programs write them
+    entries = (words.view(np.uint8) if bits == 8 and len(words) < n else words)[:n]
+    if len(entries) < n:
+        raise UnreadableImage(f"DICOM: its VOI table has {len(entries)} entries of {n}")
+    places = (values.astype(np.int64) - first).clip(0, len(entries) - 1)
+    used = int(entries.max()).bit_length()
+    if not used <= bits < used + 4:  # some programs claim 16 for entries of 12 bits
+        bits = used
+    return scale_to_8_bit(entries, (0, 2**bits - 1))[places]
