@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ def is_dicom(suffix: str, file: Path | io.BytesIO) -> bool:
 def read_dicom(file: Path | io.BytesIO) -> tuple[Image.Image, Stored]:
     """The image, L where it is grey, else RGB, and what the file says of it. Raises UnreadableImage."""
     import pydicom
-    from pydicom.pixels import apply_color_lut
 
     if isinstance(file, io.BytesIO):
         with tempfile.NamedTemporaryFile(suffix=".dcm") as copy:  # pydicom reads a head by a file's name only
@@ -50,10 +50,7 @@ def read_dicom(file: Path | io.BytesIO) -> tuple[Image.Image, Stored]:
         stored = ("DICOM", str(dataset.get("PhotometricInterpretation")), int(dataset.get("BitsStored", 8)))
         pixels = dataset.pixel_array  # YBR is converted to RGB by pydicom
         if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
-            pixels = apply_color_lut(pixels, dataset)
-            if pixels.dtype == np.uint16:  # 8-bit entries may lie in 16 bits too
-                bits = dataset.RedPaletteColorLookupTableDescriptor[2]
-                pixels = (pixels >> (bits - 8)).astype(np.uint8)
+            pixels = _coloured(pixels, dataset)
         if pixels.ndim == 3:
             colour = pixels if pixels.dtype == np.uint8 else scale_to_8_bit(pixels)
             return grey_if_grey(Image.fromarray(colour)), stored
@@ -71,7 +68,7 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     values = apply_modality_lut(pixels, dataset)
     table = (dataset.get("VOILUTSequence") or [{}])[0]
     if None not in (table.get("LUTDescriptor"), table.get("LUTData")):
-        grey = _looked_up(values, table, "<u2" if dataset.original_encoding[1] else ">u2")
+        grey = _looked_up(values, table, dataset)
     elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
         # pydicom maps the window to what these say that values can be; a negative slope would turn it round
         dataset.BitsStored, dataset.PixelRepresentation, dataset.ModalityLUTSequence = 8, 0, []
@@ -100,20 +97,46 @@ def _padding(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     return (pixels >= ends.min()) & (pixels <= ends.max())
 
 
-def _looked_up(values: np.ndarray, table: "pydicom.Dataset", word: str) -> np.ndarray:
-    """(H, W) uint8: the grey that an item of a VOI LUT sequence gives for `values` (H, W). word: dtype of its
-    16-bit words. pydicom's own function counts 8-bit entries in 8 bits, so that the 257th is the first.
-    """
-    n, first, bits = table.LUTDescriptor
-    n = n % 2**16 or 2**16  # 0 stands for 65,536, and in a signed image this may be read as signed too
-    data = table.LUTData
-    words = (np.frombuffer(data, word) if isinstance(data, bytes) else np.atleast_1d(data)).astype("<u2")
-    # 8-bit entries lie two in a word, or one as some programs write them
-    entries = (words.view(np.uint8) if bits == 8 and len(words) < n else words)[:n]
-    if len(entries) < n:
-        raise UnreadableImage(f"DICOM: its VOI table has {len(entries)} entries of {n}")
+def _looked_up(values: np.ndarray, table: "pydicom.Dataset", dataset: "pydicom.Dataset") -> np.ndarray:
+    """(H, W) uint8: the grey that an item of the VOI LUT sequence of `dataset` gives for `values` (H, W)."""
+    _, first, bits = table.LUTDescriptor
+    entries = _entries(table.LUTDescriptor, table.LUTData, dataset)
     places = (values.astype(np.int64) - first).clip(0, len(entries) - 1)
     used = int(entries.max()).bit_length()
     if not used <= bits < used + 4:  # some programs claim 16 for entries of 12 bits
         bits = used
     return scale_to_8_bit(entries, (0, 2**bits - 1))[places]
+
+
+def _coloured(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
+    """(H, W, 3) uint8: the colours that its palette gives for the stored values `pixels` (H, W)."""
+    from pydicom.pixels import apply_color_lut
+
+    descriptor = dataset.RedPaletteColorLookupTableDescriptor  # that of green and blue is the same
+    n, first, bits = descriptor[0] or 2**16, *descriptor[1:]
+    places = (pixels.astype(np.int64) - first).clip(0, n - 1)
+    tables = [dataset.get(f"{name}PaletteColorLookupTableData") for name in ("Red", "Green", "Blue")]
+    if None not in tables:
+        colours = np.stack([_entries(descriptor, data, dataset)[places] for data in tables], axis=-1)
+    elif bits == 8 and n > 256:
+        raise UnreadableImage(f"DICOM: its palette of {n} 8-bit entries is in segments; save it as RGB")
+    else:  # in segments
+        colours = apply_color_lut(places + first, dataset)
+    return (colours >> (bits - 8) if colours.dtype == np.uint16 else colours).astype(np.uint8)
+
+
+def _entries(
+    descriptor: Sequence[int], data: bytes | int | Sequence[int], dataset: "pydicom.Dataset"
+) -> np.ndarray:
+    """(n,) uint8 or uint16: the entries of a table. pydicom's own functions count 8-bit entries in 8 bits, so
+    that the 257th is the first.
+    """
+    n = descriptor[0] % 2**16 or 2**16  # 0 stands for 65,536, and a signed image's may be read as signed too
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, "<u2" if dataset.original_encoding[1] else ">u2")
+    words = np.atleast_1d(data).astype("<u2")
+    # 8-bit entries lie two in a word, or one as some programs write them; some claim 16 bits for them
+    entries = (words.view(np.uint8) if len(words) == (n + 1) // 2 < n else words)[:n]
+    if len(entries) < n:
+        raise UnreadableImage(f"DICOM: its table has {len(entries)} entries of {n}")
+    return entries

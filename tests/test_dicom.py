@@ -240,7 +240,7 @@ def test_a_voi_table_of_8_bit_entries_may_have_more_than_256(tmp_path, stored_as
     assert np.array_equal(read(path)[..., 0], RAMP // 16)
 
 
-@pytest.mark.parametrize(("bits", "n"), [(16, 4), (8, 5)])
+@pytest.mark.parametrize(("bits", "n"), [(16, 5), (8, 5)])
 def test_a_voi_table_that_is_cut_is_refused(tmp_path, bits, n):
     stored = np.array([[0, 1]], np.uint16)
     path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table([0, 255], bits=bits, n=n)])
@@ -271,14 +271,20 @@ def test_ybr_dicom_becomes_rgb(tmp_path):
     assert abs(read(dicom(tmp_path / "x.dcm", ybr, "YBR_FULL")).astype(int) - (200, 40, 30)).max() <= 2
 
 
+def palette(colours: np.ndarray, bits: int, words: bool = True, first: int = 0) -> dict:
+    """Attributes of a palette of `colours` (n, 3), one entry in each word, or in each byte."""
+    attributes = {}
+    for channel, name in enumerate(("Red", "Green", "Blue")):
+        data = colours[:, channel].astype("<u2" if words else np.uint8).tobytes()
+        attributes[f"{name}PaletteColorLookupTableDescriptor"] = [len(colours) % 2**16, first, bits]
+        attributes[f"{name}PaletteColorLookupTableData"] = data + bytes(len(data) % 2)
+    return attributes
+
+
 def test_palette_dicom_is_expanded(tmp_path):
     colours = np.array([(0, 0, 0), (255, 0, 0), (90, 200, 40), (255, 255, 255)])
     indices = np.array([[0, 1, 2], [3, 2, 1]], np.uint8)
-    tables = {}
-    for channel, name in enumerate(("Red", "Green", "Blue")):
-        tables[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, 16]
-        tables[f"{name}PaletteColorLookupTableData"] = (colours[:, channel] * 257).astype("<u2").tobytes()
-    path = dicom(tmp_path / "x.dcm", indices, "PALETTE COLOR", **tables)
+    path = dicom(tmp_path / "x.dcm", indices, "PALETTE COLOR", **palette(colours * 257, 16))
     assert np.array_equal(read(path), colours[indices])
 
 
@@ -286,14 +292,46 @@ def test_palette_dicom_is_expanded(tmp_path):
 def test_a_16_bit_palette_keeps_its_colours(tmp_path, bits):
     """Dark colours stay dark; 8-bit entries may lie in 16 bits each."""
     colours = np.array([(10, 20, 30), (90, 5, 40)])
-    tables = {}
-    for channel, name in enumerate(("Red", "Green", "Blue")):
-        entries = colours[:, channel] * (256 if bits == 16 else 1) + (77 if bits == 16 else 0)
-        tables[f"{name}PaletteColorLookupTableDescriptor"] = [2, 0, bits]
-        tables[f"{name}PaletteColorLookupTableData"] = entries.astype("<u2").tobytes()
     indices = np.array([[0, 1], [1, 0]], np.uint8)
-    path = dicom(tmp_path / "x.dcm", indices, "PALETTE COLOR", **tables)
+    entries = colours * 256 + 77 if bits == 16 else colours
+    path = dicom(tmp_path / "x.dcm", indices, "PALETTE COLOR", **palette(entries, bits))
     assert np.array_equal(read(path), colours[indices])
+
+
+@pytest.mark.parametrize(
+    ("n", "words", "bits", "first"),
+    [
+        (4096, False, 8, 0),
+        (4096, True, 8, 0),
+        (2**16, False, 8, 0),
+        (300, False, 8, 1000),
+        (256, False, 8, 1000),  # values of more bits than the entries
+        (255, False, 8, 0),
+        (256, False, 16, 0),  # by its length it is no 16-bit palette
+        (4096, False, 8, -2048),
+    ],
+)
+def test_a_palette_of_8_bit_entries_may_have_any_length(tmp_path, n, words, bits, first):
+    """Values below and above it take the colours of its ends."""
+    colours = RANDOM.randint(0, 256, (n, 3))
+    stored = np.arange(4096).reshape(64, 64) - (2048 if first < 0 else 0)
+    stored = stored.astype(np.int16 if first < 0 else np.uint16)
+    path = dicom(tmp_path / "x.dcm", stored, "PALETTE COLOR", **palette(colours, bits, words, first))
+    assert np.array_equal(read(path), colours[(stored.astype(int) - first).clip(0, n - 1)])
+
+
+@pytest.mark.parametrize("n", [8, 300])
+def test_a_palette_in_segments_is_expanded_or_refused(tmp_path, n):
+    """PS3.3 C.7.9.2: three entries as they are (0), then five more to 90 in equal steps (1)."""
+    tables = {}
+    for name in ("Red", "Green", "Blue"):
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [n, 0, 8]
+        tables[f"Segmented{name}PaletteColorLookupTableData"] = bytes([0, 3, 7, 30, 40, 1, 5, 90])
+    path = dicom(tmp_path / "x.dcm", np.array([[0, 1, 2], [7, 8, 263]], np.uint16), "PALETTE COLOR", **tables)
+    if n == 8:
+        assert read(path)[..., 0].tolist() == [[7, 30, 40], [90, 90, 90]]
+    else:
+        assert "segments" in refusal(path)
 
 
 def test_compressed_dicom(tmp_path):
