@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, number
 from common.files import KNOWN_IMAGES, refuse_run_folder
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def known_findings(
     known: Sequence[str], silent: Mapping[str, Sequence[str]], n_images: int
 ) -> "list[Finding]":
     """What is to be said of images that a model knows, and of models that do not tell."""
-    from data.findings import finding, number
+    from data.findings import finding
 
     unknown = [
         finding("warning", "known_to_model_unknown", f"{', '.join(of)}: {why}", count=len(of))

@@ -51,6 +51,11 @@ def last_line(error: BaseException, limit: int = 200) -> str:
     return lines[-1][:limit] if lines else type(error).__name__
 
 
+def number(count: int, one: str, many: str) -> str:
+    """number(2, "class is", "classes are") -> "2 classes are"."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def shorten(items: Sequence[str], limit: int = 10) -> str:
     """Join at most `limit` items, one per line, and say how many are left out."""
     lines = ["  " + item.replace("\n", "\\n").replace("\r", "\\r") for item in items[:limit]]

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import number
 from common.files import write_whole
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
 from data.names import Names
@@ -99,7 +100,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     places = _places(stored, keys)
     rows = _fitting(stored, places, stamps)
     if n_damaged := _drop_damaged(stored, rows):
-        print(f"note: {n_damaged} images in the cache {path} are damaged and are decoded anew")
+        print(f"note: {number(n_damaged, 'image', 'images')} damaged in the cache {path}, decoded anew")
     errors = stored.found.errors if stored else {}
     unread = np.array([i for i, row in enumerate(rows) if row in errors], np.int64)
     # whatever kept them from being read may be over
@@ -112,8 +113,8 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
         problem = _no_room(path, n_bytes)
         if not problem:
             print(
-                f"decoding {(rows == NONE).sum()} images into the cache {path} ({n_bytes / 1e6:.0f} MB in "
-                "all; --cache-dir puts it elsewhere, --no-cache does without)",
+                f"decoding {number((rows == NONE).sum(), 'image', 'images')} into the cache {path} "
+                f"({n_bytes / 1e6:.0f} MB in all; --cache-dir puts it elsewhere, --no-cache does without)",
                 flush=True,
             )
             try:

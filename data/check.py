@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import Parser, exit_code_of
-from common.errors import UserError
+from common.errors import UserError, number
 from common.files import MOST_OF_SPLITS, read_json, write_json
 from data.findings import (
     LEVELS,
@@ -26,7 +26,6 @@ from data.findings import (
     Finding,
     by_danger,
     finding,
-    number,
     print_findings,
     quick_findings,
     sides_of,
@@ -321,28 +320,28 @@ def read_splits(path: Path, folder: ImageFolder) -> list[Split]:
     unknown = [name for fold in folds for side in fold.values() for name in side if name not in index]
     if unknown:
         raise UserError(
-            f"--splits {path} names {len(set(unknown))} images that are not in --data-dir {folder.root}, "
-            f"such as {unknown[0]}; give the splits.json made from this folder (one made with --val-dir "
-            "cannot be checked)"
+            f"--splits {path} names {number(len(set(unknown)), 'image that is', 'images that are')} not in "
+            f"--data-dir {folder.root}, such as {unknown[0]}; give the splits.json made from this folder "
+            "(one made with --val-dir cannot be checked)"
         )
     both = [name for fold in folds for name in set(fold["train"]) & set(fold["val"])]
     if both:
-        raise UserError(
-            f"--splits {path} has {len(both)} images that train and validate in the same fold, such as "
-            f"{both[0]}; split again"
-        )
+        train = number(len(both), "image that trains and validates", "images that train and validate")
+        raise UserError(f"--splits {path} has {train} in the same fold, such as {both[0]}; split again")
     return [
         Split(*(np.array([index[n] for n in fold[s]], np.int64) for s in ("train", "val"))) for fold in folds
     ]
 
 
 def _print_report(result: dict[str, Any], seconds: float) -> None:
-    patients = f" of {result['patients']} patients" if result["patients"] is not None else ""
-    print(f"{result['data_dir']}: {result['images']} images{patients}, checked in {seconds:.1f} s")
+    counted = number(result["images"], "image", "images")
+    if result["patients"] is not None:
+        counted += f" of {number(result['patients'], 'patient', 'patients')}"
+    print(f"{result['data_dir']}: {counted}, checked in {seconds:.1f} s")
     for name, facts in result["summary"].items():
-        line = f"  {name}: {facts['images']} images"
+        line = f"  {name}: {number(facts['images'], 'image', 'images')}"
         if facts["patients"] is not None:
-            line += f", {facts['patients']} patients"
+            line += f", {number(facts['patients'], 'patient', 'patients')}"
         if "width" in facts:
             size = " x ".join(f"{facts[side]['median']:.0f}" for side in ("width", "height"))
             line += f", median {size} px, {'/'.join(facts['formats'])}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import number
 from data.images import Inspection
 from data.scan import ImageFolder, first_alike, merge_groups
 from data.shortcuts import groups_per_class
@@ -47,11 +48,6 @@ def finding(
 
 def by_danger(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda f: (LEVELS.index(f["level"]), KINDS.index(f["kind"])))
-
-
-def number(count: int, one: str, many: str) -> str:
-    """number(2, "class is", "classes are") -> "2 classes are"."""
-    return f"{count} {one if count == 1 else many}"
 
 
 def sides_of(splits: Sequence[Split] | None, n: int) -> np.ndarray:
@@ -157,9 +153,10 @@ def _patient_findings(
     findings = []
     leaks = _leaks(members, sides)
     if leaks:
+        have = number(len(leaks), f"of {n_patients} patients has", f"of {n_patients} patients have")
         message = (
-            f"{len(leaks)} of {n_patients} patients have images in training and in validation, which makes "
-            "the validation too good; split by patient"
+            f"{have} images in training and in validation, which makes the validation too good; split by "
+            "patient"
         )
         examples = [f"{patient}: fold {fold + 1}" for patient, fold in leaks.items()]
         findings.append(finding("danger", "patient_across_splits", message, examples))
@@ -169,9 +166,10 @@ def _patient_findings(
         if len(counts) > 1:
             several.append(f"{patient}: " + ", ".join(f"{name} x {n}" for name, n in counts.items()))
     if several:
+        have = number(len(several), f"of {n_patients} patients has", f"of {n_patients} patients have")
         message = (
-            f"{len(several)} of {n_patients} patients have images in several classes; that is right where "
-            "a disease came or went and else a wrong label, so look at them"
+            f"{have} images in several classes; that is right where a disease came or went and else a wrong "
+            "label, so look at them"
         )
         findings.append(finding("warning", "patient_in_several_classes", message, several))
     return findings

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, number
 from common.files import csv_rows, lines_of
 from data.scan import images_below
 
@@ -60,7 +60,8 @@ def _of_folder(folder: Path) -> ImageList:
     notes = []
     if ignored:
         kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
-        notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
+        are = number(sum(ignored.values()), "file that is no image is", "files that are no images are")
+        notes.append(f"{are} passed over ({kinds})")
     return ImageList(folder, [name[len(real.name) + 1 :] for name in found], tuple(notes))
 
 

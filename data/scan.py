@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from common.errors import UserError, shorten
+from common.errors import UserError, number, shorten
 from common.files import csv_rows, lines_of
 from data.names import Names, all_but
 
@@ -232,13 +232,15 @@ def folder_of_classes(
 
     notes = []
     if loose:
-        notes.append(f"{loose} images lie beside the class folders of {root} and are not used")
+        lie = number(loose, "image lies", "images lie")
+        notes.append(f"{lie} beside the class folders of {root}, unused")
     empty = [name for name, n in counts.items() if not n]
     if empty:
         notes.append(f"folders without images are no classes: {', '.join(empty)}")
     if ignored:
         kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
-        notes.append(f"{sum(ignored.values())} files that are no images are passed over ({kinds})")
+        are = number(sum(ignored.values()), "file that is no image is", "files that are no images are")
+        notes.append(f"{are} passed over ({kinds})")
 
     used = [name for name, n in counts.items() if n]
     if len(used) > 1 and all(name.lower() in _PARTS for name in used):
@@ -354,8 +356,8 @@ def groups_from_file(folder: ImageFolder, csv_path: Path, beside: ImageFolder | 
         if own == other:
             mend = f"rename one of the folders, which both are called {own}, and write its name in front"
         raise UserError(
-            f"{what} does not tell apart {len(vague)} images of --data-dir from those of the same path in "
-            f"--val-dir; {mend}:\n{shorten(vague)}"
+            f"{what} does not tell apart {number(len(vague), 'image', 'images')} of --data-dir from those of "
+            f"the same path in --val-dir; {mend}:\n{shorten(vague)}"
         )
     missing = [path for path, key in zip(folder.paths, keys, strict=True) if key not in group_of]
     if missing:

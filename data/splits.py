@@ -153,7 +153,7 @@ def k_folds(
     n_groups = _groups_per_class(labels, of_image, classes)
     fewer = f", or use --n-splits {min(n_groups)}" if min(n_groups) >= 2 else ""
     counts = np.bincount(labels, minlength=len(classes))
-    small = [f"{classes[c]!r} has {n} images" for c, n in enumerate(counts) if n < n_splits]
+    small = [f"{classes[c]!r} has {n}" for c, n in enumerate(counts) if n < n_splits]
     if small:
         raise UserError(
             f"{n_splits} folds need at least {n_splits} images of every class: {'; '.join(small)}; "

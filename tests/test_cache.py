@@ -308,7 +308,7 @@ def test_damaged_squares_are_decoded_anew_and_never_used(files, tmp_path, damage
     the_file(tmp_path).write_bytes(content)
     capsys.readouterr()
     same(inspect(files, tmp_path / "c"), files)
-    assert "1 images in the cache" in capsys.readouterr().out
+    assert "1 image damaged in the cache" in capsys.readouterr().out
     same(inspect(files, tmp_path / "c"), files)
     assert "damaged" not in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -370,18 +371,24 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 def test_the_command_prints_and_writes_the_same(folder, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("cwd")
     Image.open(folder / "正常" / "P003_0.png").save(folder / "肺炎" / "P003_5.png")
+    (folder / "罕见").mkdir()
+    for copy in ("罕见/P900_0.png", "loose.png", "正常/notes.txt"):
+        shutil.copy(folder / "正常" / "P004_0.png", folder / copy)
     done = run("--data-dir", folder, "--group-pattern", r"^(P\d+)_", cwd=cwd)
     assert done.returncode == 0, done.stderr
     written = json.loads((cwd / "data_check.json").read_text("utf-8"))
     said = re.findall(r"^(danger|warning|note): (.+)$", done.stdout, re.MULTILINE)
     assert said == [(f["level"], f["message"]) for f in written["findings"]]
     assert said[0][0] == "danger" and "正常/P003_0.png = 肺炎/P003_5.png" in done.stdout
+    assert "  罕见: 1 image, 1 patient, " in done.stdout and "1 of 37 patients has images" in done.stdout
+    assert not re.search(r"\b1 (images|patients|files)\b", done.stdout)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     (out / "empty.json").write_text("{}")
     (out / "unknown.json").write_text(json.dumps({"folds": [{"train": ["正常/none.png"], "val": []}]}))
+    gone = f"names 1 image that is not in --data-dir {folder}"
     both = ["正常/P000_0.png"]
     (out / "both.json").write_text(json.dumps({"folds": [{"train": both, "val": both}]}))
     for arguments, message in (
@@ -390,8 +397,8 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory)
         (["--data-dir", folder, "--groups-file", out / "none.csv"], "does not exist"),
         (["--data-dir", folder, "--splits", out / "none.json"], "does not exist"),
         (["--data-dir", folder, "--splits", out / "empty.json"], "holds no folds"),
-        (["--data-dir", folder, "--splits", out / "unknown.json"], "正常/none.png"),
-        (["--data-dir", folder, "--splits", out / "both.json"], "train and validate in the same fold"),
+        (["--data-dir", folder, "--splits", out / "unknown.json"], f"{gone}, such as 正常/none.png"),
+        (["--data-dir", folder, "--splits", out / "both.json"], "1 image that trains and validates in"),
         (["--data-dir", folder, "--output", out / "none" / "x.json"], "cannot be written"),
         (["--data-dir", folder, "--groups-file", "x.csv", "--group-pattern", "x"], "exclude each other"),
         (["--group-patern", "x"], "did you mean '--group-pattern'"),

@@ -194,7 +194,7 @@ def test_a_broken_link_stops_nothing(tmp_path):
     (tmp_path / "a" / "gone").symlink_to(tmp_path / "nowhere")
     folder = scan_folder(tmp_path)
     assert folder.paths == ("a/1.png", "b/1.png")
-    assert folder.notes[0].startswith("1 files")
+    assert folder.notes[0].startswith("1 file that is")
 
 
 def test_a_link_to_itself_is_as_a_broken_one(tmp_path):
@@ -204,7 +204,7 @@ def test_a_link_to_itself_is_as_a_broken_one(tmp_path):
     (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere")
     folder = scan_folder(tmp_path)
     assert folder.paths == ("a/1.png", "b/1.png", "b/gone.png", "b/self.png")  # read and named later
-    assert folder.notes == ("1 files that are no images are passed over (no suffix x 1)",)
+    assert folder.notes == ("1 file that is no image is passed over (no suffix x 1)",)
 
 
 def test_what_may_not_be_looked_at_is_no_broken_link():

@@ -331,7 +331,7 @@ def test_what_is_no_image_of_a_class_is_passed_over(tmp_path):
     folder = scan_images(tmp_path / "s.tar")
     assert folder.paths == ("a/1.png", "b/1.png")
     loose, passed_over = folder.notes
-    assert loose.startswith("1 images lie beside the class folders")
+    assert loose.startswith("1 image lies beside the class folders")
     for kind in ("absolute name or .. x 3", "link or device x 2", ".cls x 1", ".pyd x 1"):
         assert kind in passed_over
 

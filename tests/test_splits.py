@@ -251,11 +251,11 @@ def test_a_class_smaller_than_the_folds_is_named():
     with pytest.raises(UserError) as caught:
         k_folds(labels, None, 5, 0, NAMES[:3])
     message = str(caught.value)
-    assert "'肺炎' has 3 images; '气胸' has 4 images" in message and "正常" not in message
+    assert "'肺炎' has 3; '气胸' has 4;" in message and "正常" not in message
     assert "--n-splits 3" in message
     with pytest.raises(UserError) as caught:
         k_folds(np.array([0, 0, 1]), None, 2, 0, NAMES[:2])
-    assert "'肺炎' has 1 images" in str(caught.value) and "--n-splits" not in str(caught.value)
+    assert "'肺炎' has 1;" in str(caught.value) and "--n-splits" not in str(caught.value)
 
 
 def test_a_class_of_too_few_patients_is_named():
