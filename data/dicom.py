@@ -113,7 +113,7 @@ def _coloured(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     from pydicom.pixels import apply_color_lut
 
     descriptor = dataset.RedPaletteColorLookupTableDescriptor  # that of green and blue is the same
-    n, first, bits = descriptor[0] or 2**16, *descriptor[1:]
+    n, (_, first, bits) = _length(descriptor), descriptor
     places = (pixels.astype(np.int64) - first).clip(0, n - 1)
     tables = [dataset.get(f"{name}PaletteColorLookupTableData") for name in ("Red", "Green", "Blue")]
     if None not in tables:
@@ -131,7 +131,7 @@ def _entries(
     """(n,) uint8 or uint16: the entries of a table. pydicom's own functions count 8-bit entries in 8 bits, so
     that the 257th is the first.
     """
-    n = descriptor[0] % 2**16 or 2**16  # 0 stands for 65,536, and a signed image's may be read as signed too
+    n = _length(descriptor)
     if isinstance(data, bytes):
         data = np.frombuffer(data, "<u2" if dataset.original_encoding[1] else ">u2")
     words = np.atleast_1d(data).astype("<u2")
@@ -140,3 +140,7 @@ def _entries(
     if len(entries) < n:
         raise UnreadableImage(f"DICOM: its table has {len(entries)} entries of {n}")
     return entries
+
+
+def _length(descriptor: Sequence[int]) -> int:
+    return descriptor[0] % 2**16 or 2**16  # 0 stands for 65,536; a signed image's may be read as signed too
