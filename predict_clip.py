@@ -42,7 +42,8 @@ it (it is the same path), and such a class or error with an apostrophe.
 --class-texts-file: zero-shot. The classes are those of the file, a JSON such as {"积液": "胸腔积液"}, one or
 several sentences each. Nobody has measured how well the model tells them apart: try it on labelled images.
 
-exit code: 0 done, 1 not one image could be predicted or the machine failed, 2 bad input, 130 interrupted
+exit code: 0 done, 1 not one image could be predicted (no file is written, a former one stays) or the
+machine failed, 2 bad input, 130 interrupted
 """
 MOST_HEAT_MAPS = 1000  # more are worth a word
 
@@ -164,10 +165,14 @@ def print_summary(
         print(f"mean probability of the predicted class: {tally.confidences.sum() / n_good:.3f}")
     if tally.n_failed:
         has = "image has" if tally.n_failed == 1 else "images have"
-        print(f"{tally.n_failed:,} {has} no prediction; the column error says why:")
+        where = "; the column error says why" if n_good else ""
+        print(f"{tally.n_failed:,} {has} no prediction{where}:")
         print(shorten(tally.failures, 5) if tally.n_failed <= 5 else shorten(tally.failures[:5]) + "\n  ...")
+    if not n_good:
+        print(f"not one image could be predicted, so {arguments.output} was not written")
+        return
     print(f"{arguments.output}: one row per image")
-    if arguments.heatmaps is not None and n_good:
+    if arguments.heatmaps is not None:
         print(f"{arguments.heatmaps}: one heat map per predicted image: row_class_path.png")
 
 
@@ -195,12 +200,8 @@ def predict(arguments: argparse.Namespace) -> int:
             "the model was not trained or validated with"
         )
     warn_of_training_images(arguments.input, images, models)
-    if arguments.heatmaps is not None:
-        if len(images.names) > MOST_HEAT_MAPS:
-            print(
-                f"warning: --heatmaps writes up to {len(images.names):,} pictures, which takes time and room"
-            )
-        arguments.heatmaps.mkdir(parents=True, exist_ok=True)
+    if arguments.heatmaps is not None and len(images.names) > MOST_HEAT_MAPS:
+        print(f"warning: --heatmaps writes up to {len(images.names):,} pictures, which takes time and room")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with failures_explained(arguments.batch_size):
         tally = predict_files(

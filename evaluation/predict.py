@@ -4,6 +4,7 @@
 lets one or several models answer, and writes rows as they come, so that no number of images fills the memory.
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -221,6 +222,10 @@ class Tally:
     seconds: float = 0.0
 
 
+class _NothingPredicted(Exception):
+    """Ends the writing of a file of errors alone, so that none is left."""
+
+
 def predict_files(
     images: ImageList,
     ensemble: Ensemble,
@@ -234,7 +239,8 @@ def predict_files(
 
     Columns: path, prediction, probability, spread, prob_<class> ..., error. probability is the predicted
     class's; spread its sample standard deviation over the models, empty for one. A file that cannot be read
-    is a row with its error and no numbers. UTF-8 with BOM; the file appears when it is whole.
+    is a row with its error and no numbers. UTF-8 with BOM; the file appears when it is whole, and not where
+    no image at all could be predicted: one that was there stays.
     """
     tally = Tally(np.zeros(len(ensemble.classes), np.int64), np.zeros(len(ensemble.classes)))
     started = time.monotonic()
@@ -254,13 +260,15 @@ def predict_files(
                 probs = ensemble.probs(batch.images) if batch.images else np.empty((1, 0, 1))
                 rows.writerows(_rows(batch, probs, ensemble.classes, tally))
                 if heat_map_dir is not None and batch.images:
-                    predicted = probs.mean(0).argmax(1)
-                    _write_heat_maps(heat_map_dir, number, batch, images.root, ensemble, predicted)
+                    _write_heat_maps(heat_map_dir, number, batch, images.root, ensemble, probs)
                 number += len(batch.names)
                 progress.update(len(batch.names))
+        if not tally.counts.any():
+            raise _NothingPredicted
         text.detach()  # the file stays open: write_whole flushes and renames it
 
-    write_whole(output, write)
+    with contextlib.suppress(_NothingPredicted):
+        write_whole(output, write)
     tally.seconds = time.monotonic() - started
     return tally
 
@@ -317,15 +325,24 @@ def _picture(path: Path, square: np.ndarray) -> Image.Image:
 
 
 def _write_heat_maps(
-    folder: Path, first: int, batch: Decoded, root: Path, ensemble: Ensemble, predictions: np.ndarray
+    folder: Path, first: int, batch: Decoded, root: Path, ensemble: Ensemble, probs: np.ndarray
 ) -> None:
-    """One overlay per readable image: its predicted class. first: the number of the batch's first file."""
+    """One overlay per predicted image: its class. first: the number of the batch's first file. probs:
+    (M, b, C). The folder is made for the first picture.
+    """
     from evaluation.heatmaps import overlay
 
+    predictions, finite = probs.mean(0).argmax(1), np.isfinite(probs).all((0, 2))
+    if not finite.any():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     maps = ensemble.heat_maps(batch.images, torch.from_numpy(predictions))
     squares = batch.images[ensemble.models[0].img_size].permute(0, 2, 3, 1).numpy()  # (b, S, S, 3)
     read = [i for i, error in enumerate(batch.errors) if not error]
-    for i, target, square, heat in zip(read, predictions, squares, maps.numpy(), strict=True):
+    of_each = zip(read, predictions, finite, squares, maps.numpy(), strict=True)
+    for i, target, is_predicted, square, heat in of_each:
+        if not is_predicted:
+            continue
         picture = _picture(_path_of(root, batch.names[i]), square)
         heat = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))
         picture = Image.fromarray(overlay(np.asarray(picture), heat))

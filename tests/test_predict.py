@@ -214,8 +214,6 @@ def test_a_csv_list_is_read_by_its_column_and_takes_what_we_wrote(folds, picture
 def test_a_single_image_and_exit_code_1_when_nothing_could_be_predicted(folds, pictures, tmp_path):
     assert predict(folds / "fold_1", pictures / "丙.png", tmp_path / "a.csv") == 0
     assert len(rows_of(tmp_path / "a.csv")) == 1
-    assert predict(folds / "fold_1", pictures / "空.png", tmp_path / "b.csv") == 1
-    assert rows_of(tmp_path / "b.csv")[0]["error"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep names in Unicode")
@@ -237,12 +235,49 @@ def test_a_file_that_may_not_be_looked_at_is_not_called_missing(tmp_path, monkey
     assert "Permission denied" in error
 
 
-def test_a_broken_model_is_said_in_every_row(folds, class_folder, tmp_path):
+@pytest.mark.parametrize("what", ["images", "model"])
+def test_where_nothing_is_predicted_no_file_is_written_and_a_former_one_stays(
+    what, folds, class_folder, pictures, tmp_path, capsys
+):
     checkpoint = read_checkpoint(folds / "fold_1" / "checkpoint_latest.pth")
     checkpoint["model"]["image_projection.weight"][:] = float("nan")
     write_file(tmp_path / "nan.pth", checkpoint)
-    assert predict(tmp_path / "nan.pth", class_folder, tmp_path / "a.csv") == 1
-    assert all("not a finite number" in row["error"] for row in rows_of(tmp_path / "a.csv"))
+    good = folds / "fold_1", class_folder / "正常"
+    model, source, why = {
+        "images": (good[0], pictures / "空.png", "empty (0 bytes)"),
+        "model": (tmp_path / "nan.pth", good[1], "not a finite number"),
+    }[what]
+    output, maps = tmp_path / "a.csv", tmp_path / "maps"
+    for before in (None, b"good"):
+        if before:
+            output.write_bytes(before)
+        assert predict(model, source, output, "--heatmaps", maps, "--overwrite") == 1
+        said = capsys.readouterr().out
+        assert f"so {output} was not written" in said and "one row per image" not in said
+        assert f"{why}" in said and not maps.exists() and not list(tmp_path.glob(".*"))
+        assert (output.read_bytes() if output.exists() else None) == before
+    output.unlink()
+    assert predict(*good, output, "--heatmaps", maps) == 0
+
+
+def test_an_image_whose_answer_is_not_finite_has_an_error_and_no_heat_map(folds, tmp_path, monkeypatch):
+    from evaluation.predict import Ensemble
+
+    probs_of_images = Ensemble.probs
+
+    def without_the_first(self, images):
+        probs = probs_of_images(self, images)
+        probs[-1, 0] = np.nan
+        return probs
+
+    monkeypatch.setattr(Ensemble, "probs", without_the_first)
+    for name in "ab":
+        Image.new("L", (40, 40)).save(tmp_path / f"{name}.png")
+    (tmp_path / "list.txt").write_text("a.png\nb.png")
+    output, maps = tmp_path / "p.csv", tmp_path / "maps"
+    assert predict(folds / "fold_1", tmp_path / "list.txt", output, "--heatmaps", maps) == 0
+    assert ["not a finite number" in row["error"] for row in rows_of(output)] == [True, False]
+    assert [path.name[-5:] for path in maps.iterdir()] == ["b.png"]
 
 
 def test_processes_and_batches_change_no_number(folds, class_folder, tmp_path):
