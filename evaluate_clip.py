@@ -11,12 +11,13 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
-from common.errors import UserError, did_you_mean, number
-from common.files import KNOWN_IMAGES, refuse_run_folder
+from common.errors import UserError, all_of, did_you_mean, number
+from common.files import KNOWN_IMAGES, find_checkpoints, refuse_output_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,27 +155,24 @@ def match_classes(
     return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order])
 
 
+def check_options(arguments: argparse.Namespace, options: "Config") -> None:
+    """Raises UserError naming every pair of options that exclude each other, and a --groups-file that is
+    missing.
+    """
+    from training.config import contradictions
+
+    problems = contradictions(options)
+    if arguments.groups_file and not arguments.groups_file.exists():
+        problems.append(f"--groups-file {arguments.groups_file} does not exist")
+    if problems:
+        raise UserError(*problems)
+
+
 def evaluate(typed: Sequence[str]) -> int:
     """Check, load, read, predict, write. Returns the exit code (see --help)."""
     arguments = read_arguments(typed)
     from data.shards import scan_images
-
-    folder = scan_images(arguments.data_dir, at_least=1, cache_dir=arguments.cache_dir)
-    for note in folder.notes:
-        print(f"note: {note}")
-
-    import numpy as np  # the heavy libraries, only now
-
-    from common.files import path_cell, write_csv, write_json
-    from data.findings import by_danger, print_findings
-    from evaluation.predict import Ensemble
-    from evaluation.report import write_report
-    from evaluation.results import headline, write_results
-    from evaluation.trained import load_models
-    from training.config import Config, contradictions
-    from training.dataset import findings_of, patients_of, read_images
-    from training.device import failures_explained
-    from training.outputs import prepare_output_folder, print_files, refuse_results
+    from training.config import Config
 
     options = Config(
         data_dir=str(arguments.data_dir),
@@ -188,9 +186,27 @@ def evaluate(typed: Sequence[str]) -> int:
         num_workers=arguments.num_workers,
         batch_size=arguments.batch_size,
     )
-    if problems := contradictions(options):
-        raise UserError(*problems)
-    refuse_run_folder(arguments.output_dir)
+    folder, *_ = all_of(
+        partial(scan_images, arguments.data_dir, at_least=1, cache_dir=arguments.cache_dir),
+        partial(check_options, arguments, options),
+        partial(refuse_output_dir, arguments.output_dir),
+        *(partial(find_checkpoints, path) for path in arguments.checkpoint),
+    )
+    for note in folder.notes:
+        print(f"note: {note}")
+
+    import numpy as np  # the heavy libraries, only now
+
+    from common.files import path_cell, write_csv, write_json
+    from data.findings import by_danger, print_findings
+    from evaluation.predict import Ensemble
+    from evaluation.report import write_report
+    from evaluation.results import headline, write_results
+    from evaluation.trained import load_models
+    from training.dataset import findings_of, patients_of, read_images
+    from training.device import failures_explained
+    from training.outputs import prepare_output_folder, print_files, refuse_results
+
     refuse_results(arguments.output_dir, options)
     models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
     ensemble = Ensemble(models, autocasts)

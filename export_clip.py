@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import Parser, exit_code_of
-from common.errors import UserError, did_you_mean
-from common.files import refuse_run_folder, unwritable
+from common.errors import UserError, all_of, did_you_mean
+from common.files import find_checkpoints, refuse_output_dir
 
 FORMATS = ("onnx", "safetensors")
 EPILOG = """\
@@ -52,14 +52,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
 
 def check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     """Raises UserError when the folder cannot be written, is a run's, or holds files of these names."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder} is a file; give a folder")
-    blocking = unwritable(folder)
-    if blocking:
-        raise UserError(
-            f"--output-dir {folder} cannot be written: {blocking} is no folder that may be written"
-        )
-    refuse_run_folder(folder)
+    refuse_output_dir(folder)
     there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
         raise UserError(
@@ -69,20 +62,17 @@ def check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     """Check, load, convert, compare, write. Returns the exit code."""
-    if not arguments.checkpoint.exists():
-        raise UserError(
-            f"--checkpoint {arguments.checkpoint} does not exist; give a run's folder or a checkpoint"
-        )
-    check_folder(arguments.output_dir, (), arguments.overwrite)
+    checkpoints, _ = all_of(
+        lambda: find_checkpoints(arguments.checkpoint), lambda: refuse_output_dir(arguments.output_dir)
+    )
 
     import torch  # the heavy libraries, only now
 
     from common.files import write_whole
     from evaluation.export import CARD, FILES, exported_files
     from evaluation.model_card import run_facts
-    from evaluation.trained import find_checkpoints, load_trained
+    from evaluation.trained import load_trained
 
-    checkpoints = find_checkpoints(arguments.checkpoint)
     folders = [arguments.output_dir]
     if len(checkpoints) > 1:
         folders = [arguments.output_dir / checkpoint.parent.name for checkpoint in checkpoints]

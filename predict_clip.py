@@ -9,12 +9,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import NUMBERS, Parser, exit_code_of
-from common.errors import UserError, shorten
-from common.files import unwritable
+from common.errors import UserError, all_of, shorten
+from common.files import find_checkpoints, unwritable
 
 if TYPE_CHECKING:
     from data.inputs import ImageList
@@ -180,9 +181,12 @@ def predict(arguments: argparse.Namespace) -> int:
     """Check everything, load, predict, sum up. Returns the exit code."""
     from data.inputs import list_images
 
-    check_outputs(arguments)
-    texts = new_sentences(arguments.class_texts_file) if arguments.class_texts_file else None
-    images = list_images(arguments.input)
+    images, texts, *_ = all_of(
+        partial(list_images, arguments.input),
+        lambda: new_sentences(arguments.class_texts_file) if arguments.class_texts_file else None,
+        partial(check_outputs, arguments),
+        *(partial(find_checkpoints, path) for path in arguments.checkpoint),
+    )
     for note in images.notes:
         print(f"note: {note}")
 

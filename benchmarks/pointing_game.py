@@ -24,13 +24,13 @@ from PIL import Image
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError
-from common.files import read_json
+from common.files import find_checkpoints, read_json
 from data.demo import read_rows
 from data.images import inspect_images
 from data.scan import fingerprint, scan_folder
 from evaluation.heatmaps import coarse_maps
 from evaluation.intervals import bootstrap_weights, percentile_interval
-from evaluation.trained import TrainedModel, find_checkpoints, load_trained
+from evaluation.trained import TrainedModel, load_trained
 
 TOLERANCE = 0.03  # of the image's side
 BATCH = 32

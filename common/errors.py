@@ -2,7 +2,8 @@
 
 import difflib
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -14,6 +15,19 @@ class UserError(Exception):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def all_of(*checks: Callable[[], Any]) -> list[Any]:
+    """What each of `checks` gives. All are made: raises UserError with the problems of every one."""
+    given, problems = [], []
+    for check in checks:
+        try:
+            given.append(check())
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return given
 
 
 class RunFailed(UserError):

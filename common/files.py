@@ -99,10 +99,44 @@ def frozen_beside(checkpoint: Path, tower: str) -> Path:
     return beside if beside.is_file() or not above.is_file() else above
 
 
-def refuse_run_folder(folder: Path) -> None:
-    """Raises UserError where a run or a cross-validation has written: other programs would replace its
-    config.json, or remove its model.
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints that `path` stands for: the file itself, a run's checkpoint_latest.pth (the last
+    epoch, whose numbers were not chosen), or one of each fold of a cross-validation, in the folds' order.
+
+    Raises UserError when there is none, or when a fold is not finished.
     """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"--checkpoint {path} does not exist; give a run's folder or a checkpoint file")
+    folds = [(int(p.name[5:]), p) for p in path.iterdir() if re.fullmatch(r"fold_\d+", p.name)]
+    if folds:
+        unfinished = [p.name for _, p in sorted(folds) if not (p / "predictions.csv").exists()]
+        if unfinished or not (path / "cv_summary.json").exists():
+            raise UserError(
+                f"--checkpoint {path} is a cross-validation that is not finished "
+                f"({', '.join(unfinished) or 'folds are missing'}); finish it with the same command, or give "
+                "the folders of single folds"
+            )
+        return [p / LATEST for _, p in sorted(folds)]
+    if (path / LATEST).exists():
+        return [path / LATEST]
+    runs = sorted(p.name for p in path.iterdir() if (p / "config.json").exists())
+    hint = f"one of its runs: {', '.join(runs[:10])}" if runs else "the folder of a finished run"
+    raise UserError(f"--checkpoint {path} holds no {LATEST}; give {hint}")
+
+
+def refuse_output_dir(folder: Path) -> None:
+    """Raises UserError where nothing can be written, and where a run or a cross-validation has written: other
+    programs would replace its config.json, or remove its model.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder} is a file; give a folder")
+    blocking = unwritable(folder)
+    if blocking:
+        raise UserError(
+            f"--output-dir {folder} cannot be written: {blocking} is no folder that may be written"
+        )
     of_runs = ("checkpoint_*", "frozen_*", "history.json", "splits.json", "cv_summary.json")
     found = [path.name for name in of_runs for part in ("", "fold_*/") for path in folder.glob(part + name)]
     if found:

@@ -263,9 +263,9 @@ def predict_files(
                     _write_heat_maps(heat_map_dir, number, batch, images.root, ensemble, probs)
                 number += len(batch.names)
                 progress.update(len(batch.names))
+        text.detach()  # the file stays open: write_whole flushes and renames it
         if not tally.counts.any():
             raise _NothingPredicted
-        text.detach()  # the file stays open: write_whole flushes and renames it
 
     with contextlib.suppress(_NothingPredicted):
         write_whole(output, write)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from common.device import choose_hardware
 from common.errors import UserError, first_line
-from common.files import BEST, LATEST
+from common.files import BEST, find_checkpoints
 from evaluation.checkpoints import NOT_FOR_USE, read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip
 
@@ -47,33 +46,6 @@ class TrainedModel:
         sentences = ClassSentences(self.model, texts)
         sentences.prepare(self.device, center=False)
         return sentences.features()
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that `path` stands for: the file itself, a run's checkpoint_latest.pth (the last
-    epoch, whose numbers were not chosen), or one of each fold of a cross-validation, in the folds' order.
-
-    Raises UserError when there is none, or when a fold is not finished.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"--checkpoint {path} does not exist; give a run's folder or a checkpoint file")
-    folds = [(int(p.name[5:]), p) for p in path.iterdir() if re.fullmatch(r"fold_\d+", p.name)]
-    if folds:
-        unfinished = [p.name for _, p in sorted(folds) if not (p / "predictions.csv").exists()]
-        if unfinished or not (path / "cv_summary.json").exists():
-            raise UserError(
-                f"--checkpoint {path} is a cross-validation that is not finished "
-                f"({', '.join(unfinished) or 'folds are missing'}); finish it with the same command, or give "
-                "the folders of single folds"
-            )
-        return [p / LATEST for _, p in sorted(folds)]
-    if (path / LATEST).exists():
-        return [path / LATEST]
-    runs = sorted(p.name for p in path.iterdir() if (p / "config.json").exists())
-    hint = f"one of its runs: {', '.join(runs[:10])}" if runs else "the folder of a finished run"
-    raise UserError(f"--checkpoint {path} holds no {LATEST}; give {hint}")
 
 
 def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -> TrainedModel:

@@ -53,8 +53,15 @@ def test_help_imports_nothing_heavy():
 def test_a_missing_package_is_said_in_one_line(program, class_folder, tmp_path):
     given = {
         "train_clip": ["--data-dir", class_folder, "--output-dir", tmp_path / "run"],
-        "predict_clip": ["--checkpoint", "x", "--input", class_folder, "--output", tmp_path / "p.csv"],
-        "evaluate_clip": ["--checkpoint", "x", "--data-dir", class_folder, "--output-dir", tmp_path / "e"],
+        "predict_clip": ["--checkpoint", __file__, "--input", class_folder, "--output", tmp_path / "p.csv"],
+        "evaluate_clip": [
+            "--checkpoint",
+            __file__,
+            "--data-dir",
+            class_folder,
+            "--output-dir",
+            tmp_path / "e",
+        ],
     }[program]
     without_torch = f"import sys; sys.modules['torch'] = None; import {program}; sys.exit({program}.main())"
     code, _, error = run("-c", without_torch, *given)

@@ -14,11 +14,12 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 
 import evaluate_clip
 from common.errors import UserError
+from common.files import find_checkpoints
 from data.scan import ImageFolder, scan_folder
 from evaluation.checkpoints import write_file
 from evaluation.results import read_predictions
 from evaluation.run_folder import read_run_folder
-from evaluation.trained import find_checkpoints, load_trained
+from evaluation.trained import load_trained
 
 FLAGS = ["--num-workers", "0", "--gpu-id", "-1"]
 
@@ -227,7 +228,7 @@ def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):
     assert "'肺' is no class of the model" in text and "'pneumonia' is no class of the model" in text
 
 
-def test_bad_options_are_all_named(capsys):
+def test_bad_options_are_all_named(tmp_path, capsys):
     typed = [
         "--data-dir",
         "d",
@@ -247,6 +248,14 @@ def test_bad_options_are_all_named(capsys):
         "unknown option --heat", "--output-dir is required", "THEIRS=OURS", "exclude each other",
         "--batch-size must be a whole number, 1 to 65536, not '0'", "--num-workers must be a whole number",
         "--gpu-id must be a whole number",
+    ):  # fmt: skip
+        assert words in said
+    flags = ["--groups-file", str(tmp_path / "g.csv"), "--cache-dir", str(tmp_path / "data" / "c")]
+    assert evaluate([tmp_path / "a", tmp_path / "b"], tmp_path / "data", __file__, *flags) == 2
+    said = capsys.readouterr().err
+    for words in (
+        "a does not exist", "b does not exist", "data is not a folder", "is a file", "g.csv does not exist",
+        "lies in --data-dir",
     ):  # fmt: skip
         assert words in said
 

@@ -343,11 +343,14 @@ def test_each_fold_of_a_cross_validation_is_exported(class_folder, tmp_path, cap
 # --- bad input ----------------------------------------------------------------------------------------------
 
 
-def test_every_mistake_is_said_at_once(capsys):
+def test_every_mistake_is_said_at_once(tmp_path, capsys):
     assert main(["--output", "x", "--format", "onx", "--checkpoint", "y"]) == 2
     error = capsys.readouterr().err
     for part in ("--output (did you mean '--output-dir'", "--output-dir is required", "(did you mean 'onnx'"):
         assert part in error
+    assert export(tmp_path / "none", __file__) == 2
+    error = capsys.readouterr().err
+    assert "none does not exist" in error and "is a file" in error
 
 
 @pytest.mark.parametrize(

@@ -345,9 +345,10 @@ def test_names_of_heat_maps_are_unique_short_and_safe():
 
 
 def test_an_ensembles_heat_map_is_the_mean_of_its_models_maps(folds, class_folder):
+    from common.files import find_checkpoints
     from evaluation.heatmaps import heat_maps
     from evaluation.predict import Ensemble
-    from evaluation.trained import find_checkpoints, load_trained
+    from evaluation.trained import load_trained
 
     models = [load_trained(path, torch.device("cpu")) for path in find_checkpoints(folds)]
     off = torch.autocast("cpu", enabled=False)
@@ -364,13 +365,19 @@ def test_an_ensembles_heat_map_is_the_mean_of_its_models_maps(folds, class_folde
 # --- bad input ----------------------------------------------------------------------------------------------
 
 
-def test_every_mistake_is_said_at_once(capsys):
+def test_every_mistake_is_said_at_once(tmp_path, capsys):
     flags = ["--imput", "x", "--batch-size", "0", "--num-workers", "two", "--gpu-id", "-2", "stray"]
     assert main(flags) == 2
     error = capsys.readouterr().err
     for part in ("--imput (did you mean '--input'", "'stray'", "--checkpoint is required",
                  "--output is required", "--batch-size must be", "--num-workers must be",
                  "--gpu-id must be"):  # fmt: skip
+        assert part in error
+    flags = ["--class-texts-file", tmp_path / "t.json", "--heatmaps", __file__]
+    assert predict([tmp_path / "a", tmp_path / "b"], tmp_path / "in", tmp_path / "p.txt", *flags) == 2
+    error = capsys.readouterr().err
+    for part in ("a does not exist", "b does not exist", "in does not exist", "p.txt must end in .csv",
+                 "t.json does not exist", "is a file"):  # fmt: skip
         assert part in error
 
 

@@ -14,6 +14,7 @@ import torch
 from quick import train
 
 import training.fit as fit_module
+from common.files import find_checkpoints
 from common.stopping import (
     Requests,
     Stoppable,
@@ -23,7 +24,7 @@ from common.stopping import (
     stop_after_the_parent,
 )
 from evaluation.checkpoints import read_checkpoint, write_file
-from evaluation.trained import find_checkpoints, load_trained
+from evaluation.trained import load_trained
 
 pytestmark = [
     pytest.mark.usefixtures("quick_report"),
