@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.results import headline
 from evaluation.run_folder import (
     CROSS_VALIDATION,
     EVALUATION,
@@ -224,8 +225,6 @@ def _which_epochs(run: RunFolder, stopping: str) -> tuple[str, str]:
 def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:
     metrics = run.metrics
     interval = metrics["interval"]
-    shown = ("accuracy", "balanced_accuracy", "macro_f1", "macro_roc_auc")
-    values = "; ".join(f"{key.replace('_', ' ')} {percent(metrics[key])} %" for key in shown)
     by_class = "; ".join(
         f"{name}: sensitivity {percent(own['sensitivity'])}, specificity {percent(own['specificity'])} %"
         for name, own in list(metrics["per_class"].items())[:8]
@@ -243,7 +242,7 @@ def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:
             "Wilson's for proportions where they cannot be resampled by patient.",
         ),
         31: (PARTLY, "Heat maps of the similarity to a class's sentences against the others' (HiResCAM)."),
-        37: (ANSWERED, f"{values} (95 % intervals)."),
+        37: (ANSWERED, f"{headline(metrics)}."),
         38: (ANSWERED, f"{by_class}{more}."),
         39: (
             PARTLY,

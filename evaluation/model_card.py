@@ -15,7 +15,7 @@ import jinja2
 from common.files import printable
 from data.scan import nfc
 from evaluation.run_folder import loss_words, read_optional, weight_for_rare_classes
-from evaluation.tables import OVERALL, with_interval
+from evaluation.tables import OVERALL, why_missing, with_interval
 from evaluation.trained import TrainedModel
 
 
@@ -76,13 +76,18 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": _cell, "interval": _interval}
+    environment.filters |= {"cell": _cell, "interval": with_interval}
+    metrics = run["metrics"] or {"per_class": {}}
+    shown = [metrics[key] for key in OVERALL if key in metrics]
+    of_class = ("sensitivity", "specificity", "roc_auc")
+    shown += [own[key] for own in metrics["per_class"].values() for key in of_class]
     text = environment.get_template("model_card.md.jinja").render(
         about=about,
         run=run,
         files=[*files, "README.md"],
         difference=difference,
         overall=OVERALL,
+        missing=why_missing(shown)[0],
         loss=loss_words(about["training_options"]),
         evened=weight_for_rare_classes(about["training_options"]),
         counts={side: defaultdict(lambda: "–", own) for side, own in counts.items()},
@@ -93,7 +98,3 @@ def model_card(
 def _cell(text: str) -> str:
     """Text that stays one cell of a Markdown table, whatever it holds."""
     return " ".join(re.sub(r"([\\|`*_<>\[\]])", r"\\\1", printable(text)).split())
-
-
-def _interval(entry: Mapping[str, Any], in_percent: bool) -> str:
-    return with_interval(entry, 100, 1) if in_percent else with_interval(entry, 1, 3)

@@ -32,6 +32,7 @@ from evaluation.run_folder import (
     read_run_folder,
     weight_for_rare_classes,
 )
+from evaluation.tables import OVERALL, PER_CLASS, why_missing
 
 FIGURES = (
     "learning_loss", "learning_accuracy", "confusion_matrix", "roc", "precision_recall", "calibration",
@@ -158,7 +159,9 @@ def page(
         contents=_contents(run),
         notes=report_text.notes(run),
         measures=report_tables.measures(run),
+        measures_missing=" ".join(why_missing(run.metrics[key] for key in OVERALL)),
         images=report_tables.images_table(run),
+        evaluated=report_tables.evaluated(run),
         facts=report_tables.facts(run, trained_with),
         changed=report_tables.options_table(run, changed) if changed else None,
         options=report_tables.options_table(run),
@@ -219,10 +222,8 @@ def _curves_caption(run: RunFolder) -> str:
 
 def _per_class_caption(run: RunFolder) -> str:
     unit = run.metrics["interval"]["unit"]
-    return (
-        f"Each class against the rest, with 95 % intervals over {unit}s. – : undefined. "
-        "每个类别对其余类别；– 表示无定义。"
-    )
+    en, zh = why_missing(own[key] for own in run.metrics["per_class"].values() for key in PER_CLASS)
+    return f"Each class against the rest, with 95 % intervals over {unit}s. {en} 每个类别对其余类别。{zh}"
 
 
 def _font_css(html: str) -> str:

@@ -16,7 +16,7 @@ from evaluation.run_folder import (
     weight_for_rare_classes,
     which_epoch,
 )
-from evaluation.tables import OVERALL, PER_CLASS
+from evaluation.tables import OVERALL, PER_CLASS, number
 
 Table = dict[str, Sequence[Any]]  # "header" (may be empty) and "rows"
 _HISTORY = {
@@ -27,18 +27,6 @@ _HISTORY = {
     "val_balanced_acc": "Validation balanced accuracy (%)",
     "val_macro_f1": "Validation macro-F1 (%)",
 }
-
-
-def number(entry: Mapping[str, Any], in_percent: bool) -> tuple[str, str]:
-    """The value and its interval as words; "–" and "" where there is none."""
-    if entry["value"] is None:
-        return "–", ""
-    factor, form = (100, ".1f") if in_percent else (1, ".3f")
-    unit = " %" if in_percent else ""
-    value = f"{factor * entry['value']:{form}}{unit}"
-    if entry["low"] is None:
-        return value, ""
-    return value, f"{factor * entry['low']:{form}} to {factor * entry['high']:{form}}{unit}"
 
 
 def measures(run: RunFolder) -> Table:
@@ -84,28 +72,49 @@ def _range(counts: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
-    config, o = run.config, trained_with
+def evaluated(run: RunFolder) -> Table | None:
+    """On which images finished models were evaluated, and by what; None for other kinds."""
+    if run.kind != EVALUATION:
+        return None
+    return {"header": [], "rows": _images(run.config) + _program(run.config)}
+
+
+def _images(config: Mapping[str, Any]) -> list[list[str]]:
     rows = [["Images 图像", f"{config['data_dir']}, fingerprint {config['dataset_fingerprint'][:16]}"]]
+    patients = config.get("group_pattern") or config.get("groups_file")
+    return [*rows, ["Patients from 患者来源", str(patients)]] if patients else rows
+
+
+def _program(config: Mapping[str, Any]) -> list[list[str]]:
+    versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
+    return [
+        ["Versions 版本", versions],
+        ["Program at commit 程序版本", config.get("git_commit") or "not in a git checkout"],
+    ]
+
+
+def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
+    """How the model came about."""
+    config, o = run.config, trained_with
+    rows = []
     if run.kind == EVALUATION:
         rows.append(["Models 模型", "; ".join(_models(config))])
         rows += [["Trained on 训练图像", o["data_dir"]]] if o else []
         if run.differing:
             words = f"{', '.join(run.differing)}; what is said of training here is the first model's"
             rows.append(["The models differ in 模型的不同之处", words])
-    elif config.get("val_dir"):
-        rows.append(["Validation 验证", str(config["val_dir"])])
     else:
-        how = (
-            f"{config['n_splits']} folds"
-            if run.kind == CROSS_VALIDATION
-            else f"hold-out of {config['val_ratio']:g}"
-        )
-        level = "patient 按患者" if run.by_patient else "image 按图像"
-        rows.append(["Split 划分", f"{how}, stratified, by {level}, seed {config['random_state']}"])
-    patients = config.get("group_pattern") or config.get("groups_file")
-    if patients:
-        rows.append(["Patients from 患者来源", str(patients)])
+        rows += _images(config)
+        if config.get("val_dir"):
+            rows.append(["Validation 验证", str(config["val_dir"])])
+        else:
+            how = (
+                f"{config['n_splits']} folds"
+                if run.kind == CROSS_VALIDATION
+                else f"hold-out of {config['val_ratio']:g}"
+            )
+            level = "patient 按患者" if run.by_patient else "image 按图像"
+            rows.append(["Split 划分", f"{how}, stratified, by {level}, seed {config['random_state']}"])
     if o is None:
         rows.append(["Training 训练", "not known: no checkpoint could be read"])
     else:
@@ -127,9 +136,8 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
         rows.append(["Parameters 参数量", f"{config['million_parameters']:.1f} million"])
     if "hardware" in config:
         rows.append(["Hardware 硬件", config["hardware"]])
-    versions = ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())
-    rows.append(["Versions 版本", versions])
-    rows.append(["Program at commit 程序版本", config.get("git_commit") or "not in a git checkout"])
+    if run.kind != EVALUATION:
+        rows += _program(config)
     return {"header": [], "rows": rows}
 
 
@@ -215,7 +223,7 @@ def confusion_table(run: RunFolder) -> Table:
 def per_class_table(run: RunFolder) -> Table:
     rows = []
     for name, own in run.metrics["per_class"].items():
-        cells = [number(own[key], key not in ("roc_auc", "average_precision")) for key in PER_CLASS]
+        cells = [number(own[key], "%" in title) for key, title in PER_CLASS.items()]
         rows.append([name, own["support"], *("\n".join(cell) for cell in cells)])
     titles = ("Sensitivity\n灵敏度", "Specificity\n特异度", "Precision\n精确率", "F1", "ROC-AUC", "AP")
     return {"header": ["Class\n类别", "Images\n图像", *titles], "rows": rows}

@@ -3,8 +3,9 @@
 from typing import Any
 
 from evaluation.model_views import Views
-from evaluation.report_tables import number, plain
+from evaluation.report_tables import plain
 from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder
+from evaluation.tables import number, why_missing
 
 Text = dict[str, str]  # "en" and "zh"
 
@@ -58,9 +59,10 @@ def tested(run: RunFolder) -> str:
 def interval_note(run: RunFolder) -> Text:
     interval = run.metrics["interval"]
     patients = interval["unit"] == "patient"
+    en, zh = why_missing(run.metrics[key] for key, *_ in CARDS)
     return both(
-        f"95 % intervals over {interval['unit']}s.",
-        f"95% 区间按{'患者' if patients else '图像'}计算。",
+        f"95 % intervals over {interval['unit']}s. {en}",
+        f"95% 区间按{'患者' if patients else '图像'}计算。{zh}",
     )
 
 

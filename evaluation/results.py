@@ -11,7 +11,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import lines_of, text_cell, text_of_cell, write_csv, write_json
 from evaluation.metrics import full_metrics
-from evaluation.tables import percent, write_metrics_tables
+from evaluation.tables import OVERALL, number, why_missing, write_metrics_tables
 
 COLUMNS = ("path", "label", "fold", "prediction", "group")
 
@@ -90,8 +90,13 @@ def write_results(output_dir: Path, predictions: Predictions, name: str) -> dict
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The few numbers a person wants first, with their intervals, in percent."""
+    """The few numbers a person wants first, with their intervals."""
     shown = ("accuracy", "balanced_accuracy", "macro_f1", "macro_roc_auc")
-    unit = metrics["interval"]["unit"]
-    cells = [f"{key.replace('_', ' ')} {percent(metrics[key])}" for key in shown]
-    return f"{', '.join(cells)} (95 % intervals over {unit}s)"
+    cells = []
+    for key in shown:
+        name, is_percent, _ = OVERALL[key].partition(" (%)")
+        value, interval = number(metrics[key], bool(is_percent))
+        cells.append(f"{name[0].lower()}{name[1:]} {value}{f' ({interval})' if interval else ''}")
+    missing, _ = why_missing(metrics[key] for key in shown)
+    about = f"95 % intervals over {metrics['interval']['unit']}s"
+    return f"{', '.join(cells)} ({'. '.join(filter(None, [about, missing]))})"

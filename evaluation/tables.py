@@ -1,6 +1,6 @@
 """Tables ready to paste: LaTeX (booktabs) and CSV."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ OVERALL = {
     "accuracy": "Accuracy (%)",
     "balanced_accuracy": "Balanced accuracy (%)",
     "macro_f1": "Macro-F1 (%)",
-    "macro_roc_auc": "Macro ROC-AUC (%)",
-    "macro_average_precision": "Macro average precision (%)",
+    "macro_roc_auc": "Macro ROC-AUC",
+    "macro_average_precision": "Macro average precision",
     "mcc": "MCC",
     "cohen_kappa": "Cohen's kappa",
     "nll": "NLL (nats)",
@@ -19,10 +19,10 @@ OVERALL = {
     "ece": "ECE",
 }
 PER_CLASS = {
-    "sensitivity": "Sensitivity",
-    "specificity": "Specificity",
-    "precision": "Precision",
-    "f1": "F1",
+    "sensitivity": "Sensitivity (%)",
+    "specificity": "Specificity (%)",
+    "precision": "Precision (%)",
+    "f1": "F1 (%)",
     "roc_auc": "ROC-AUC",
     "average_precision": "AP",
 }
@@ -48,16 +48,45 @@ def latex(text: str) -> str:
 
 def percent(entry: Mapping[str, Any]) -> str:
     """The like of 87.0 (85.1 to 88.9) from an interval entry of fractions; "–" where undefined."""
-    return with_interval(entry, 100, 1)
+    return with_interval(entry, "%")
 
 
-def with_interval(entry: Mapping[str, Any], factor: float, digits: int) -> str:
+def with_interval(entry: Mapping[str, Any], title: str) -> str:
+    """In percent where the title of the measure says so, else the like of 0.870 (0.851 to 0.889)."""
     if entry["value"] is None:
         return "–"
-    value = f"{factor * entry['value']:.{digits}f}"
+    factor, form = (100, ".1f") if "%" in title else (1, ".3f")
+    value = f"{factor * entry['value']:{form}}"
     if entry["low"] is None:
         return value
-    return f"{value} ({factor * entry['low']:.{digits}f} to {factor * entry['high']:.{digits}f})"
+    return f"{value} ({factor * entry['low']:{form}} to {factor * entry['high']:{form}})"
+
+
+def number(entry: Mapping[str, Any], in_percent: bool) -> tuple[str, str]:
+    """The value and its interval as words; "–" and "" where there is none."""
+    if entry["value"] is None:
+        return "–", ""
+    factor, form = (100, ".1f") if in_percent else (1, ".3f")
+    unit = " %" if in_percent else ""
+    value = f"{factor * entry['value']:{form}}{unit}"
+    if entry["low"] is None:
+        return value, ""
+    return value, f"{factor * entry['low']:{form}} to {factor * entry['high']:{form}}{unit}"
+
+
+def why_missing(entries: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """Why some of these interval entries have no value, or no interval, in English and in Chinese; empty
+    where none lacks either.
+    """
+    entries = list(entries)
+    en, zh = [], []
+    if any(entry["value"] is None for entry in entries):
+        en.append("–: undefined, for want of images, or of predictions, of a class.")
+        zh.append("–：缺少某类的图像或预测，无定义。")
+    if any(entry["value"] is not None and entry["low"] is None for entry in entries):
+        en.append("No interval where all resamples agree, as when all images are right, or none.")
+        zh.append("所有重抽样得到同一数值（如全部正确或全部错误）时没有区间。")
+    return " ".join(en), "".join(zh)
 
 
 def tabular(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,7 +116,9 @@ def write_latex(path: Path, *blocks: str) -> None:
 
 
 def write_metrics_tables(output_dir: Path, metrics: Mapping[str, Any]) -> None:
-    """metrics_table.csv (one number per row, fractions) and metrics_table.tex (overall, then per class)."""
+    """metrics_table.csv (one number per row, fractions) and metrics_table.tex (overall, then per class, then
+    why something is missing).
+    """
     long = [["all", key, metrics[key]] for key in OVERALL]
     long += [[name, key, own[key]] for name, own in metrics["per_class"].items() for key in PER_CLASS]
     write_csv(
@@ -98,17 +129,16 @@ def write_metrics_tables(output_dir: Path, metrics: Mapping[str, Any]) -> None:
             for name, key, entry in long
         ],
     )
-    overall = [
-        [title, percent(metrics[key]) if "%" in title else with_interval(metrics[key], 1, 3)]
-        for key, title in OVERALL.items()
-    ]
+    overall = [[title, with_interval(metrics[key], title)] for key, title in OVERALL.items()]
     by_class = [
-        [name, str(own["support"]), *(percent(own[key]) for key in PER_CLASS)]
+        [name, str(own["support"]), *(with_interval(own[key], title) for key, title in PER_CLASS.items())]
         for name, own in metrics["per_class"].items()
     ]
+    missing, _ = why_missing(entry for _, _, entry in long)
     unit = metrics["interval"]["unit"]
     write_latex(
         output_dir / "metrics_table.tex",
         tabular([f"{metrics['n_images']} images", f"value (95 % interval over {unit}s)"], overall),
-        tabular(["Class", "n", *(f"{title} (%)" for title in PER_CLASS.values())], by_class),
+        tabular(["Class", "n", *PER_CLASS.values()], by_class),
+        *([latex(missing)] if missing else []),
     )

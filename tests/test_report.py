@@ -222,6 +222,9 @@ def test_the_page_says_the_numbers(runs, kind):
     assert f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f} %" in text
     assert "33.3 % accuracy of always answering" in text  # three classes of eight images
     assert "24 images of 12 patients" in text and "intervals over patients" in text
+    assert "No interval" not in text and "undefined" not in text
+    auc = f"{metrics['macro_roc_auc']['value']:.3f}"
+    assert f"Macro ROC-AUC {auc}" in text and f"macro ROC-AUC {auc} (" in text  # of the table and CLAIM
     for name in CHINESE:
         assert name in text
     assert f"{metrics['calibration']['temperature_scaling']['nll_after']:.3f}" in text
@@ -343,6 +346,10 @@ def test_what_is_missing_is_said(run, tmp_path):
     record = json.loads((run / "config.json").read_text())
     shutil.copytree(record["data_dir"], tmp_path / "data")
     (tmp_path / "data" / "正常" / "P00_0.png").unlink()
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["macro_roc_auc"] |= {"low": None, "high": None}
+    metrics["per_class"]["正常"]["precision"] = dict.fromkeys(("value", "low", "high", "method"))
+    write_json(run / "metrics.json", metrics)
     write_json(run / "config.json", record | {"data_dir": str(tmp_path / "data")})
     (run / "checkpoint_latest.pth").unlink()
     write_report(run)
@@ -351,6 +358,8 @@ def test_what_is_missing_is_said(run, tmp_path):
     assert "checkpoint_latest.pth does not exist" in page.text
     assert "There is no data_check.json" in page.text
     assert "The map could not be drawn" in page.text
+    assert page.text.count("No interval where all resamples") == 3  # under the cards, all measures, and CLAIM
+    assert page.text.count("–: undefined") == 1  # under the classes
     assert len(page.pictures("image/jpeg")) == 2  # the pictures that are left, without heat maps
     assert not (run / "figures" / "embedding_map.png").exists()  # that of the report before
 
@@ -389,6 +398,9 @@ def test_an_evaluation_on_the_training_images_is_named(runs, tmp_path):
     assert "None of these images is, by its pixels, one that a model was trained" in text
     assert "the data are external is for the authors" in text
     assert "mean of 2 models" in text and "Learning curves" not in text
+    what, how = text.index("What was evaluated"), text.index("How the model was made")
+    assert what < text.index("fingerprint 0123456789abcdef") < text.index("Patients from") < how
+    assert how < text.index("model.pth") and text.count("Versions 版本") == 1
     run = Path(shutil.copytree(runs["evaluation"], tmp_path / "copy"))
     record = json.loads((run / "config.json").read_text())
     write_json(run / "config.json", record | {"n_known_images": 1})

@@ -93,7 +93,25 @@ def test_tables_hold_every_number_with_its_interval(tmp_path):
     tex = (tmp_path / "metrics_table.tex").read_text(encoding="utf-8")
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == tex.count(r"\toprule") == 2
     assert percent(metrics["accuracy"]) in tex and "正常" in tex
-    assert "patient" in headline(metrics) and percent(metrics["balanced_accuracy"]) in headline(metrics)
+    assert f"Macro ROC-AUC & {metrics['macro_roc_auc']['value']:.3f} (" in tex
+    assert f"macro ROC-AUC {metrics['macro_roc_auc']['value']:.3f} (" in headline(metrics)
+    assert "No interval" not in tex + headline(metrics) and "undefined" not in tex + headline(metrics)
+    accuracy = metrics["balanced_accuracy"]
+    said = f"balanced accuracy {100 * accuracy['value']:.1f} % ({100 * accuracy['low']:.1f} to "
+    assert "patient" in headline(metrics) and said in headline(metrics)
+
+
+def test_why_an_interval_or_a_value_is_missing_is_said_once(tmp_path):
+    perfect = made_up(skill=50.0)
+    metrics = write_results(tmp_path, perfect, "predictions.csv")
+    tex = (tmp_path / "metrics_table.tex").read_text(encoding="utf-8")
+    for text in (tex, headline(metrics)):
+        assert text.count("No interval where all resamples agree") == 1
+        assert "undefined" not in text
+    of_one_class = Predictions(perfect.classes, perfect.paths, np.zeros(60, int), perfect.probs)
+    metrics = write_results(tmp_path, of_one_class, "predictions.csv")
+    tex = (tmp_path / "metrics_table.tex").read_text(encoding="utf-8")
+    assert tex.count("–: undefined, for want of images") == headline(metrics).count("–: undefined") == 1
 
 
 def test_percent():
