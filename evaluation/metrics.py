@@ -48,8 +48,9 @@ per_class                 {name: {...}}, each class against the rest
 confusion_matrix          C x C counts: a row per true class, a column per predicted class
 
 calibration
-  bins                    [{"mean_confidence", "accuracy", "count"}, ...] by rising confidence: at most 15, of
-                          equal counts as far as equal confidences, which share a bin, allow
+  bins                    [{"mean_confidence", "accuracy", "count"}, ...] by rising confidence: at most 15, no
+                          more than leave 10 images for each, and of equal counts as far as equal
+                          confidences, which share a bin, allow
   temperature_scaling     null where all images are in one part, else
     temperature           fitted on all images, for use on new ones
     nll_before, nll_after, ece_before, ece_after, brier_before, brier_after

@@ -42,10 +42,12 @@ def test_bins_are_ordered_and_keep_ties_together(numbers):
         assert bins[i] == bins[j] if confidence[i] == confidence[j] else bins[i] <= bins[j]
 
 
-@pytest.mark.parametrize("n", [1, 7, 15, 16, 100, 1000])
-def test_bins_have_equal_counts_without_ties(n):
+@pytest.mark.parametrize(
+    ("n", "n_bins"), [(1, 1), (7, 1), (19, 1), (20, 2), (39, 3), (149, 14), (150, 15), (1000, 15)]
+)
+def test_bins_have_equal_counts_of_ten_at_least_without_ties(n, n_bins):
     counts = np.bincount(adaptive_bins(np.random.RandomState(n).rand(n)))
-    assert len(counts) == min(n, 15)
+    assert len(counts) == n_bins
     assert np.ptp(counts) <= 1
 
 
@@ -59,15 +61,16 @@ def test_ece_by_hand():
     assert high == pytest.approx({"mean_confidence": 0.9, "accuracy": 0.75, "count": 20})
 
 
-def test_ece_of_distinct_confidences_equals_a_plain_loop():
-    logits, labels = calibrated(997)
+@pytest.mark.parametrize(("n", "n_bins"), [(9, 1), (57, 5), (997, 15)])
+def test_ece_of_distinct_confidences_equals_a_plain_loop(n, n_bins):
+    logits, labels = calibrated(n)
     probs = softmax(2 * logits, axis=1)
     order = np.argsort(probs.max(1))
     expected = 0.0
-    for b in range(15):  # image of rank k is in bin floor(15 k / N)
-        inside = [image for rank, image in enumerate(order) if rank * 15 // 997 == b]
+    for b in range(n_bins):  # image of rank k is in bin floor(B k / N)
+        inside = [image for rank, image in enumerate(order) if rank * n_bins // n == b]
         expected += abs((probs[inside].argmax(1) == labels[inside]).sum() - probs[inside].max(1).sum())
-    assert ece(probs, labels) == pytest.approx(expected / 997)
+    assert ece(probs, labels) == pytest.approx(expected / n)
 
 
 def test_ece_is_near_0_for_calibrated_and_large_for_overconfident_probabilities():
