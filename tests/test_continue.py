@@ -45,7 +45,8 @@ def two_entries(class_folder, tmp_path_factory, quick_report):
 
 def test_finished_entries_are_passed_over_and_ranked_with_paired_tests(two_entries, capsys):
     assert compare(two_entries / "data", two_entries / "out", two_entries / "entries.json") == 0
-    assert capsys.readouterr().out.count("finished already") == 2
+    said = capsys.readouterr().out
+    assert said.count("finished already") == 2 and "\nlast epoch, percent\n" in said
     comparison = json.loads((two_entries / "out" / "comparison.json").read_text("utf-8"))
     assert len(comparison["pairs"]) == 1 and comparison["pairs"][0]["n_images"] > 0
     assert (two_entries / "out" / "02_unnamed").is_dir()

@@ -544,6 +544,7 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
     assert main(command) == 1
     output = capsys.readouterr().out
     assert output.count("finished already") == 2 and "needs a multiple of 32" in output
+    assert "last epoch, mean ± sample standard deviation over folds, percent" in output
     board = json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))
     assert [row["status"] for row in board] == ["finished", "finished", "failed"]
     assert [row["rank"] for row in board] == [1, 2, None]

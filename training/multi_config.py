@@ -342,7 +342,8 @@ def _mean_std(row: Mapping[str, Any], key: str) -> str:
 
 
 def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> None:
-    print("\nlast epoch, mean ± sample standard deviation over folds, percent")
+    over_folds = any(row["val_acc_std_sample"] is not None for row in ranked)
+    print(f"\nlast epoch{', mean ± sample standard deviation over folds' * over_folds}, percent")
     print(
         f"{'rank':>4}  "
         + "  ".join(f"{title:>14}" for title in SHOWN.values())
