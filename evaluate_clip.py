@@ -136,7 +136,8 @@ def match_classes(
     counts = np.bincount(folder.labels, minlength=len(folder.classes))
     for name, n in zip(folder.classes, counts, strict=True):
         if name in extra:
-            print(f"note: the folder {name!r} is no class of the model; its {n} images are left out")
+            are = number(n, "image is", "images are")
+            print(f"note: the folder {name!r} is no class of the model; its {are} left out")
         elif ours_of[name] != name:
             print(f"note: the folder {name!r} is taken for the class {ours_of[name]!r}")
     absent = [name for name in classes if name not in ours_of.values()]
@@ -229,7 +230,8 @@ def evaluate(typed: Sequence[str]) -> int:
         write_csv(output_dir / KNOWN_IMAGES, ["path"], [[path_cell(path)] for path in known])
     metrics = write_results(output_dir, predictions, "predictions.csv")
     share = 100 * np.bincount(predictions.labels).max() / len(predictions.labels)
-    print(f"{len(predictions.paths)} images, {share:.1f} % of the most frequent class: {headline(metrics)}")
+    n = number(len(predictions.paths), "image", "images")
+    print(f"{n}, {share:.1f} % of the most frequent class: {headline(metrics)}")
     write_report(output_dir)
     print_files(output_dir)
     return 0
@@ -273,9 +275,9 @@ def known_findings(
         for why, of in silent.items()
     ]
     message = (
-        f"of {n_images} images {number(len(known), 'was', 'were')} used to train or validate a model, so "
-        f"what follows is too good; {KNOWN_IMAGES} names them; remove them from the folder, or take the "
-        "honest numbers from the run's own metrics.json"
+        f"of {number(n_images, 'image', 'images')} {number(len(known), 'was', 'were')} used to train or "
+        f"validate a model, so what follows is too good; {KNOWN_IMAGES} names them; remove them from the "
+        "folder, or take the honest numbers from the run's own metrics.json"
     )
     return [finding("danger", "known_to_model", message, known), *unknown] if known else unknown
 

@@ -156,9 +156,8 @@ def print_summary(
     arguments: argparse.Namespace, images: "ImageList", classes: Sequence[str], tally: "Tally"
 ) -> None:
     n, n_good = len(images.names), int(tally.counts.sum())
-    print(
-        f"\npredicted {n_good:,} of {n:,} images in {tally.seconds:.1f} s ({n / tally.seconds:.0f} images/s)"
-    )
+    of = f"{n:,} image{'s' * (n != 1)}"
+    print(f"\npredicted {n_good:,} of {of} in {tally.seconds:.1f} s ({n / tally.seconds:.0f} images/s)")
     for name, count, confidence in zip(classes, tally.counts, tally.confidences, strict=True):
         mean = f"  mean probability {confidence / count:.3f}" if count else ""
         print(f"  {count:8,}  {100 * count / max(1, n_good):5.1f} %  {name}{mean}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import number
 from evaluation.results import headline
 from evaluation.run_folder import (
     CROSS_VALIDATION,
@@ -97,11 +98,11 @@ def claim_items(run: RunFolder, trained_with: Mapping[str, Any] | None, n_mistak
 def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
     config, metrics = run.config, run.metrics
     per_class = config["images_per_class"]
-    total = f"{sum(per_class.values())} images of {len(per_class)} classes"
+    total = f"{number(sum(per_class.values()), 'image', 'images')} of {len(per_class)} classes"
     counts = ", ".join(f"{name} {n}" for name, n in per_class.items())
     n_groups = metrics["n_groups"]
-    patients = f" of {n_groups} patients" if n_groups else ""
-    tested = f"{metrics['n_images']} images{patients}"
+    patients = f" of {number(n_groups, 'patient', 'patients')}" if n_groups else ""
+    tested = f"{number(metrics['n_images'], 'image', 'images')}{patients}"
     unreadable = (
         "Images that cannot be read were left out (--skip-unreadable)."
         if config.get("skip_unreadable")

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from common.errors import number
 from evaluation.model_views import Views
 from evaluation.report_tables import plain
 from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder
-from evaluation.tables import number, why_missing
+from evaluation.tables import value_and_interval, why_missing
 
 Text = dict[str, str]  # "en" and "zh"
 
@@ -37,7 +38,7 @@ def both(en: str, zh: str) -> Text:
 def cards(run: RunFolder) -> list[dict[str, Any]]:
     made = []
     for key, en, zh in CARDS:
-        value, below = number(run.metrics[key], key in _IN_PERCENT)
+        value, below = value_and_interval(run.metrics[key], key in _IN_PERCENT)
         made.append({**both(en, zh), "value": value, "below": below or "no interval 无区间", "plain": False})
     name, share = run.baseline()
     made.append(
@@ -53,7 +54,8 @@ def cards(run: RunFolder) -> list[dict[str, Any]]:
 
 def tested(run: RunFolder) -> str:
     groups = run.metrics["n_groups"]
-    return f"{run.metrics['n_images']} images" + (f" of {groups} patients" if groups else "")
+    of = f" of {number(groups, 'patient', 'patients')}" if groups else ""
+    return number(run.metrics["n_images"], "image", "images") + of
 
 
 def interval_note(run: RunFolder) -> Text:

@@ -11,7 +11,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import lines_of, text_cell, text_of_cell, write_csv, write_json
 from evaluation.metrics import full_metrics
-from evaluation.tables import OVERALL, number, why_missing, write_metrics_tables
+from evaluation.tables import OVERALL, value_and_interval, why_missing, write_metrics_tables
 
 COLUMNS = ("path", "label", "fold", "prediction", "group")
 
@@ -95,7 +95,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     cells = []
     for key in shown:
         name, is_percent, _ = OVERALL[key].partition(" (%)")
-        value, interval = number(metrics[key], bool(is_percent))
+        value, interval = value_and_interval(metrics[key], bool(is_percent))
         cells.append(f"{name[0].lower()}{name[1:]} {value}{f' ({interval})' if interval else ''}")
     missing, _ = why_missing(metrics[key] for key in shown)
     about = f"95 % intervals over {metrics['interval']['unit']}s"

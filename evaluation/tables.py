@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import number
 from common.files import text_cell, write_csv, write_whole
 
 OVERALL = {
@@ -62,7 +63,7 @@ def with_interval(entry: Mapping[str, Any], title: str) -> str:
     return f"{value} ({factor * entry['low']:{form}} to {factor * entry['high']:{form}})"
 
 
-def number(entry: Mapping[str, Any], in_percent: bool) -> tuple[str, str]:
+def value_and_interval(entry: Mapping[str, Any], in_percent: bool) -> tuple[str, str]:
     """The value and its interval as words; "–" and "" where there is none."""
     if entry["value"] is None:
         return "–", ""
@@ -135,10 +136,10 @@ def write_metrics_tables(output_dir: Path, metrics: Mapping[str, Any]) -> None:
         for name, own in metrics["per_class"].items()
     ]
     missing, _ = why_missing(entry for _, _, entry in long)
-    unit = metrics["interval"]["unit"]
+    n, unit = number(metrics["n_images"], "image", "images"), metrics["interval"]["unit"]
     write_latex(
         output_dir / "metrics_table.tex",
-        tabular([f"{metrics['n_images']} images", f"value (95 % interval over {unit}s)"], overall),
+        tabular([n, f"value (95 % interval over {unit}s)"], overall),
         tabular(["Class", "n", *PER_CLASS.values()], by_class),
         *([latex(missing)] if missing else []),
     )

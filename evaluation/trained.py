@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from common.device import choose_hardware
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, number
 from common.files import BEST, find_checkpoints
 from evaluation.checkpoints import NOT_FOR_USE, read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip
@@ -108,7 +108,8 @@ def load_models(
     found = [file for path in checkpoints for file in find_checkpoints(path)]
     files = list({file.resolve(): file for file in found}.values())
     if len(files) < len(found):
-        print(f"note: {len(found) - len(files)} checkpoints are given twice and count once")
+        twice = number(len(found) - len(files), "checkpoint is", "checkpoints are")
+        print(f"note: {twice} given twice and counted once")
     models, autocasts, told = [], [], set()
     for file in files:
         trained = load_trained(file, choose_hardware(gpu_id, False).device, with_text=texts is not None)

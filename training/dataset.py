@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, shorten
+from common.errors import UserError, number, shorten
 from data.cache import cache_dir_of, inspect_cached
 from data.findings import quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
@@ -175,7 +175,7 @@ def read_images(
                 f"{len(bad)} of {len(files)} images cannot be read:\n{listing}\n"
                 "mend or remove them, or leave them out with --skip-unreadable"
             )
-        print(f"note: left out {len(bad)} unreadable images:\n{listing}")
+        print(f"note: left out {number(len(bad), 'unreadable image', 'unreadable images')}:\n{listing}")
     n_own = len(folder.paths)
     if bad:
         if patients is not None:
@@ -196,7 +196,7 @@ def read_images(
     held = "read again every epoch"
     if inspection.squares is not None:
         held = "in the cache" if isinstance(inspection.squares.array, np.memmap) else "kept in memory"
-    print(f"read {len(files)} images in {time.monotonic() - started:.1f} s, {held}")
+    print(f"read {number(len(files), 'image', 'images')} in {time.monotonic() - started:.1f} s, {held}")
     return DataSet(
         folder, val_folder, files, labels, inspection, patients, merge_groups(inspection.digests, patients),
         fingerprint(folder, own) + (fingerprint(val_folder, other) if val_folder else ""),
