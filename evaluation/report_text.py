@@ -6,7 +6,7 @@ from common.errors import number
 from evaluation.model_views import Views
 from evaluation.report_tables import plain
 from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder
-from evaluation.tables import value_and_interval, why_missing
+from evaluation.tables import OVERALL, value_and_interval, why_missing
 
 Text = dict[str, str]  # "en" and "zh"
 
@@ -21,7 +21,6 @@ CARDS = (
     ("macro_f1", "Macro-F1", "宏平均 F1"),
     ("macro_roc_auc", "Macro ROC-AUC", "宏平均 AUC"),
 )
-_IN_PERCENT = ("accuracy", "balanced_accuracy", "macro_f1")
 LEVELS = {"danger": "danger 危险", "warning": "warning 警告", "note": "note 提示"}
 STATUS = {
     "answered": "run 由运行给出",
@@ -38,7 +37,7 @@ def both(en: str, zh: str) -> Text:
 def cards(run: RunFolder) -> list[dict[str, Any]]:
     made = []
     for key, en, zh in CARDS:
-        value, below = value_and_interval(run.metrics[key], key in _IN_PERCENT)
+        value, below = value_and_interval(run.metrics[key], "%" in OVERALL[key])
         made.append({**both(en, zh), "value": value, "below": below or "no interval 无区间", "plain": False})
     name, share = run.baseline()
     made.append(
