@@ -99,7 +99,7 @@ def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: f
         return f"what is finished is saved, and the same command{once_more} continues"
     latest = Path(config.output_dir) / LATEST
     if latest.exists() and (config.resume_from or latest.stat().st_mtime >= started):
-        if given.get("resume_from") in ("auto", str(latest)):
+        if given.get("resume_from") in ("auto", str(latest), config.output_dir):
             return f"what was trained is saved, and the same command{once_more} continues"
         return f"what was trained is saved; to go on, the same command{once_more}, and --resume-from {latest}"
     return "nothing was saved yet, so there is nothing to resume from"

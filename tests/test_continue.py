@@ -157,6 +157,7 @@ def test_what_a_checkpoint_does_not_fit_is_said_before_images_are_read(
     write_file(tmp_path / "fold.pth", fold)
     cases.append(([], finished / "checkpoint_best.pth", "holds a model for use"))
     cases.append(([], tmp_path / "fold.pth", "is of a fold"))
+    cases.append(([], tmp_path, "is a folder without a checkpoint_latest.pth; give a run's folder"))
     for flags, checkpoint, message in cases:
         assert train(class_folder, tmp_path / "out", "--resume-from", checkpoint, *flags) == 2
         streams = capsys.readouterr()
@@ -164,7 +165,7 @@ def test_what_a_checkpoint_does_not_fit_is_said_before_images_are_read(
 
 
 def test_a_run_resumed_in_another_folder_brings_its_best_epoch(class_folder, finished, tmp_path):
-    flags = ["--resume-from", finished / "checkpoint_latest.pth", "--epochs", 4]
+    flags = ["--resume-from", finished, "--epochs", 4]  # the run's folder stands for its latest
     assert train(class_folder, tmp_path / "out", *flags, "--group-pattern", r"^(P\d+)_") == 0
     best = (finished / "checkpoint_best.pth").read_bytes()
     assert (tmp_path / "out" / "checkpoint_best.pth").read_bytes() == best
@@ -199,17 +200,18 @@ def test_a_run_that_is_ended_where_it_stands_leaves_a_model_that_knows_it(class_
 
 
 def test_results_of_the_shorter_run_do_not_lie_beside_the_longer_ones_weights(
-    class_folder, finished, tmp_path, monkeypatch
+    class_folder, finished, tmp_path, monkeypatch, capsys
 ):
-    shutil.copytree(finished, tmp_path / "out")
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("training.run.write_results", killed)
-    latest = tmp_path / "out" / "checkpoint_latest.pth"
-    assert train(class_folder, tmp_path / "out", "--resume-from", latest, "--epochs", 5) == 130
-    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert train(class_folder, out, "--resume-from", out, "--epochs", 5) == 130
+    assert "saved, and the same command continues" in capsys.readouterr().err
+    left = {path.name for path in out.iterdir()}
     assert not left & {"metrics.json", "predictions.csv", "report.html"} and "checkpoint_latest.pth" in left
 
 

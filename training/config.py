@@ -248,7 +248,7 @@ class Config:
     resume_from: str | None = option(
         None,
         "other",
-        "checkpoint to continue from; auto: the one in --output-dir, where there is one",
+        "checkpoint to continue from, or its run's folder; auto: the one in --output-dir, where there is one",
         on_resume="free",
     )
     save_every_minutes: float = option(

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from common.distributed import n_processes
 from common.errors import UserError, first_line
-from common.files import BEST, LATEST, PREVIOUS, whole_file, write_json
+from common.files import BEST, LATEST, PREVIOUS, saved_in, whole_file, write_json
 from evaluation.checkpoints import (
     FORMAT,
     NOT_FOR_USE,
@@ -235,10 +235,17 @@ def keep_frozen_towers(folder: Path, model: CLIPModel) -> dict[str, str]:
 
 
 def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str, Any], Path]:
-    """The checkpoint to go on from and its file: `path`, or where that is damaged or gone, the one before it.
+    """The checkpoint to go on from and its file: `path`, or the latest in that folder; or where it is damaged
+    or gone, the one before it.
 
     Raises UserError when neither can be used.
     """
+    path = saved_in(path) or path
+    if path.is_dir():
+        raise UserError(
+            f"{option} {path} is a folder without a {LATEST}; give a run's folder or that file in it. A "
+            "cross-validation, or several configurations, go on when their own command is given again"
+        )
     previous = path.with_name(PREVIOUS)
     can_fall_back = path.name == LATEST and previous.exists()
     anew = "give another one, or start anew in another folder or with --overwrite"
