@@ -1,5 +1,6 @@
 """What may go on in a folder that holds something already, and what is refused; each through main()."""
 
+import contextlib
 import json
 import os
 import resource
@@ -390,6 +391,40 @@ def test_folds_that_start_together_with_other_options_are_not_mixed(
     before = (out / "config.json").read_bytes(), (out / "splits.json").read_bytes()
     assert train(class_folder, out, *flags, "--fold", 2) == 0
     assert before == ((out / "config.json").read_bytes(), (out / "splits.json").read_bytes())
+
+
+@pytest.mark.parametrize("moment", ["once its splits are read", "before its fold is locked"])
+def test_a_folder_that_another_run_has_taken_is_left_to_it(
+    class_folder, tmp_path, monkeypatch, capsys, moment
+):
+    """A single run replaces the beginning of a cross-validation, which no checkpoint or lock keeps yet."""
+    out, flags = tmp_path / "out", ["--epochs", 1, "--use-cv", "--n-splits", 2]
+    locked, files = cross_validation.locked, {}
+
+    def take_it(*_):
+        monkeypatch.undo()
+        assert train(class_folder, out, "--epochs", 1) == 0
+        files.update({file: file.read_bytes() for file in out.rglob("*") if file.name != ".lock"})
+
+    @contextlib.contextmanager
+    def locking(folder, wait=False):
+        with locked(folder, wait):
+            yield
+        take_it()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    if moment == "once its splits are read":  # by a job that goes on with what another had begun
+        monkeypatch.setattr(cross_validation, "train_on_split", killed)
+        assert train(class_folder, out, *flags) == 130
+        monkeypatch.setattr(cross_validation, "print_findings", take_it)
+    else:
+        monkeypatch.setattr(cross_validation, "locked", locking)
+    assert train(class_folder, out, *flags) == 2
+    error = capsys.readouterr().err
+    assert "holds a run with other options" in error or "taken by another run" in error
+    assert all(file.read_bytes() == content for file, content in files.items()) and files
 
 
 def test_folds_of_two_splits_make_no_summary(class_folder, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """k-fold cross-validation: every image predicted once, by the model that did not train on it."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 
 from common.device import choose_hardware
 from common.distributed import begun, first_here_first, is_main, of_the_first, wait_for_all
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
 from common.files import MOST_OF_SPLITS, PREVIOUS, read_json, saved_in, write_json
 from data.findings import print_findings
 from data.scan import nfc
@@ -94,12 +95,12 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     print_findings(findings)
     refuse_full_disk(output_dir, model, config)  # once more: decoded images may be kept on the same disk
     wait_for_all()  # the first process changes the folder, in which the others have looked
-    frozen = {}
+    frozen, begun_as = {}, b""
     if is_main():
         with locked(output_dir, wait=True):  # jobs of other folds may be starting too
-            if not going_on and continues(output_dir, config, texts):  # or have started since
-                going_on = True
-                splits = stored_splits(splits_file, data) if splits_file.exists() else splits
+            before, going_on = going_on, continues(output_dir, config, texts)  # or have started since
+            if going_on and not before and splits_file.exists():
+                splits = stored_splits(splits_file, data)
             prepare_output_folder(output_dir, config.overwrite)
             if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
                 of_all_folds = dataclasses.replace(config, fold=None)
@@ -110,11 +111,16 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             write_json(output_dir / "data_check.json", {"findings": findings})
             frozen = keep_frozen_towers(output_dir, model)
             begun()
+            begun_as = (output_dir / "config.json").read_bytes()
     for number, split in enumerate(splits, 1):
         if config.fold not in (None, number):
             continue
         fold_dir = output_dir / f"fold_{number}"
-        with locked(fold_dir):
+        with contextlib.ExitStack() as until_done:
+            with locked(output_dir, wait=True):  # in which another run may replace what no fold's lock keeps
+                until_done.enter_context(locked(fold_dir))
+                if is_main():
+                    refuse_replaced(output_dir, begun_as)
             # which may have had to write the fold before, or to wait for the lock
             if of_the_first((fold_dir / PREDICTIONS).exists()):
                 print(f"fold {number} of {len(splits)} is finished already")
@@ -154,6 +160,16 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         write_report(output_dir)
     print_files(output_dir)
     print_use(output_dir)
+
+
+def refuse_replaced(output_dir: Path, begun_as: bytes) -> None:
+    """Raises UserError unless the folder's config.json still is what this run began with."""
+    config_file = output_dir / "config.json"
+    if not config_file.exists() or config_file.read_bytes() != begun_as:
+        raise UserError(
+            f"--output-dir {output_dir} was cleared or taken by another run, after this one had begun there; "
+            "give another folder"
+        )
 
 
 def stored_splits(path: Path, data: DataSet) -> list[Split]:
