@@ -43,8 +43,8 @@ fi
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/common/venv.sh"
 ensure_venv requirements.txt
-# for -m and -c, which would else look for this program's packages where the command is given
-of_program() { PYTHONPATH="$here" PYTHONSAFEPATH=1 "$PY" "$@"; }
+# Python code, then its arguments; packages are this program's, not those of the folder where the command is given
+of_program() { "$PY" -c "import sys; sys.path[0] = sys.argv.pop(1); $1" "$here" "${@:2}"; }
 
 demo=0
 if [ -z "$DATA_DIR" ]; then
@@ -53,7 +53,7 @@ if [ -z "$DATA_DIR" ]; then
         demo=1
         DATA_DIR=demo_data_synthetic
         echo "No DATA_DIR and no folder single_label_data in $PWD: training on a demo set of synthetic phantoms."
-        of_program -m data.demo --output "$DATA_DIR"
+        of_program 'from data.demo import main; sys.exit(main())' --output "$DATA_DIR"
         OUTPUT_DIR="${OUTPUT_DIR:-checkpoints/clip_models/demo}"
         TEXT_ENCODER="${TEXT_ENCODER:-bert-tiny-bytes}"
         GROUP_PATTERN="${GROUP_PATTERN:-^(P\\d+)_}"
@@ -103,8 +103,8 @@ if [ "${#gpus[@]}" -eq 1 ]; then
 else
     # What concerns all configurations: "count" checks them and prints their number, "rank" writes the leaderboard.
     configurations() {
-        of_program -c '
-import contextlib, pathlib, sys
+        of_program '
+import contextlib, pathlib
 from common.cli import exit_code_of
 from training.config import make_config, options_from_flags, resolve_auto
 from training.multi_config import print_leaderboard, read_entries, write_leaderboard
