@@ -7,7 +7,6 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.layers import PatchEmbed
 from timm.models import PretrainedCfg
 from torch import nn
 
@@ -166,11 +165,16 @@ def _config(name: str) -> PretrainedCfg:
 
 def _say_what_is_cut(backbone: nn.Module, name: str, img_size: int) -> None:
     """Whole patches may not reach the image's right and lower edge."""
-    embed = getattr(backbone, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad or img_size % embed.patch_size[0] == 0:
+    stem = next((layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d)), None)
+    # a subclass may pad what it is given, and so may the embedding around it
+    if type(stem) is not nn.Conv2d or stem.kernel_size != stem.stride or any(stem.padding):
         return
-    patch = embed.patch_size[0]
+    if getattr(getattr(backbone, "patch_embed", None), "dynamic_img_pad", False):
+        return
+    patch = stem.stride[0]
     below = img_size // patch * patch
+    if below == img_size:
+        return
     near = " or ".join(str(size) for size in (below, below + patch) if size >= LEAST_IMG_SIZE)
     print(
         f"warning: --img-size {img_size}: {name} takes patches of {patch} pixels and leaves out "

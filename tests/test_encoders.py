@@ -246,14 +246,22 @@ def reaches_the_edge(backbone) -> bool:
     return bool(images.grad[..., -1].any() and images.grad[..., -1, :].any())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
-def test_a_size_of_which_patches_leave_out_a_part_is_said(name, capsys):
+@pytest.mark.parametrize(
+    ("name", "patch", "left_out", "near"),
+    [
+        ("vit_tiny_patch16_224", 16, 6, "64 or 80"),
+        ("deit_tiny_patch16_224", 16, 6, "64 or 80"),
+        ("convnext_atto", 4, 2, "68 or 72"),
+    ],
+)
+def test_a_size_of_which_patches_leave_out_a_part_is_said(name, patch, left_out, near, capsys):
     assert not reaches_the_edge(build_image_tower(f"timm:{name}", "none", 70).backbone)
     said = capsys.readouterr().out
-    assert "patches of 16 pixels and leaves out 6 " in said and "such as 64 or 80, shows" in said
+    assert f"patches of {patch} pixels and leaves out {left_out} " in said
+    assert f"such as {near}, shows" in said
 
 
-@pytest.mark.parametrize("name", ["resnet18", "pvt_v2_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "pvt_v2_b0", "tf_efficientnet_b0"])
 def test_of_a_size_of_which_nothing_is_left_out_nothing_is_said(name, capsys):
     assert reaches_the_edge(build_image_tower(f"timm:{name}", "none", 70).backbone)
     assert capsys.readouterr().out == ""
