@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from common.cli import Parser, exit_code_of
+from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError
 from common.files import MOST_WRITTEN_BY_HAND, read_json, unwritable, write_json
-from data.scan import ImageFolder, nfc
-from data.shards import scan_images
-from data.texts import check_template, class_sentences
+
+with imports():
+    from data.scan import ImageFolder, nfc
+    from data.shards import scan_images
+    from data.texts import check_template, class_sentences
 
 DEFAULT_TEMPLATE = "这是一张{class_name}的医学图像"
 EPILOG = """\
@@ -133,7 +133,7 @@ class Session:
     def ask(self, name: str, number: int) -> int:
         """Sentences for one class: +1 to go on with the next one, -1 to go back."""
         n_classes = len(self.folder.classes)
-        n_images = int(np.sum(self.folder.labels == self.folder.classes.index(name)))
+        n_images = int((self.folder.labels == self.folder.classes.index(name)).sum())
         default = self.answers.get(name) or [self.template.format(class_name=name)]
         left = f"classes left after it: {n_classes - number}"
         print(f"\n[{number}/{n_classes}] {name}: {n_images} images; {left}")

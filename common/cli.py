@@ -126,6 +126,17 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
             return 1
 
 
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """Imports at the head of a program, in the block: where a package is missing, the program says so and
+    ends.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(say(RunFailed(not_installed(error))))
+
+
 def not_installed(error: ModuleNotFoundError) -> str:
     return (
         f"the Python at {sys.executable} has no package {error.name!r}; run this with .venv/bin/python, or "

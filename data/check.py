@@ -15,27 +15,29 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
-from common.cli import Parser, exit_code_of
+from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError, number
 from common.files import MOST_OF_SPLITS, read_json, write_json
-from data.findings import (
-    LEVELS,
-    MOST_EXAMPLES,
-    Finding,
-    by_danger,
-    finding,
-    print_findings,
-    quick_findings,
-    sides_of,
-)
-from data.images import Facts, inspect_images
-from data.looks import Look, look_at, near_pairs
-from data.scan import ImageFolder, groups_by_pattern, groups_from_file, merge_groups, nfc
-from data.shards import scan_images
-from data.shortcuts import FOLDS, Audit, audit_shortcuts
-from data.splits import Split
+
+with imports():
+    import numpy as np
+
+    from data.findings import (
+        LEVELS,
+        MOST_EXAMPLES,
+        Finding,
+        by_danger,
+        finding,
+        print_findings,
+        quick_findings,
+        sides_of,
+    )
+    from data.images import Facts, inspect_images
+    from data.looks import Look, look_at, near_pairs
+    from data.scan import ImageFolder, groups_by_pattern, groups_from_file, merge_groups, nfc
+    from data.shards import scan_images
+    from data.shortcuts import FOLDS, Audit, audit_shortcuts
+    from data.splits import Split
 
 NEARLY_CONSTANT = 2.0  # grey levels of standard deviation; real films have more than 10
 FORMAT_OF_SUFFIX = {

@@ -16,14 +16,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
-
-from common.cli import Parser, exit_code_of
+from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError
 from common.files import read_json, unwritable, write_json
+
+with imports():
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFilter, ImageFont
+    from PIL.PngImagePlugin import PngInfo
+    from tqdm import tqdm
 
 NORMAL, PNEUMONIA, PNEUMOTHORAX, NODULE = "正常", "肺炎", "气胸", "肺结节"
 CLASSES = (NORMAL, PNEUMONIA, PNEUMOTHORAX, NODULE)

@@ -49,8 +49,18 @@ def test_help_imports_nothing_heavy():
     assert not re.search(r"\| +(torch|timm|transformers|sklearn|numpy)$", imports, re.MULTILINE)
 
 
-@pytest.mark.parametrize("program", ["train_clip", "predict_clip", "evaluate_clip"])
-def test_a_missing_package_is_said_in_one_line(program, class_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "package"),
+    [
+        ("train_clip", "torch"),
+        ("predict_clip", "torch"),
+        ("evaluate_clip", "torch"),
+        ("generate_class_texts", "numpy"),
+        ("data.check", "numpy"),
+        ("data.demo", "numpy"),
+    ],
+)
+def test_a_missing_package_is_said_in_one_line(program, package, class_folder, tmp_path):
     given = {
         "train_clip": ["--data-dir", class_folder, "--output-dir", tmp_path / "run"],
         "predict_clip": ["--checkpoint", __file__, "--input", class_folder, "--output", tmp_path / "p.csv"],
@@ -62,9 +72,9 @@ def test_a_missing_package_is_said_in_one_line(program, class_folder, tmp_path):
             "--output-dir",
             tmp_path / "e",
         ],
-    }[program]
-    without_torch = f"import sys; sys.modules['torch'] = None; import {program}; sys.exit({program}.main())"
-    code, _, error = run("-c", without_torch, *given)
+    }.get(program, [])
+    without = f"import sys; sys.modules[{package!r}] = None; import {program}; sys.exit({program}.main())"
+    code, _, error = run("-c", without, *given)
     assert code == 1 and "pip install -r requirements.txt" in error and len(error.splitlines()) == 1
 
 
