@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, all_of, did_you_mean, number
-from common.files import KNOWN_IMAGES, find_checkpoints, refuse_output_dir
+from common.files import KNOWN_IMAGES, find_checkpoints, problems_of_cache_dir, refuse_output_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +86,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     problems += [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if "=" not in pair]
     if found.cache_dir and found.no_cache:
         problems.append("--cache-dir and --no-cache exclude each other")
+    problems += problems_of_cache_dir(found.cache_dir)
     if found.group_pattern and found.groups_file:
         problems.append("--group-pattern and --groups-file exclude each other: both name the patient")
     if problems:

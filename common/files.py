@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import glob
 import io
 import json
 import os
@@ -65,8 +66,22 @@ def unwritable(folder: Path) -> Path | None:
     """What keeps files from being written into `folder`, which need not exist yet: it, or the nearest of its
     parents that exists. None where nothing does.
     """
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    # os.path's: Path.exists raises where a folder above may not be looked into
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
     return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
+
+
+def problems_of_cache_dir(given: str | Path | None) -> list[str]:
+    """What keeps the folder that --cache-dir names from being used. One filled before may be on a read-only
+    disk; where none is given, a run does without when it must.
+    """
+    blocking = unwritable(Path(given)) if given else None
+    if blocking is None or glob.glob("*.npy", root_dir=given):
+        return []
+    return [
+        f"--cache-dir {given} cannot be written: {blocking} is no folder that may be written; give another "
+        "one, or --no-cache instead"
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -275,9 +275,10 @@ def test_a_run_ends_the_same_with_the_cache_new_or_old_or_none(quick_report, cla
     [
         (["--no-cache", "--cache-dir", "c"], "--cache-dir has no effect with --no-cache"),
         (["--cache-dir", "DATA/cache"], "give the cache a folder elsewhere"),
+        (["--cache-dir", f"{__file__}/c"], f"cannot be written: {__file__} is no folder that may be written"),
     ],
 )
-def test_contradictions_are_refused(class_folder, tmp_path, capsys, flags, said):
+def test_what_the_cache_options_cannot_mean_is_refused(class_folder, tmp_path, capsys, flags, said):
     flags = [flag.replace("DATA", str(class_folder)) for flag in flags]
     assert train(class_folder, tmp_path / "out", *flags) == 2
     assert said in capsys.readouterr().err

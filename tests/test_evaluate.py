@@ -242,10 +242,12 @@ def test_bad_options_are_all_named(tmp_path, capsys):
         "y",
     ]
     typed += ["--gpu-id", "-5", "--num-workers", "two", "--checkpoint", "c", "--heat"]
+    typed += ["--cache-dir", f"{__file__}/c"]
     assert evaluate_clip.main(typed) == 2
     said = capsys.readouterr().err
     for words in (
         "unknown option --heat", "--output-dir is required", "THEIRS=OURS", "exclude each other",
+        f"--cache-dir {__file__}/c cannot be written",
         "--batch-size must be a whole number, 1 to 65536, not '0'", "--num-workers must be a whole number",
         "--gpu-id must be a whole number",
     ):  # fmt: skip

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import files
 from common.errors import UserError, did_you_mean, shorten
-from common.files import path_cell, read_json, text_cell, text_of_cell, write_json, write_whole
+from common.files import (
+    path_cell,
+    problems_of_cache_dir,
+    read_json,
+    text_cell,
+    text_of_cell,
+    write_json,
+    write_whole,
+)
 
 
 def refusal(path) -> str:
@@ -16,6 +25,15 @@ def refusal(path) -> str:
         read_json(path, "--config-file")
     assert str(caught.value).startswith(f"--config-file {path} ")
     return str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_refused_unless_it_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda *_: False)  # as on a disk that is only read
+    (problem,) = problems_of_cache_dir(tmp_path / "c")
+    assert problem.startswith(f"--cache-dir {tmp_path / 'c'} cannot be written: {tmp_path} is")
+    assert problems_of_cache_dir(None) == []
+    (tmp_path / "0123_224px.npy").touch()
+    assert problems_of_cache_dir(tmp_path) == []
 
 
 def test_a_new_file_has_the_content_and_leaves_nothing_else(tmp_path):

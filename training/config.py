@@ -17,7 +17,7 @@ from typing import Any
 
 from common.cli import Parser, problems_with_unknown
 from common.errors import UserError, did_you_mean
-from common.files import MOST_WRITTEN_BY_HAND, read_json, saved_in
+from common.files import MOST_WRITTEN_BY_HAND, problems_of_cache_dir, read_json, saved_in
 
 MOST_UNKNOWN = 20
 MOST_ENTRIES = 1000
@@ -541,7 +541,7 @@ def make_config(options: Mapping[str, Any]) -> Config:
     problems = check_options(options, "")
     if not problems:
         config = Config(**layered(options))
-        problems = contradictions(config)
+        problems = contradictions(config) + problems_of_cache_dir(config.cache_dir)
     if problems:
         raise UserError(*problems)
     return config
