@@ -131,12 +131,13 @@ def _entries(
     """(n,) uint8 or uint16: the entries of a table. pydicom's own functions count 8-bit entries in 8 bits, so
     that the 257th is the first.
     """
-    n = _length(descriptor)
+    n, bits = _length(descriptor), descriptor[2]
     if isinstance(data, bytes):
         data = np.frombuffer(data, "<u2" if dataset.original_encoding[1] else ">u2")
     words = np.atleast_1d(data).astype("<u2")
     # 8-bit entries lie two in a word, or one as some programs write them; some claim 16 bits for them
-    entries = (words.view(np.uint8) if len(words) == (n + 1) // 2 < n else words)[:n]
+    packed = len(words) < n and (bits == 8 or len(words) == (n + 1) // 2)
+    entries = (words.view(np.uint8) if packed else words)[:n]
     if len(entries) < n:
         raise UnreadableImage(f"DICOM: its table has {len(entries)} entries of {n}")
     return entries

@@ -247,6 +247,18 @@ def test_a_voi_table_that_is_cut_is_refused(tmp_path, bits, n):
     assert f"entries of {n}" in refusal(path)
 
 
+def test_a_table_of_8_bit_entries_may_be_filled_up_behind_them(tmp_path):
+    entries = RANDOM.randint(0, 256, 250).astype(np.uint8)
+    stored = np.arange(250, dtype=np.uint8).reshape(10, 25)
+    voi = table(entries.tobytes() + bytes(6), bits=8, n=250)
+    path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[voi])
+    assert np.array_equal(read(path)[..., 0], entries[stored])
+    colours = palette(np.stack([entries] * 3, axis=1), 8, words=False)
+    colours |= {name: value + bytes(6) for name, value in colours.items() if name.endswith("Data")}
+    path = dicom(tmp_path / "y.dcm", stored, "PALETTE COLOR", **colours)
+    assert np.array_equal(read(path)[..., 0], entries[stored])
+
+
 def test_values_outside_a_voi_table_take_its_ends(tmp_path):
     stored = np.array([[0, 99, 100], [101, 102, 65535]], np.uint16)
     path = dicom(tmp_path / "x.dcm", stored, VOILUTSequence=[table([10, 20, 30], first=100, bits=8)])
