@@ -25,7 +25,7 @@ from evaluation.trained import load_trained
 from models.text_encoders import build_text_tower
 from training import fit as fit_module
 from training import state as state_module
-from training.state import CheckpointWriter, read_to_resume, write_checkpoint
+from training.state import CheckpointWriter, TrainState, read_to_resume, write_checkpoint
 
 NAMES = ("checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -386,6 +386,11 @@ def test_what_is_written_is_the_moment_it_was_taken(
 ):
     """Training goes on while a checkpoint is written; a slow disk must not mix two epochs."""
     taken, epoch_two, one_epoch = [], threading.Event(), fit_module.train_one_epoch
+    checkpoint_of, timed = TrainState.checkpoint, CheckpointWriter._timed
+
+    def taking(state, facts):
+        taken.append(copy.deepcopy(checkpoint_of(state, facts)))
+        return checkpoint_of(state, facts)
 
     def noting(state, *args, **options):
         row = one_epoch(state, *args, **options)
@@ -393,15 +398,18 @@ def test_what_is_written_is_the_moment_it_was_taken(
             epoch_two.set()
         return row
 
-    def slow(folder, now, best):
-        before = copy.deepcopy(now)
-        taken.append(before)
-        assert epoch_two.wait(60)  # the first is not written before the second epoch is over
-        for (name, value), (_, old) in zip(leaves(now), leaves(before), strict=True):
-            assert torch.equal(value, old) if isinstance(value, torch.Tensor) else value == old, name
+    def slow(writer, now, best):
+        assert epoch_two.wait(60)  # the first is not written, nor fetched, before the second epoch is over
+        return timed(writer, now, best)
+
+    def comparing(folder, now, best):
+        for (name, value), (_, old) in zip(leaves(now), leaves(taken[now["epoch"] - 1]), strict=True):
+            assert torch.equal(value, old.cpu()) if isinstance(value, torch.Tensor) else value == old, name
         write_checkpoint(folder, now, best)
 
-    monkeypatch.setattr(state_module, "write_checkpoint", slow)
+    monkeypatch.setattr(TrainState, "checkpoint", taking)
+    monkeypatch.setattr(CheckpointWriter, "_timed", slow)
+    monkeypatch.setattr(state_module, "write_checkpoint", comparing)
     monkeypatch.setattr(fit_module, "train_one_epoch", noting)
     assert train(class_folder, tmp_path / "out", "--epochs", 2, "--gpu-id", gpu_id) == 0
     stored = torch.load(tmp_path / "out" / "checkpoint_latest.pth", weights_only=True)
@@ -409,7 +417,7 @@ def test_what_is_written_is_the_moment_it_was_taken(
     for part in ("model", "optimizer"):
         first, second, in_file = (dict(leaves(one[part])) for one in (*taken, stored))
         tensors = [name for name, value in second.items() if isinstance(value, torch.Tensor)]
-        assert all(torch.equal(in_file[name], second[name]) for name in tensors)
+        assert all(torch.equal(in_file[name], second[name].cpu()) for name in tensors)
         assert any(not torch.equal(first[name], second[name]) for name in tensors)
 
 

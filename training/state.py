@@ -350,8 +350,9 @@ def _beside_training(device: torch.device) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # until the copies that are to be read are made
-            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+            torch.cuda.set_device(device)  # a thread begins with GPU 0, which leaving the stream would open
+            torch.cuda.synchronize()  # until the copies that are to be read are made
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
         yield
 
 
