@@ -76,7 +76,7 @@ def problems_of_cache_dir(given: str | Path | None) -> list[str]:
     disk; where none is given, a run does without when it must.
     """
     blocking = unwritable(Path(given)) if given else None
-    if blocking is None or glob.glob("*.npy", root_dir=given):
+    if blocking is None or any(glob.glob(kept, root_dir=given) for kept in ("*.npy", "shards/*")):
         return []
     return [
         f"--cache-dir {given} cannot be written: {blocking} is no folder that may be written; give another "

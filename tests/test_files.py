@@ -32,8 +32,11 @@ def test_a_cache_that_cannot_be_written_is_refused_unless_it_is_filled(tmp_path,
     (problem,) = problems_of_cache_dir(tmp_path / "c")
     assert problem.startswith(f"--cache-dir {tmp_path / 'c'} cannot be written: {tmp_path} is")
     assert problems_of_cache_dir(None) == []
-    (tmp_path / "0123_224px.npy").touch()
-    assert problems_of_cache_dir(tmp_path) == []
+    for kept in ("0123_224px.npy", "shards/0123.tar"):
+        (tmp_path / kept).parent.mkdir(exist_ok=True)
+        (tmp_path / kept).touch()
+        assert problems_of_cache_dir(tmp_path) == []
+        (tmp_path / kept).unlink()
 
 
 def test_a_new_file_has_the_content_and_leaves_nothing_else(tmp_path):
