@@ -106,9 +106,9 @@ else
         of_program '
 import contextlib, pathlib
 from common.cli import exit_code_of
+from common.files import check_writable
 from training.config import make_config, options_from_flags, resolve_auto
 from training.multi_config import print_leaderboard, read_entries, write_leaderboard
-from training.outputs import check_writable
 
 def main():
     typed = resolve_auto(options_from_flags(sys.argv[2:]))

@@ -71,6 +71,17 @@ def unwritable(folder: Path) -> Path | None:
     return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
 
 
+def check_writable(output_dir: Path) -> None:
+    """Raises UserError when the folder is a file or cannot be written to."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output-dir {output_dir} is a file; give a folder")
+    blocking = unwritable(output_dir)
+    if blocking:
+        raise UserError(
+            f"--output-dir {output_dir} cannot be written: {blocking} is no folder that may be written"
+        )
+
+
 def problems_of_cache_dir(given: str | Path | None) -> list[str]:
     """What keeps the folder that --cache-dir names from being used. One filled before may be on a read-only
     disk; where none is given, a run does without when it must.
@@ -145,13 +156,7 @@ def refuse_output_dir(folder: Path) -> None:
     """Raises UserError where nothing can be written, and where a run or a cross-validation has written: other
     programs would replace its config.json, or remove its model.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder} is a file; give a folder")
-    blocking = unwritable(folder)
-    if blocking:
-        raise UserError(
-            f"--output-dir {folder} cannot be written: {blocking} is no folder that may be written"
-        )
+    check_writable(folder)
     of_runs = ("checkpoint_*", "frozen_*", "history.json", "splits.json", "cv_summary.json")
     found = [path.name for name in of_runs for part in ("", "fold_*/") for path in folder.glob(part + name)]
     if found:

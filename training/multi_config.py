@@ -15,7 +15,7 @@ import torch
 
 from common.distributed import first_here_first, is_main, n_processes, of_the_first
 from common.errors import UserError, first_line
-from common.files import read_json, saved_in, text_cell, write_csv, write_json
+from common.files import check_writable, read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder
 from data.shards import may_run_a_command, scan_images
 from data.texts import class_sentences
@@ -29,7 +29,6 @@ from training.device import explain_failure
 from training.outputs import (
     FREE_ON_CONTINUE,
     InUse,
-    check_writable,
     continues,
     locked,
     refuse_other_images,

@@ -21,9 +21,9 @@ from common.files import (
     LATEST,
     MOST_OF_SPLITS,
     PREVIOUS,
+    check_writable,
     frozen_file,
     read_json,
-    unwritable,
 )
 from data.scan import ImageFolder, nfc
 from evaluation.checkpoints import DAMAGED, TOWERS, read_checkpoint
@@ -79,17 +79,6 @@ def _folds_with(names: Sequence[str], output_dir: Path) -> list[Path]:
     """The folders of folds that hold one of the files `names`, sorted."""
     folds = [folder for folder in output_dir.iterdir() if re.fullmatch(r"fold_\d+", folder.name)]
     return sorted(folder for folder in folds if any((folder / name).exists() for name in names))
-
-
-def check_writable(output_dir: Path) -> None:
-    """Raises UserError when the folder is a file or cannot be written to."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output-dir {output_dir} is a file; give a folder")
-    blocking = unwritable(output_dir)
-    if blocking:
-        raise UserError(
-            f"--output-dir {output_dir} cannot be written: {blocking} is no folder that may be written"
-        )
 
 
 def resumes_in(output_dir: Path, config: Config) -> bool:
