@@ -20,7 +20,7 @@ from evaluation.run_folder import (
     loss_words,
     which_epoch,
 )
-from evaluation.tables import percent
+from evaluation.tables import with_interval
 
 ANSWERED, PARTLY, AUTHORS = "answered", "partly", "authors"
 
@@ -227,7 +227,8 @@ def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:
     metrics = run.metrics
     interval = metrics["interval"]
     by_class = "; ".join(
-        f"{name}: sensitivity {percent(own['sensitivity'])}, specificity {percent(own['specificity'])} %"
+        f"{name}: sensitivity {with_interval(own['sensitivity'], '%')}, specificity "
+        f"{with_interval(own['specificity'], '%')} %"
         for name, own in list(metrics["per_class"].items())[:8]
     )
     more = "; ..." if len(metrics["per_class"]) > 8 else ""

@@ -32,7 +32,7 @@ _HISTORY = {
 def measures(run: RunFolder) -> Table:
     rows = []
     for key, title in OVERALL.items():
-        value, interval = value_and_interval(run.metrics[key], "%" in title)
+        value, interval = value_and_interval(run.metrics[key], title)
         rows.append([title.replace(" (%)", ""), value, interval, run.metrics[key]["method"] or ""])
     return {"header": ["Measure 指标", "Value 值", "95 % interval 区间", "Method 方法"], "rows": rows}
 
@@ -223,7 +223,7 @@ def confusion_table(run: RunFolder) -> Table:
 def per_class_table(run: RunFolder) -> Table:
     rows = []
     for name, own in run.metrics["per_class"].items():
-        cells = [value_and_interval(own[key], "%" in title) for key, title in PER_CLASS.items()]
+        cells = [value_and_interval(own[key], title) for key, title in PER_CLASS.items()]
         rows.append([name, own["support"], *("\n".join(cell) for cell in cells)])
     titles = ("Sensitivity\n灵敏度", "Specificity\n特异度", "Precision\n精确率", "F1", "ROC-AUC", "AP")
     return {"header": ["Class\n类别", "Images\n图像", *titles], "rows": rows}

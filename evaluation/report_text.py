@@ -37,7 +37,7 @@ def both(en: str, zh: str) -> Text:
 def cards(run: RunFolder) -> list[dict[str, Any]]:
     made = []
     for key, en, zh in CARDS:
-        value, below = value_and_interval(run.metrics[key], "%" in OVERALL[key])
+        value, below = value_and_interval(run.metrics[key], OVERALL[key])
         made.append({**both(en, zh), "value": value, "below": below or "no interval 无区间", "plain": False})
     name, share = run.baseline()
     made.append(

@@ -94,8 +94,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
     shown = ("accuracy", "balanced_accuracy", "macro_f1", "macro_roc_auc")
     cells = []
     for key in shown:
-        name, is_percent, _ = OVERALL[key].partition(" (%)")
-        value, interval = value_and_interval(metrics[key], bool(is_percent))
+        name = OVERALL[key].removesuffix(" (%)")
+        value, interval = value_and_interval(metrics[key], OVERALL[key])
         cells.append(f"{name[0].lower()}{name[1:]} {value}{f' ({interval})' if interval else ''}")
     missing, _ = why_missing(metrics[key] for key in shown)
     about = f"95 % intervals over {metrics['interval']['unit']}s"

@@ -47,28 +47,21 @@ def latex(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).translate(_LATEX)
 
 
-def percent(entry: Mapping[str, Any]) -> str:
-    """The like of 87.0 (85.1 to 88.9) from an interval entry of fractions; "–" where undefined."""
-    return with_interval(entry, "%")
-
-
 def with_interval(entry: Mapping[str, Any], title: str) -> str:
-    """In percent where the title of the measure says so, else the like of 0.870 (0.851 to 0.889)."""
-    if entry["value"] is None:
-        return "–"
-    factor, form = (100, ".1f") if "%" in title else (1, ".3f")
-    value = f"{factor * entry['value']:{form}}"
-    if entry["low"] is None:
-        return value
-    return f"{value} ({factor * entry['low']:{form}} to {factor * entry['high']:{form}})"
+    """The like of 87.0 (85.1 to 88.9) from an interval entry of fractions where the title of the measure says
+    percent, else of 0.870 (0.851 to 0.889); "–" where undefined.
+    """
+    value, interval = value_and_interval(entry, title, sign="")
+    return f"{value} ({interval})" if interval else value
 
 
-def value_and_interval(entry: Mapping[str, Any], in_percent: bool) -> tuple[str, str]:
-    """The value and its interval as words; "–" and "" where there is none."""
+def value_and_interval(entry: Mapping[str, Any], title: str, sign: str = " %") -> tuple[str, str]:
+    """The value and its interval as words, in percent where the title of the measure says so; "–" and ""
+    where there is none.
+    """
     if entry["value"] is None:
         return "–", ""
-    factor, form = (100, ".1f") if in_percent else (1, ".3f")
-    unit = " %" if in_percent else ""
+    factor, form, unit = (100, ".1f", sign) if "%" in title else (1, ".3f", "")
     value = f"{factor * entry['value']:{form}}{unit}"
     if entry["low"] is None:
         return value, ""

@@ -9,7 +9,7 @@ from scipy.stats import binom
 from common.errors import UserError
 from evaluation.compare import compare, holm, mcnemar_p
 from evaluation.results import Predictions, headline, read_predictions, write_results
-from evaluation.tables import latex, percent
+from evaluation.tables import latex, with_interval
 
 
 def made_up(n=60, seed=0, skill=2.0, groups=True) -> Predictions:
@@ -92,7 +92,7 @@ def test_tables_hold_every_number_with_its_interval(tmp_path):
         assert float(rows["正常", "sensitivity"][part]) == metrics["per_class"]["正常"]["sensitivity"][part]
     tex = (tmp_path / "metrics_table.tex").read_text(encoding="utf-8")
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == tex.count(r"\toprule") == 2
-    assert percent(metrics["accuracy"]) in tex and "正常" in tex
+    assert with_interval(metrics["accuracy"], "%") in tex and "正常" in tex
     assert f"Macro ROC-AUC & {metrics['macro_roc_auc']['value']:.3f} (" in tex
     assert f"macro ROC-AUC {metrics['macro_roc_auc']['value']:.3f} (" in headline(metrics)
     assert "No interval" not in tex + headline(metrics) and "undefined" not in tex + headline(metrics)
@@ -114,10 +114,11 @@ def test_why_an_interval_or_a_value_is_missing_is_said_once(tmp_path):
     assert tex.count("–: undefined, for want of images") == headline(metrics).count("–: undefined") == 1
 
 
-def test_percent():
-    assert percent({"value": 0.87, "low": 0.8512, "high": 0.8888}) == "87.0 (85.1 to 88.9)"
-    assert percent({"value": 1.0, "low": None, "high": None}) == "100.0"
-    assert percent({"value": None, "low": None, "high": None}) == "–"
+def test_with_interval():
+    assert with_interval({"value": 0.87, "low": 0.8512, "high": 0.8888}, "%") == "87.0 (85.1 to 88.9)"
+    assert with_interval({"value": 0.87, "low": 0.8512, "high": 0.8888}, "") == "0.870 (0.851 to 0.889)"
+    assert with_interval({"value": 1.0, "low": None, "high": None}, "%") == "100.0"
+    assert with_interval({"value": None, "low": None, "high": None}, "%") == "–"
 
 
 def test_latex_is_escaped():
