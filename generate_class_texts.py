@@ -136,7 +136,8 @@ class Session:
         n_images = int((self.folder.labels == self.folder.classes.index(name)).sum())
         default = self.answers.get(name) or [self.template.format(class_name=name)]
         left = f"classes left after it: {n_classes - number}"
-        print(f"\n[{number}/{n_classes}] {name}: {n_images} images; {left}")
+        images = "image" if n_images == 1 else "images"
+        print(f"\n[{number}/{n_classes}] {name}: {n_images} {images}; {left}")
         for sentence in default:
             print(f"  {'now' if name in self.answers else 'default'}: {sentence}")
         typed: list[str] = []

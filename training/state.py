@@ -292,7 +292,8 @@ def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], best: Mapping[
 
 class CheckpointWriter:
     """Writes files while training goes on: at once, or so seldom that writing takes at most LARGEST_SHARE of
-    a core. What is not written yet is held, and written when the block is left, however it is left.
+    a core. What is not written yet is held, and written when the block is left, however it is left (but not
+    what a GPU holds that has failed).
 
     What kept files from being written is raised at a later `write`, or at the end of the block.
     """
