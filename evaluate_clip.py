@@ -161,7 +161,7 @@ def check_options(arguments: argparse.Namespace, options: "Config") -> None:
     """Raises UserError naming every pair of options that exclude each other, and a --groups-file that is
     missing.
     """
-    from training.config import contradictions
+    from training.options import contradictions
 
     problems = contradictions(options)
     if arguments.groups_file and not arguments.groups_file.exists():

@@ -13,7 +13,8 @@ from common.cli import as_program, not_installed, say
 from common.errors import RunFailed, UserError
 from common.files import LATEST
 from common.stopping import exit_code
-from training.config import Config, make_config, options_from_flags, refuse_without_effect, resolve_auto
+from training.config import Config
+from training.options import make_config, options_from_flags, refuse_without_effect, resolve_auto
 
 OF_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 

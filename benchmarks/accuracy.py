@@ -45,9 +45,10 @@ from data.scan import ImageFolder, groups_from_file, scan_folder
 from data.splits import Split, k_folds, splits_from_record
 from evaluation.results import read_predictions
 from models.clip import build_image_tower
-from training.config import Config, check_options, contradictions, layered
+from training.config import Config
 from training.dataset import DataSet, patients_of, read_images, record_of, scan
 from training.fit import duration
+from training.options import check_options, contradictions, layered
 from training.outputs import FREE_ON_CONTINUE, library_versions, locked
 from training.run import train
 

@@ -42,8 +42,9 @@ from data.pixels import UnreadableImage
 from data.texts import class_sentences
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
-from training.config import Config, make_config, read_config_file
+from training.config import Config
 from training.optim import parameter_groups
+from training.options import make_config, read_config_file
 from training.resume import config_of_resumed_run
 from training.state import EarlyStopping, TrainState, read_to_resume
 

@@ -4,14 +4,8 @@ from dataclasses import asdict
 import pytest
 
 from common.errors import UserError
-from training.config import (
-    Config,
-    check_options,
-    make_config,
-    options_from_flags,
-    read_config_file,
-    resolve_auto,
-)
+from training.config import Config
+from training.options import check_options, make_config, options_from_flags, read_config_file, resolve_auto
 
 NEEDED = ["--data-dir", "d", "--output-dir", "o"]
 

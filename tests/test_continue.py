@@ -19,8 +19,8 @@ from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
 from train_clip import main
 from training import cross_validation
-from training.config import make_config, options_from_flags, refuse_without_effect
 from training.dataset import patients_of, scan
+from training.options import make_config, options_from_flags, refuse_without_effect
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("quick_report")

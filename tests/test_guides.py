@@ -33,11 +33,9 @@ from common.errors import UserError
 from common.files import write_json
 from data.texts import check_template, class_sentences
 from models.registry import IMAGE_ENCODERS
-from training.config import (
-    FIELDS,
-    Config,
+from training.config import FIELDS, Config, flag_of
+from training.options import (
     check_options,
-    flag_of,
     make_config,
     options_from_flags,
     read_config_file,

@@ -31,7 +31,7 @@ from data.texts import class_sentences
 from evaluation.results import read_predictions
 from export_clip import main as export
 from predict_clip import main as predict
-from training.config import read_config_file
+from training.options import read_config_file
 
 NAMES = (
     "<script>alert(1)", '"><img src=x onerror=alert(1)>', "=cmd()|calc!A1", "x..\\..\\y", "a\nb", "c\rd",

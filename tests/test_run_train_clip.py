@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import Config, make_config, options_from_flags, resolve_auto
+from training.config import Config
+from training.options import make_config, options_from_flags, resolve_auto
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")

@@ -17,8 +17,8 @@ from common.errors import RunFailed, UserError
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
 from train_clip import main
-from training.config import make_config
 from training.multi_config import read_entries
+from training.options import make_config
 from training.resume import config_of_resumed_run
 from training.state import HISTORY_KEYS, EarlyStopping
 

@@ -19,6 +19,7 @@ from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
 from evaluation.metrics import classification_metrics
 from evaluation.results import headline, read_predictions, write_results
+from training.build import build_model, n_parameters, tokenise
 from training.config import Config
 from training.dataset import (
     DataSet,
@@ -40,13 +41,10 @@ from training.outputs import (
 from training.resume import check_same_classes, check_same_data
 from training.run import (
     RunResult,
-    build_model,
-    n_parameters,
     print_use,
     refuse_few_images,
     refuse_for_processes,
     say_what_options_do,
-    tokenise,
     train_on_split,
 )
 from training.state import keep_frozen_towers, read_to_resume

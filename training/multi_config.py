@@ -23,9 +23,10 @@ from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
 from models.clip import check_image_encoder
-from training.config import Config, layered, make_config, of_preset, read_config_file, shown
+from training.config import Config, of_preset, shown
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
+from training.options import layered, make_config, read_config_file
 from training.outputs import (
     FREE_ON_CONTINUE,
     InUse,

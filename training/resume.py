@@ -13,8 +13,9 @@ from common.files import BEST, LATEST, PREVIOUS, whole_file
 from data.shards import may_run_a_command
 from data.splits import Split
 from evaluation.checkpoints import DAMAGED
-from training.config import FIELDS, Config, check_options, contradictions, flag_of, shown
+from training.config import FIELDS, Config, flag_of, shown
 from training.dataset import DataSet, split_fingerprint
+from training.options import check_options, contradictions
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite", "compile")
 

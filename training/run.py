@@ -2,8 +2,7 @@
 
 import dataclasses
 import random
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
 from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
-from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
-from models.sync_batchnorm import synchronise_batchnorm
+from models.clip import ClassSentences, CLIPModel
+from training.build import build_model, build_state, compile_image_tower, n_parameters, tokenise
 from training.config import FIELDS, PRESETS, Config, flag_of, named
 from training.dataset import (
     DataSet,
@@ -38,7 +37,6 @@ from training.dataset import (
 )
 from training.fit import duration, fit
 from training.losses import contrastive_loss
-from training.optim import parameter_groups, warmup_steps
 from training.outputs import (
     FREE_ON_CONTINUE,
     locked,
@@ -51,7 +49,7 @@ from training.outputs import (
     run_record,
 )
 from training.resume import check_same_classes, check_same_data, config_of_resumed_run, take_over
-from training.state import EarlyStopping, TrainState, keep_frozen_towers, read_to_resume
+from training.state import TrainState, keep_frozen_towers, read_to_resume
 
 
 @dataclass(frozen=True)
@@ -219,70 +217,6 @@ def train_single(
     return result
 
 
-def build_model(config: Config, hardware: Hardware, checkpoint: Mapping[str, Any] | None = None) -> CLIPModel:
-    """Both towers, seeded. Where a checkpoint will fill them, published weights are not fetched again."""
-    check_image_encoder(config.image_encoder_name)
-    torch.manual_seed(config.random_state)
-    model = build_clip(
-        config.image_encoder_name,
-        config.text_encoder_name,
-        img_size=config.img_size,
-        embed_dim=config.embed_dim,
-        temperature=config.temperature,
-        image_weights="none" if checkpoint else config.image_weights,
-        text_weights="none" if checkpoint else config.text_weights,
-        freeze_image=config.freeze_image_encoder,
-        freeze_text=config.freeze_text_encoder,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
-    if config.sync_batchnorm and n_processes() > 1:
-        synchronise_batchnorm(model, on_gpu=hardware.device.type == "cuda")
-    if checkpoint:
-        model.image_tower.pretrained = frozenset(checkpoint["pretrained"]["image"])
-        model.text_tower.pretrained = frozenset(checkpoint["pretrained"]["text"])
-    names = {"image": config.image_encoder_name, "text": config.text_encoder_name}
-    for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
-        millions = sum(p.numel() for p in tower.parameters()) / 1e6
-        share = len(tower.pretrained) / sum(1 for _ in tower.parameters())
-        source = getattr(config, f"{side}_weights")
-        source = "published weights" if source in ("auto", "pretrained") else source
-        origin = "random weights" if share == 0 else f"{100 * share:.0f} % of its tensors from {source}"
-        frozen = ", frozen" if tower in model.frozen else ""
-        print(f"{side} encoder: {names[side]}, {millions:.1f} M parameters, {origin}{frozen}")
-        if frozen and side == "image" and share == 0 and not checkpoint:
-            print("warning: a frozen image encoder with random weights learns nothing about images")
-    return model
-
-
-def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardware: Hardware) -> None:
-    """For training with batches of so many images; says how long it took, or why it could not be done."""
-    if model.image_tower in model.frozen:
-        print("note: --compile changes nothing: the image encoder is frozen")
-        return
-    if model.image_tower.compiled:
-        return  # for the fold before
-    print("compiling the image encoder's training passes; this takes minutes, in silence", flush=True)
-    started = time.monotonic()
-    shape = (batch_size, 3, config.img_size, config.img_size)
-    images = torch.zeros(shape, dtype=torch.uint8, device=hardware.device)
-    failure = model.image_tower.compile_training(images, hardware.autocast())
-    if failure:
-        print(f"warning: torch.compile cannot ({failure}); training goes on without it")
-    else:
-        print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
-
-
-def n_parameters(model: CLIPModel) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def tokenise(model: CLIPModel, texts: Mapping[str, Sequence[str]]) -> ClassSentences:
-    sentences = ClassSentences(model, texts)
-    for note in sentences.notes:
-        print(f"note: {note}")
-    return sentences
-
-
 def train_on_split(
     config: Config,
     hardware: Hardware,
@@ -301,33 +235,13 @@ def train_on_split(
     """Train `model` on one split, from `checkpoint`, read from `resumed_from`, where given. Its files go to
     `output_dir`; `frozen`: checksums of frozen towers that are kept elsewhere, for all folds.
     """
-    device = hardware.device
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # nothing here draws from these two, but a timm model might
     random.seed(seed)
-    model.to(device, memory_format=torch.channels_last)
     classes = data.labels if config.use_weighted_sampling else None
     train_batches = EpochBatches(split.train, config.batch_size, seed, classes)
-    state = TrainState(
-        model=model,
-        optimizer=torch.optim.AdamW(
-            parameter_groups(
-                model,
-                learning_rate=config.learning_rate,
-                new_lr_ratio=config.new_lr_ratio,
-                text_lr_ratio=config.text_lr_ratio,
-                weight_decay=config.weight_decay,
-            ),
-            fused=True,
-        ),
-        scaler=torch.amp.GradScaler(device.type, enabled=hardware.dtype == torch.float16),
-        early_stopping=EarlyStopping(
-            config.early_stopping_monitor, config.early_stopping_patience, config.early_stopping_min_delta
-        ),
-        steps_per_epoch=len(train_batches),
-        total_steps=config.epochs * len(train_batches),
-        warmup_steps=warmup_steps(config.warmup_epochs, config.epochs, len(train_batches)),
-    )
+    state = build_state(config, hardware, model, len(train_batches))
+    device = hardware.device
     images = ImageDataset(data.files, data.labels, config.img_size, data.squares, device)
     train_loader = build_loader(images, train_batches, config.num_workers)
     val_batches = EpochBatches(split.val, config.batch_size, None)
