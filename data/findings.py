@@ -1,7 +1,8 @@
 """What one reading of a data folder tells at no further cost, in order of danger.
 
 A finding is a dictionary: level ("danger": results would be wrong; "warning": look at it; "note": know it),
-kind (one of KINDS), message, count (of what the message counts first) and examples (at most 20, as text).
+kind (one of KINDS), message, count (of what the message counts first) and examples (as text: at most 20, but
+every image that was left out).
 """
 
 from collections import Counter, defaultdict

@@ -108,6 +108,10 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
         if config.get("skip_unreadable")
         else "Every image could be read: one that cannot stops the program."
     )
+    excluded = ""
+    if run.check and config.get("skip_unreadable"):
+        n = sum(found["count"] for found in run.check["findings"] if found.get("kind") == "unreadable")
+        excluded = f"; excluded: {number(n, 'unreadable image', 'unreadable images')}, see data_check.json"
     check = f"; the data check has {len(run.check['findings'])} findings" if run.check else ""
     answers = {
         7: (
@@ -117,7 +121,7 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
         12: (PARTLY, unreadable),
         14: (PARTLY, "The class of an image is the folder it lies in."),
         21: (PARTLY, f"Not planned by the program. Tested on {tested}."),
-        35: (PARTLY, f"{total} ({counts}){check}. Evaluated: {tested}."),
+        35: (PARTLY, f"{total} ({counts}){excluded}{check}. Evaluated: {tested}."),
         36: (PARTLY, "Images per class and partition: see the table of the data above."),
     }
     if run.kind == EVALUATION:

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import evaluate_clip
 import test_clip_model
 import train_clip
 from common.cli import exit_code_of
+from evaluation.claim import claim_items
+from evaluation.run_folder import read_run_folder
 from tests.quick import QUICK, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,14 +155,25 @@ def test_a_folder_with_results_is_not_touched_without_being_told(
 def test_unreadable_images_are_all_named_or_left_out(class_folder, tmp_path, quick_report, capsys):
     data = tmp_path / "data"
     shutil.copytree(class_folder, data)
-    (data / "正常" / "zero.png").write_bytes(b"")
+    empty = [f"zero{i:02}.png" for i in range(21)]
+    for name in empty:
+        (data / "正常" / name).write_bytes(b"")
     whole = (data / "肺炎" / "P100_0.png").read_bytes()
     (data / "肺炎" / "cut.png").write_bytes(whole[: len(whole) // 2])
     assert train(data, tmp_path / "run", "--epochs", 1) == 2
     error = capsys.readouterr().err
-    assert "2 of 74 images" in error and "zero.png" in error and "cut.png" in error
+    assert "22 of 94 images" in error and "zero20.png" in error and "cut.png" in error
     assert train(data, tmp_path / "run", "--epochs", 1, "--skip-unreadable") == 0
-    assert "left out 2 unreadable images" in capsys.readouterr().out
+    evaluated = ["--checkpoint", str(tmp_path / "run"), "--data-dir", str(data), "--output-dir"]
+    evaluated += [str(tmp_path / "evaluated"), "--gpu-id", "-1", "--num-workers", "0", "--skip-unreadable"]
+    assert evaluate_clip.main(evaluated) == 0
+    assert capsys.readouterr().out.count("left out 22 unreadable images") == 2
+    for folder in (tmp_path / "run", tmp_path / "evaluated"):
+        run_folder = read_run_folder(folder)
+        named = next(found for found in run_folder.check["findings"] if found["kind"] == "unreadable")
+        assert [Path(example.split(": ")[0]).name for example in named["examples"]] == [*empty, "cut.png"]
+        assert "empty (0 bytes)" in named["examples"][0]
+        assert "excluded: 22 unreadable images" in claim_items(run_folder, None, 0)[34].answer
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import UserError, number, shorten
 from data.cache import cache_dir_of, inspect_cached
-from data.findings import quick_findings
+from data.findings import by_danger, finding, quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
 from data.loader import loading_processes, refuse_small_shared_memory
 from data.names import Names
@@ -39,7 +39,8 @@ class DataSet:
 
     files, labels (N,), inspection, patients (N names, or None where unknown): training images first, then
     those of --val-dir. n_own: how many of them are of --data-dir. groups (N,): images of one patient or of
-    equal pixels share a number; None where nothing ties images together.
+    equal pixels share a number; None where nothing ties images together. left_out: the file of each image
+    that cannot be read, and why; these are none of the N.
     """
 
     folder: ImageFolder
@@ -50,6 +51,7 @@ class DataSet:
     patients: Sequence[str] | None
     groups: np.ndarray | None
     fingerprint: str
+    left_out: Sequence[str] = ()
 
     @property
     def n_own(self) -> int:
@@ -167,17 +169,15 @@ def read_images(
         refuse_small_shared_memory(workers, config.batch_size, config.img_size)
     started = time.monotonic()
     inspection = inspect(config, folders)
-    bad = inspection.errors
+    bad, n_own = inspection.errors, len(folder.paths)
+    left_out = [f"{files[i]}: {why}" for i, why in bad.items()]
     if bad:
-        listing = shorten([f"{files[i]}: {why}" for i, why in bad.items()], 50)
+        listing = shorten(left_out, 50)
         if not config.skip_unreadable:
             raise UserError(
                 f"{len(bad)} of {len(files)} images cannot be read:\n{listing}\n"
                 "mend or remove them, or leave them out with --skip-unreadable"
             )
-        print(f"note: left out {number(len(bad), 'unreadable image', 'unreadable images')}:\n{listing}")
-    n_own = len(folder.paths)
-    if bad:
         if patients is not None:
             patients = [p for i, p in enumerate(patients) if i not in bad]
         if val_folder:
@@ -186,8 +186,10 @@ def read_images(
                 raise UserError(f"no image of --val-dir {config.val_dir} can be read:\n{listing}")
         folder = folder.without({i for i in bad if i < n_own})
         if not folder.paths:
-            raise UserError(f"no image of --data-dir {config.data_dir} can be read")
-        check_class_sizes(folder, at_least, "that can be read")
+            raise UserError(f"no image of --data-dir {config.data_dir} can be read:\n{listing}")
+        check_class_sizes(
+            folder, at_least, "that can be read (without --skip-unreadable the others are named)"
+        )
         inspection, n_own = inspection.without(set(bad)), len(folder.paths)
         files = Files([folder] + ([val_folder] if val_folder else []))
 
@@ -199,7 +201,7 @@ def read_images(
     print(f"read {number(len(files), 'image', 'images')} in {time.monotonic() - started:.1f} s, {held}")
     return DataSet(
         folder, val_folder, files, labels, inspection, patients, merge_groups(inspection.digests, patients),
-        fingerprint(folder, own) + (fingerprint(val_folder, other) if val_folder else ""),
+        fingerprint(folder, own) + (fingerprint(val_folder, other) if val_folder else ""), left_out,
     )  # fmt: skip
 
 
@@ -210,7 +212,12 @@ def findings_of(data: DataSet, splits: Sequence[Split]) -> list[dict[str, Any]]:
     folder = data.folder
     if data.val_folder is not None:
         folder = ImageFolder(folder.root, folder.classes, data.paths, data.labels, ())
-    return quick_findings(folder, data.inspection, data.patients, splits, for_training=bool(splits))
+    found = quick_findings(folder, data.inspection, data.patients, splits, for_training=bool(splits))
+    if data.left_out:
+        unreadable = number(len(data.left_out), "unreadable image", "unreadable images")
+        message = f"left out {unreadable} (--skip-unreadable); data_check.json names each"
+        found.append(finding("warning", "unreadable", message, data.left_out) | {"examples": data.left_out})
+    return by_danger(found)
 
 
 def split_of(config: Config, data: DataSet) -> Split:
