@@ -188,11 +188,12 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
         )
     try:
         with os.scandir(root) as entries:
-            found = [(entry.name, leads_to(entry.is_dir)) for entry in entries if not is_litter(entry.name)]
-        names = sorted((name for name, is_folder in found if is_folder), key=spelling)
-        suffixes = [os.path.splitext(name)[1].lower() for name, is_folder in found if not is_folder]
-        loose = sum(suffix in IMAGE_SUFFIXES for suffix in suffixes)
-        ignored: Counter[str] = Counter()
+            found = [(entry, leads_to(entry.is_dir)) for entry in entries if not is_litter(entry.name)]
+        names = sorted((entry.name for entry, is_folder in found if is_folder), key=spelling)
+        ignored = Counter(
+            not_an_image(entry.name, partial(_is_dicom, entry)) for entry, is_folder in found if not is_folder
+        )
+        loose = ignored.pop("", 0)
         "\n".join(names).encode()
         paths, counts = Names(), {}
         for name in names:

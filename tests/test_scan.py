@@ -114,7 +114,7 @@ def test_two_spellings_of_one_class_are_refused(tmp_path):
 def test_hidden_and_litter_entries_are_passed_over_in_silence(tmp_path):
     fill(tmp_path, "a/1.png", "b/1.png", ".ipynb_checkpoints/1.png", "__MACOSX/a/1.png", ".git/1.png")
     fill(tmp_path, "a/.ipynb_checkpoints/1-checkpoint.png", "a/__MACOSX/1.png", "a/._1.png", "._loose.png")
-    for litter in ("a/Thumbs.db", "a/.DS_Store", "b/desktop.ini"):
+    for litter in ("a/Thumbs.db", "a/.DS_Store", "b/desktop.ini", "Thumbs.db", ".DS_Store"):
         (tmp_path / litter).write_bytes(b"x")
     folder = scan_folder(tmp_path)
     assert folder.paths == ("a/1.png", "b/1.png")
@@ -160,12 +160,12 @@ def test_links_to_folders_elsewhere_are_followed(tmp_path):
 
 def test_files_that_are_no_images_are_counted_by_kind(tmp_path):
     fill(tmp_path, "a/1.png", "b/1.png")
-    for name in ("a/report.txt", "b/deep.TXT", "b/README", "a/scan.nii.gz"):
+    for name in ("a/report.txt", "deep.TXT", "b/README", "a/scan.nii.gz", "说明.txt"):
         (tmp_path / name).write_text("no image")
     folder = scan_folder(tmp_path)
     assert folder.paths == ("a/1.png", "b/1.png")
     assert len(folder.notes) == 1
-    assert folder.notes[0].startswith("4 files") and ".txt x 2" in folder.notes[0]
+    assert folder.notes[0].startswith("5 files") and ".txt x 3" in folder.notes[0]
     assert "no suffix x 1" in folder.notes[0] and ".gz x 1" in folder.notes[0]
 
 
@@ -204,7 +204,7 @@ def test_a_link_to_itself_is_as_a_broken_one(tmp_path):
     (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere")
     folder = scan_folder(tmp_path)
     assert folder.paths == ("a/1.png", "b/1.png", "b/gone.png", "b/self.png")  # read and named later
-    assert folder.notes == ("1 file that is no image is passed over (no suffix x 1)",)
+    assert folder.notes == ("2 files that are no images are passed over (no suffix x 2)",)
 
 
 def test_what_may_not_be_looked_at_is_no_broken_link():
