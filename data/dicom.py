@@ -57,6 +57,8 @@ def read_dicom(file: Path | io.BytesIO) -> tuple[Image.Image, Stored]:
         return Image.fromarray(_shown(pixels, dataset)), stored
     except UnreadableImage:
         raise
+    except pydicom.errors.InvalidDicomError:
+        raise UnreadableImage("is no DICOM file, though its name says so; export it again") from None
     except Exception as error:  # pydicom raises many kinds; each means the file cannot be used
         raise UnreadableImage(f"DICOM: {type(error).__name__}: {error}") from None
 
@@ -112,10 +114,12 @@ def _coloured(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     """(H, W, 3) uint8: the colours that its palette gives for the stored values `pixels` (H, W)."""
     from pydicom.pixels import apply_color_lut
 
-    descriptor = dataset.RedPaletteColorLookupTableDescriptor  # that of green and blue is the same
+    descriptor = dataset.get("RedPaletteColorLookupTableDescriptor")  # that of green and blue is the same
+    tables = [dataset.get(f"{name}PaletteColorLookupTableData") for name in ("Red", "Green", "Blue")]
+    if descriptor is None or (None in tables and "SegmentedRedPaletteColorLookupTableData" not in dataset):
+        raise UnreadableImage("DICOM: its palette is missing or not whole; save it as RGB")
     n, (_, first, bits) = _length(descriptor), descriptor
     places = (pixels.astype(np.int64) - first).clip(0, n - 1)
-    tables = [dataset.get(f"{name}PaletteColorLookupTableData") for name in ("Red", "Green", "Blue")]
     if None not in tables:
         colours = np.stack([_entries(descriptor, data, dataset)[places] for data in tables], axis=-1)
     elif bits == 8 and n > 256:

@@ -332,6 +332,14 @@ def test_a_palette_of_8_bit_entries_may_have_any_length(tmp_path, n, words, bits
     assert np.array_equal(read(path), colours[(stored.astype(int) - first).clip(0, n - 1)])
 
 
+@pytest.mark.parametrize("missing", ["Descriptor", "Data", "BluePaletteColorLookupTableData", "Table"])
+def test_a_palette_that_is_not_whole_is_said_in_plain_words(tmp_path, missing):
+    tables = palette(np.zeros((4, 3)), 8)
+    given = {name: value for name, value in tables.items() if missing not in name}
+    message = refusal(dicom(tmp_path / "x.dcm", np.zeros((4, 4), np.uint8), "PALETTE COLOR", **given))
+    assert "palette" in message and "Error" not in message
+
+
 @pytest.mark.parametrize("n", [8, 300])
 def test_a_palette_in_segments_is_expanded_or_refused(tmp_path, n):
     """PS3.3 C.7.9.2: three entries as they are (0), then five more to 90 in equal steps (1)."""
