@@ -66,8 +66,9 @@ def unwritable(folder: Path) -> Path | None:
     """What keeps files from being written into `folder`, which need not exist yet: it, or the nearest of its
     parents that exists. None where nothing does.
     """
+    folder = Path(os.path.realpath(folder))  # without ".."
     # os.path's: Path.exists raises where a folder above may not be looked into
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
+    nearest = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
 
 

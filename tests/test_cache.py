@@ -16,6 +16,7 @@ from data.cache import cache_file, inspect_cached
 from data.images import inspect_images
 from data.scan import ImageFolder
 
+HERE = Path(__file__).resolve().parent
 SIZE = 16
 
 
@@ -275,7 +276,10 @@ def test_a_run_ends_the_same_with_the_cache_new_or_old_or_none(quick_report, cla
     [
         (["--no-cache", "--cache-dir", "c"], "--cache-dir has no effect with --no-cache"),
         (["--cache-dir", "DATA/cache"], "give the cache a folder elsewhere"),
-        (["--cache-dir", f"{__file__}/c"], f"cannot be written: {__file__} is no folder that may be written"),
+        (
+            ["--cache-dir", f"{HERE}/../tests/test_cache.py/c"],
+            f"cannot be written: {HERE}/test_cache.py is no folder that may be written",
+        ),
     ],
 )
 def test_what_the_cache_options_cannot_mean_is_refused(class_folder, tmp_path, capsys, flags, said):
