@@ -39,12 +39,14 @@ def cards(run: RunFolder) -> list[dict[str, Any]]:
     for key, en, zh in CARDS:
         value, below = value_and_interval(run.metrics[key], OVERALL[key])
         made.append({**both(en, zh), "value": value, "below": below or "no interval 无区间", "plain": False})
-    name, share = run.baseline()
+    majority, share = run.baseline()
+    alike = len(set(majority)) == 1
+    answer = majority[0] if alike else "the most frequent class of each fold's training images"
     made.append(
         {
             **both("Majority baseline", "多数类基线"),
             "value": f"{100 * share:.1f} %",
-            "below": f"accuracy of always answering {name}",
+            "below": f"accuracy of always answering {answer}",
             "plain": True,
         }
     )

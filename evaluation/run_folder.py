@@ -86,11 +86,12 @@ class RunFolder:
             for fold in folds
         ]
 
-    def baseline(self) -> tuple[str, float]:
-        """The class always to answer without looking, and the share of images on which that is right.
+    def baseline(self) -> tuple[list[str], float]:
+        """The classes to answer without looking, of each fold one, and the share of images on which that is
+        right.
 
-        It is the most frequent class in training (of each fold); where the training images are not known, as
-        in an evaluation, that of the images themselves.
+        It is the most frequent class of the fold's training images; where these are not known, as in an
+        evaluation, that of the images themselves. With classes of one size it differs from fold to fold.
         """
         splits = self.counts_per_fold()
         if self.kind == EVALUATION or not splits:
@@ -98,7 +99,7 @@ class RunFolder:
             splits = [(Counter(support), Counter(support))]
         majority = [max(sorted(train), key=train.__getitem__) for train, _ in splits]
         right = sum(val[name] for name, (_, val) in zip(majority, splits, strict=True))
-        return Counter(majority).most_common(1)[0][0], right / sum(val.total() for _, val in splits)
+        return majority, right / sum(val.total() for _, val in splits)
 
 
 def read_run_folder(path: Path) -> RunFolder:
