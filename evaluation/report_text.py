@@ -112,6 +112,7 @@ def notes(run: RunFolder) -> list[Text]:
                     "早停也依据验证图像，最后轮次的数值因此略偏乐观。",
                 )
             )
+    found += _absent_note(run)
     found.append(_partition_note(run))
     if run.metrics["interval"]["unit"] == "patient":
         found.append(
@@ -137,6 +138,24 @@ def notes(run: RunFolder) -> list[Text]:
             )
         )
     return found
+
+
+def _absent_note(run: RunFolder) -> list[Text]:
+    """What classes without images do to the means over the classes."""
+    absent = {name: own for name, own in run.metrics["per_class"].items() if own["support"] == 0}
+    if not absent:
+        return []
+    en = (
+        f"There are no images of {', '.join(absent)}: balanced accuracy, macro-F1 and the other means over "
+        "classes are over the rest."
+    )
+    zh = f"没有 {'、'.join(absent)} 的图像：平衡准确率、宏平均 F1 等对类别的平均只计其余类别。"
+    for name, own in absent.items():
+        if n := own["false_positives"]:
+            were = number(n, "image was", "images were")
+            en += f" But {were} taken for {name}, whose F1 therefore counts as 0 in macro-F1 and lowers it."
+            zh += f"但有 {n} 张图像被判为 {name}，其 F1 在宏平均中按 0 计入，使之偏低。"
+    return [both(en, zh)]
 
 
 def _partition_note(run: RunFolder) -> Text:

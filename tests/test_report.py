@@ -22,9 +22,10 @@ from common.errors import UserError
 from common.files import write_json
 from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
+from evaluation.metrics import full_metrics
 from evaluation.report import FIGURES, main, write_report
 from evaluation.report_tables import temperature_table
-from evaluation.report_text import cards
+from evaluation.report_text import cards, notes
 from evaluation.results import Predictions, write_results
 from evaluation.run_folder import loss_words, read_run_folder
 from evaluation.trained import load_trained
@@ -480,6 +481,21 @@ def test_the_baseline_is_the_training_majority_of_each_fold(runs):
     ):
         card = cards(dataclasses.replace(folder, splits={"folds": shown}))[-1]
         assert card["value"] == share and card["below"].endswith(words)
+
+
+@pytest.mark.parametrize(("taken", "said"), [(0, False), (1, True)])
+def test_a_class_without_images_is_said_and_where_it_lowers_the_macro_f1(runs, taken, said):
+    folder = read_run_folder(runs["evaluation"])
+    assert not any("There are no images" in note["en"] for note in notes(folder))
+    labels = [0, 0, 1, 1]
+    probs = np.eye(3)[[0, 0, 1, 2 if taken else 1]]
+    metrics = full_metrics(probs, labels, CHINESE, resamples=20)
+    (note,) = (
+        note["en"]
+        for note in notes(dataclasses.replace(folder, metrics=metrics))
+        if "There are no images of 骨折: balanced accuracy" in note["en"]
+    )
+    assert ("1 image was taken for 骨折, whose F1 therefore counts as 0" in note) is said
 
 
 def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
