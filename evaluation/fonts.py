@@ -88,6 +88,7 @@ def _subset(font: TTFont, wanted: set[int], flavor: str | None) -> bytes:
     options.layout_features, options.name_IDs, options.hinting = [], [1, 2], False
     options.notdef_outline = True
     options.drop_tables += ["BASE", "DSIG", "GDEF", "GPOS", "GSUB", "VORG", "vhea", "vmtx"]
+    options.drop_tables += ["BDF", "FFTM"]  # WenQuanYi's; the subsetter would drop them with a warning
     subsetter = Subsetter(options)
     subsetter.populate(unicodes=wanted)
     subsetter.subset(font)

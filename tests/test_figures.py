@@ -8,10 +8,11 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from fontTools.ttLib import TTFont
+from fontTools.ttLib.tables.DefaultTable import DefaultTable
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluation import figures
+from evaluation import figures, fonts
 from evaluation.fonts import FAMILY, figure_font, small_font
 from evaluation.metrics import full_metrics
 
@@ -73,6 +74,17 @@ def test_the_small_font_holds_exactly_what_is_asked_for(flavor):
     font = TTFont(io.BytesIO(small_font("骨直角 abc", flavor)))
     assert set(map(chr, font.getBestCmap())) == set("骨直角 abc")
     assert font["name"].getDebugName(1) == FAMILY
+
+
+def test_a_table_that_the_subsetter_does_not_know_is_dropped_without_a_word(tmp_path, monkeypatch, caplog):
+    font = TTFont(io.BytesIO(small_font("肺")))
+    for tag in ("BDF ", "FFTM"):  # as in WenQuanYi
+        font[tag] = DefaultTable(tag)
+        font[tag].data = bytes(28)
+    font.save(tmp_path / "font.otf")
+    monkeypatch.setattr(fonts, "_font_files", lambda: [tmp_path / "font.otf"])
+    assert set(TTFont(io.BytesIO(small_font("肺"))).keys()).isdisjoint(("BDF ", "FFTM"))
+    assert not caplog.records
 
 
 def test_no_font_is_made_for_what_none_can_draw():
