@@ -108,11 +108,15 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
         if config.get("skip_unreadable")
         else "Every image could be read: one that cannot stops the program."
     )
-    excluded = ""
-    if run.check and config.get("skip_unreadable"):
-        n = sum(found["count"] for found in run.check["findings"] if found.get("kind") == "unreadable")
-        excluded = f"; excluded: {number(n, 'unreadable image', 'unreadable images')}, see data_check.json"
-    check = f"; the data check has {len(run.check['findings'])} findings" if run.check else ""
+    check, excluded = "", ""
+    if run.check:
+        findings = run.check["findings"]
+        check = f"; the data check has {number(len(findings), 'finding', 'findings')}"
+        if config.get("skip_unreadable"):
+            n = sum(found["count"] for found in findings if found.get("kind") == "unreadable")
+            excluded = (
+                f"; excluded: {number(n, 'unreadable image', 'unreadable images')}, see data_check.json"
+            )
     answers = {
         7: (
             PARTLY,
@@ -208,6 +212,13 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         42: (PARTLY, "Every option and number: config.json, splits.json and history.json of the run."),
         43: (PARTLY, "The trained weights are in the checkpoints of the run's folder."),
     }  # fmt: skip
+    if run.kind == EVALUATION:
+        answers[42] = (
+            PARTLY,
+            "What was evaluated on what: config.json. The options, splits and epochs of a model's training "
+            "are in the folder of its own run, not in this one.",
+        )
+        answers[43] = (PARTLY, "The trained weights are the checkpoints that config.json names.")
     if run.differing:  # what the others were trained with is for the authors
         differ = f" This is the first model's; the models differ in {', '.join(run.differing)}."
         answers |= {number: (PARTLY, answers[number][1] + differ) for number in (9, 22, 24, 25)}

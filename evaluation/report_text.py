@@ -132,8 +132,8 @@ def notes(run: RunFolder) -> list[Text]:
     if dangers:
         found.append(
             both(
-                f"The data check found {len(dangers)} danger{'s' if len(dangers) > 1 else ''}; read them "
-                "before anything else.",
+                f"The data check found {number(len(dangers), 'danger', 'dangers')}; read "
+                f"{'it' if len(dangers) == 1 else 'them'} before anything else.",
                 f"数据检查发现 {len(dangers)} 项危险，请先阅读。",
             )
         )

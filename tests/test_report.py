@@ -339,7 +339,7 @@ def test_names_are_words_and_nothing_else(tmp_path):
         assert name in page.text
     assert "i" not in page.tags
     assert page.text.index("<b>bad</b>") < page.text.index("note 提示 fine")
-    assert "The data check found 1 danger;" in page.text
+    assert "The data check found 1 danger; read it before" in page.text
     for svg in (run / "figures").glob("*.svg"):
         assert "<img" not in svg.read_text()
 
@@ -467,6 +467,25 @@ def test_the_checklist_has_44_items_and_answers_with_the_runs_facts(runs):
     assert answers["single"][33] == "" and "24 images" in answers["evaluation"][33]
     assert answers["evaluation"][25] == ""  # no checkpoint, so nothing is known of the training
     assert answers["single"][34] == answers["single"][44] == ""
+
+
+@pytest.mark.parametrize(("kind", "count", "words"), [
+    ("tiny", 2, "骨折 8); the data check has 1 finding. Evaluated"),
+    ("unreadable", 2, "骨折 8); 2 more that cannot be read excluded; the data check has 1 finding."),
+])  # fmt: skip
+def test_the_checklist_counts_the_findings_and_what_was_left_out(runs, kind, count, words):
+    finding = {"level": "warning", "kind": kind, "message": "m", "count": count, "examples": []}
+    folder = dataclasses.replace(read_run_folder(runs["single"]), check={"findings": [finding]})
+    assert words in claim_items(folder, folder.config, 3)[34].answer
+
+
+def test_the_checklist_of_an_evaluation_points_at_no_file_of_a_run(runs):
+    folder = read_run_folder(runs["evaluation"])
+    options = read_run_folder(runs["single"]).config
+    items = claim_items(folder, options, 3)
+    for number in (42, 43):
+        assert "config.json" in items[number - 1].answer
+        assert not re.search(r"splits\.json|history\.json|the run's folder", items[number - 1].answer)
 
 
 def test_the_baseline_is_the_training_majority_of_each_fold(runs):
