@@ -116,6 +116,9 @@ def _legend_below(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
     longest = max((sum(map(_columns, label)) for label in labels), default=0)
     columns = max(1, int(width / (0.45 + 0.075 * longest)))
     rows = -(-len(labels) // columns)
+    columns = -(
+        -len(labels) // max(rows, 1)
+    )  # no more than these rows need: the last is not left almost empty
     figure.set_size_inches(width, height + 0.19 * rows)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
@@ -194,7 +197,7 @@ def _score(name: str, measure: str, entry: Mapping[str, Any]) -> str:
 def _per_class_curves(
     probs: np.ndarray, labels: np.ndarray, per_class: Mapping[str, Mapping[str, Any]], kind: str
 ) -> Figure:
-    figure, axes = _figure(5.0, 4.3)
+    figure, axes = _figure(4.45, 4.3)  # room for a square and the words at its left and foot
     names = []
     thickness = 1.6 if len(per_class) <= FEW else 1.0
     measure, key = ("AUC", "roc_auc") if kind == "roc" else ("AP", "average_precision")
@@ -337,7 +340,7 @@ def gallery(pictures: Sequence[Picture]) -> Figure:
         axes.text(left, top + 0.08, picture.title, fontsize=8.5, va="top")
         for (caption, image), x in zip(picture.images, left + 1.03 * np.arange(3), strict=False):
             h, w = np.array(image.shape[:2]) / max(image.shape[:2])
-            axes.text(x, top + 0.385, caption, fontsize=8, color=MUTED, va="bottom")
+            axes.text(x, top + 0.37, caption, fontsize=8, color=MUTED, va="baseline")
             axes.imshow(image, extent=(x, x + w, top + 0.4 + h, top + 0.4))
     axes.set(xlim=(0, width), ylim=(height + 0.06, 0))
     axes.axis("off")

@@ -262,8 +262,8 @@ def _for_page(run: RunFolder, mistake: Mistake) -> dict[str, Any]:
         "path": mistake.path,
         "label": classes[mistake.label],
         "prediction": classes[mistake.prediction],
-        "label_probability": f"{100 * mistake.label_probability:.1f} %",
-        "probability": f"{100 * mistake.probability:.1f} %",
+        "label_probability": f"{100 * mistake.label_probability:.1f}\N{NO-BREAK SPACE}%",
+        "probability": f"{100 * mistake.probability:.1f}\N{NO-BREAK SPACE}%",
         "views": [
             {"caption": caption, "src": _jpeg(picture)} for caption, picture in _views_of(run, mistake)
         ],

@@ -41,7 +41,7 @@ def cards(run: RunFolder) -> list[dict[str, Any]]:
         made.append({**both(en, zh), "value": value, "below": below or "no interval 无区间", "plain": False})
     majority, share = run.baseline()
     alike = len(set(majority)) == 1
-    answer = majority[0] if alike else "the most frequent class of each fold's training images"
+    answer = majority[0] if alike else "each fold's most frequent training class"
     made.append(
         {
             **both("Majority baseline", "多数类基线"),

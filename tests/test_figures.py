@@ -115,6 +115,17 @@ def test_legends_lie_inside_the_figure(classes, tmp_path):
                 assert (box.max <= figure.bbox.max).all(), name
 
 
+def test_no_row_of_a_legend_is_almost_empty_and_curves_stand_in_the_middle_of_their_figure(tmp_path):
+    with figure_font("".join(CHINESE)) as families, figures.style(families):
+        made = every_figure(CHINESE)
+        for name in ("map", "roc", "precision_recall"):
+            figures.save(made[name], tmp_path, name)
+    assert made["map"].legends[0]._ncols == 3  # of five words, which want two rows
+    for name in ("roc", "precision_recall"):
+        box, whole = made[name].axes[0].get_tightbbox(), made[name].bbox
+        assert whole.x1 - box.x1 < 0.06 * whole.width, name
+
+
 def test_thirty_classes_can_be_told_apart():
     probs, labels = example(30)
     names = [f"class {i}" for i in range(30)]

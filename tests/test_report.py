@@ -257,6 +257,7 @@ def test_mistakes_come_the_most_confident_first(runs):
         first = text.index("true 正常 (2.0 %), predicted 肺炎 (95.0 %)")
         assert text.index("正常/P00_0.png") < first < text.index("(80.0 %)", first)
         assert "All 3 misclassified images of 24." in text
+        assert "(95.0\N{NO-BREAK SPACE}%)" in (runs[kind] / "report.html").read_text("utf-8")
 
 
 def test_automatic_weights_are_named_as_what_they_were(runs):
@@ -495,7 +496,7 @@ def test_the_baseline_is_the_training_majority_of_each_fold(runs):
         {"train": ["b/1", "b/2", "a/3"], "val": ["b/8"]},
     ]
     for shown, share, words in (
-        (folds, "50.0 %", "answering the most frequent class of each fold's training images"),
+        (folds, "50.0 %", "answering each fold's most frequent training class"),
         (folds[:1], "33.3 %", "answering a"),
     ):
         card = cards(dataclasses.replace(folder, splits={"folds": shown}))[-1]
