@@ -114,9 +114,8 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
         check = f"; the data check has {number(len(findings), 'finding', 'findings')}"
         if config.get("skip_unreadable"):
             n = sum(found["count"] for found in findings if found.get("kind") == "unreadable")
-            excluded = (
-                f"; excluded: {number(n, 'unreadable image', 'unreadable images')}, see data_check.json"
-            )
+            left_out = number(n, "unreadable image", "unreadable images")
+            excluded = f"; excluded: {left_out}, see data_check.json"
     answers = {
         7: (
             PARTLY,

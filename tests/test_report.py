@@ -472,11 +472,13 @@ def test_the_checklist_has_44_items_and_answers_with_the_runs_facts(runs):
 
 @pytest.mark.parametrize(("kind", "count", "words"), [
     ("tiny", 2, "骨折 8); the data check has 1 finding. Evaluated"),
-    ("unreadable", 2, "骨折 8); 2 more that cannot be read excluded; the data check has 1 finding."),
+    ("unreadable", 1, "8); excluded: 1 unreadable image, see data_check.json; the data check has 1 finding."),
 ])  # fmt: skip
 def test_the_checklist_counts_the_findings_and_what_was_left_out(runs, kind, count, words):
     finding = {"level": "warning", "kind": kind, "message": "m", "count": count, "examples": []}
-    folder = dataclasses.replace(read_run_folder(runs["single"]), check={"findings": [finding]})
+    folder = read_run_folder(runs["single"])
+    config = {**folder.config, "skip_unreadable": kind == "unreadable"}
+    folder = dataclasses.replace(folder, config=config, check={"findings": [finding]})
     assert words in claim_items(folder, folder.config, 3)[34].answer
 
 
