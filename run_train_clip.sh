@@ -107,8 +107,8 @@ else
 import contextlib, pathlib
 from common.cli import exit_code_of
 from common.files import check_writable
-from training.config import make_config, options_from_flags, resolve_auto
 from training.multi_config import print_leaderboard, read_entries, write_leaderboard
+from training.options import make_config, options_from_flags, resolve_auto
 
 def main():
     typed = resolve_auto(options_from_flags(sys.argv[2:]))
