@@ -297,7 +297,7 @@ def test_the_best_model_of_a_longer_run_is_not_taken_for_the_leavings_of_a_start
         (tmp_path / name).write_text("{}")
     before = (tmp_path / "checkpoint_best.pth").read_bytes()
     assert train(class_folder, tmp_path, "--epochs", 1, "--resume-from", "auto") == 2
-    assert "holds another run's results" in capsys.readouterr().err
+    assert "holds a run's results" in capsys.readouterr().err
     assert (tmp_path / "checkpoint_best.pth").read_bytes() == before
 
 

@@ -147,7 +147,7 @@ def test_a_folder_with_results_is_not_touched_without_being_told(
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert train(class_folder, tmp_path / "run", "--epochs", 1) == 2
     error = capsys.readouterr().err
-    assert "holds another run's results" in error and "--overwrite" in error
+    assert "holds a run's results" in error and "--overwrite" in error
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     assert train(class_folder, tmp_path / "run", "--epochs", 1, "--overwrite") == 0
 

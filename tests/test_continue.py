@@ -101,7 +101,7 @@ def test_the_config_json_of_another_program_is_not_taken_for_the_beginning_of_a_
     theirs = tmp_path / "config.json"
     theirs.write_text('{"architectures": ["BertModel"]}')
     assert train(class_folder, tmp_path, "--epochs", 1) == 2
-    assert "holds another run's results (config.json)" in capsys.readouterr().err
+    assert "holds a run's results (config.json)" in capsys.readouterr().err
     assert theirs.read_text() == '{"architectures": ["BertModel"]}'
 
 
@@ -347,7 +347,7 @@ def test_a_changed_option_of_a_finished_entry_is_refused_with_the_way_out(two_en
     file.write_text(json.dumps([first, {"name": "🫁", "save_best": False}]), "utf-8")
     assert compare(two_entries / "data", two_entries / "out", file) == 2
     error = capsys.readouterr().err
-    assert "entry 2: " in error and "save_best True there, False now" in error
+    assert "entry 2: " in error and "--no-save-best not given there, given now" in error
     assert "with --config-index N it replaces entry N alone" in error
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.errors import RunFailed, UserError
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
 from train_clip import main
-from training.multi_config import read_entries
+from training.multi_config import METRICS, print_leaderboard, read_entries
 from training.options import make_config
 from training.resume import config_of_resumed_run
 from training.state import HISTORY_KEYS, EarlyStopping
@@ -455,8 +456,11 @@ def test_folds_as_separate_jobs_give_the_same_summary(cv_run, class_folder, tmp_
 def test_other_options_or_other_images_do_not_continue_a_cross_validation(
     cv_run, class_folder, tmp_path, capsys
 ):
-    assert cross_validate(class_folder, cv_run, "--group-pattern", r"^(P\d+)_", "--embed-dim", 8) == 2
-    assert "--embed-dim 16 there, 8 now" in capsys.readouterr().err
+    for of_one, way_out in ([], "--overwrite to replace it"), (["--fold", 2], "or clear the folder by hand"):
+        other = ["--group-pattern", r"^(P\d+)_", "--embed-dim", 8, *of_one]
+        assert cross_validate(class_folder, cv_run, *other) == 2
+        error = capsys.readouterr().err
+        assert "--embed-dim 16 there, 8 now" in error and way_out in error
     changed = tmp_path / "images"
     shutil.copytree(class_folder, changed)
     (changed / "正常" / "P000_0.png").rename(changed / "正常" / "P099_0.png")
@@ -491,7 +495,7 @@ def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
         assert found == ("minimal", 0.5, False)
     assert configs[0].epochs == 3
     assert capsys.readouterr().out.splitlines() == [
-        f"note: {flag} of --preset small-data on the command line wins over {own} in the file"
+        f"note: {flag} by --preset small-data on the command line wins over {own} in the file"
         for flag, own in (("--augmentation minimal", "standard"), ("--cutmix-prob 0.5", "1"))
     ]
 
@@ -558,6 +562,15 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
     assert by_entry[3]["val_acc_mean"] == pytest.approx(summary["last_epoch"]["val_acc"]["mean"])
     expected = sum(p.numel() for p in _resnet18_clip().parameters()) / 1e6
     assert by_entry[2]["million_parameters"] == pytest.approx(expected)
+
+
+def test_a_training_of_seconds_is_not_said_to_take_no_time(capsys):
+    row = {f"{key}_{part}": None for key in METRICS for part in ("mean", "std_sample")}
+    row |= {"rank": 1, "status": "finished", "folder": "01", "against_first": "first", "images_per_second": 9}
+    row |= {f"{key}_mean": 50 for key in METRICS} | {"million_parameters": 1}
+    print_leaderboard([{**row, "minutes": 0.04}, {**row, "minutes": 0.06}], Path("out"))
+    _, *lines, _, _ = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[-3] for line in lines[1:]] == ["<0.1", "0.1"]
 
 
 def _resnet18_clip():

@@ -298,9 +298,15 @@ def flag_of(name: str) -> str:
     return FIELDS[name].metadata["flag"] or "--" + name.replace("_", "-")
 
 
+def value_of(name: str, value: Any) -> Any:
+    """An option's value, as a message says it after the flag: `--no-amp False` would say the opposite."""
+    if value is None or isinstance(value, bool):
+        return "not given" if value == FIELDS[name].default else "given"
+    return value
+
+
 def shown(name: str, value: Any) -> str:
-    """An option and its value, as a message names them: `--no-amp False` would say the opposite."""
-    return f"{name if isinstance(value, bool) else flag_of(name)} {value}"
+    return f"{flag_of(name)} {value_of(name, value)}"
 
 
 def named(name: str, config: Config) -> str:

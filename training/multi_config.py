@@ -98,7 +98,7 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
         for key, value in {**of_preset(typed), **typed}.items():
             if key in options and options[key] != value and key not in said:
                 said.add(key)
-                of = "" if key in typed else f" of --preset {typed['preset']}"
+                of = "" if key in typed else f" by --preset {typed['preset']}"
                 print(
                     f"note: {shown(key, value)}{of} on the command line wins over {options[key]} in the file"
                 )
@@ -356,10 +356,11 @@ def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> 
                 + (f": {row['error'][:120]}" if row["error"] else "")
             )
             continue
+        minutes = f"{row['minutes']:.1f}" if row["minutes"] >= 0.05 else "<0.1"
         print(
             f"{row['rank']:>4}  "
             + "  ".join(f"{_mean_std(row, key):>14}" for key in SHOWN)
-            + f"  {row['million_parameters']:7.1f}  {row['images_per_second']:6.0f}  {row['minutes']:6.1f}  "
+            + f"  {row['million_parameters']:7.1f}  {row['images_per_second']:6.0f}  {minutes:>6}  "
             + f"{row['folder']}: {row['against_first']}"
         )
     print("noise: McNemar's test (Holm) and the bootstrap of the accuracy's difference, see comparison.json")

@@ -28,7 +28,7 @@ from common.files import (
 from data.scan import ImageFolder, nfc
 from evaluation.checkpoints import DAMAGED, TOWERS, read_checkpoint
 from models.clip import CLIPModel
-from training.config import FIELDS, Config, of_preset, shown
+from training.config import FIELDS, Config, of_preset, shown, value_of
 from training.dataset import DataSet
 from training.state import frozen_towers
 
@@ -123,7 +123,7 @@ def refuse_results(output_dir: Path, config: Config) -> None:
     if found and not config.overwrite and not resumes_in(output_dir, config):
         hint = f" --resume-from {latest} to continue it," if latest.exists() else ""
         raise UserError(
-            f"--output-dir {output_dir} holds another run's results ({', '.join(found)}); use another folder,"
+            f"--output-dir {output_dir} holds a run's results ({', '.join(found)}); use another folder,"
             f"{hint} or --overwrite to replace it"
         )
 
@@ -164,15 +164,16 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
     found = results_in(output_dir)
     if set(found) <= {"data_check.json"} or config.overwrite:
         return False
+    replace = "clear the folder by hand" if config.fold else "--overwrite"
     if "config.json" not in found:
         raise UserError(
             f"--output-dir {output_dir} holds {', '.join(found)} but no config.json, so it cannot be "
-            "continued; "
-            "use another folder, or --overwrite to replace it"
+            f"continued; use another folder, or {replace} to replace it"
         )
     stored = read_json(output_dir / "config.json", "the run's config.json")
     differing = [
-        f"{shown(name, stored.get(name, FIELDS[name].default))} there, {getattr(config, name)} now"
+        f"{shown(name, stored.get(name, FIELDS[name].default))} there, "
+        f"{value_of(name, getattr(config, name))} now"
         for name in FIELDS
         # a run of an earlier version lacks options that have come since
         if name not in FREE_ON_CONTINUE and stored.get(name, FIELDS[name].default) != getattr(config, name)
@@ -184,7 +185,7 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
     if differing:
         raise UserError(
             f"--output-dir {output_dir} holds a run with other options ({'; '.join(differing)}); "
-            "give the same options to continue it, use another folder, or --overwrite to replace it"
+            f"give the same options to continue it, use another folder, or {replace} to replace it"
         )
     return True
 

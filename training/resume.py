@@ -13,7 +13,7 @@ from common.files import BEST, LATEST, PREVIOUS, whole_file
 from data.shards import may_run_a_command
 from data.splits import Split
 from evaluation.checkpoints import DAMAGED
-from training.config import FIELDS, Config, flag_of, shown
+from training.config import FIELDS, Config, flag_of, shown, value_of
 from training.dataset import DataSet, split_fingerprint
 from training.options import check_options, contradictions
 
@@ -58,7 +58,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"within epoch {checkpoint['epoch'] + 1}; finish that epoch without the change"
             )
         if FIELDS[name].metadata["on_resume"] in ("same", "said"):
-            changed.append(f"{shown(name, options.get(name))} -> {value}")
+            changed.append(f"{shown(name, options.get(name))} -> {value_of(name, value)}")
     if problems:
         raise UserError(*problems)
     if checkpoint["config"].get("compile") and not typed.get("compile"):
