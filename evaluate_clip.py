@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, all_of, did_you_mean, number
-from common.files import KNOWN_IMAGES, find_checkpoints, problems_of_cache_dir, refuse_output_dir
+from common.files import KNOWN_IMAGES, find_checkpoints, refuse_output_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,6 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     problems += [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if "=" not in pair]
     if found.cache_dir and found.no_cache:
         problems.append("--cache-dir and --no-cache exclude each other")
-    problems += problems_of_cache_dir(found.cache_dir)
     if found.group_pattern and found.groups_file:
         problems.append("--group-pattern and --groups-file exclude each other: both name the patient")
     if problems:
@@ -157,15 +156,11 @@ def match_classes(
     return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order])
 
 
-def check_options(arguments: argparse.Namespace, options: "Config") -> None:
-    """Raises UserError naming every pair of options that exclude each other, and a --groups-file that is
-    missing.
-    """
+def check_options(options: "Config") -> None:
+    """Raises UserError naming every pair of options that exclude each other."""
     from training.options import contradictions
 
     problems = contradictions(options)
-    if arguments.groups_file and not arguments.groups_file.exists():
-        problems.append(f"--groups-file {arguments.groups_file} does not exist")
     if problems:
         raise UserError(*problems)
 
@@ -175,6 +170,7 @@ def evaluate(typed: Sequence[str]) -> int:
     arguments = read_arguments(typed)
     from data.shards import scan_images
     from training.config import Config
+    from training.options import refuse_missing
 
     options = Config(
         data_dir=str(arguments.data_dir),
@@ -190,7 +186,8 @@ def evaluate(typed: Sequence[str]) -> int:
     )
     folder, *_ = all_of(
         partial(scan_images, arguments.data_dir, at_least=1, cache_dir=arguments.cache_dir),
-        partial(check_options, arguments, options),
+        partial(check_options, options),
+        partial(refuse_missing, options, weights=False),
         partial(refuse_output_dir, arguments.output_dir),
         *(partial(find_checkpoints, path) for path in arguments.checkpoint),
     )

@@ -18,15 +18,19 @@ class UserError(Exception):
 
 
 def all_of(*checks: Callable[[], Any]) -> list[Any]:
-    """What each of `checks` gives. All are made: raises UserError with the problems of every one."""
-    given, problems = [], []
+    """What each of `checks` gives. All are made: raises UserError with the problems of every one, or the
+    error of the only one that fails.
+    """
+    given, errors = [], []
     for check in checks:
         try:
             given.append(check())
         except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]  # of its own kind
+    if errors:
+        raise UserError(*(problem for error in errors for problem in error.problems))
     return given
 
 

@@ -109,6 +109,22 @@ def test_bad_input_gets_one_clear_message_exit_code_2_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", [[], ["--use-cv"]])
+def test_all_wrong_paths_are_said_at_once(kind, tmp_path, capsys):
+    given = {
+        "--cache-dir": f"{__file__}/c", "--data-dir": "no-images", "--class-texts-file": "no.json",
+        "--groups-file": "no.csv", "--image-weights": "no.pth",
+    }  # fmt: skip
+    if not kind:
+        given["--val-dir"] = "no-more"
+    flags = [word for pair in given.items() for word in pair]
+    _, *arguments = small("-", f"{__file__}/out", *flags, *kind)
+    assert train_clip.main(list(map(str, arguments))) == 2
+    errors = capsys.readouterr().err.splitlines()
+    for words in (*(f"{flag} {path} " for flag, path in given.items()), f"--output-dir {__file__}/out "):
+        assert sum(line.startswith(f"error: {words}") for line in errors) == 1, words
+
+
 @pytest.mark.slow
 def test_bad_input_ends_the_program_with_exit_code_2(tmp_path):
     code, output, error = run(*small(tmp_path / "nowhere", tmp_path / "out"))

@@ -511,6 +511,20 @@ def test_an_entry_that_several_processes_cannot_train_is_refused_with_its_number
     assert "entry 3: --cutmix-prob of --preset small-data pairs images within a process" in third
 
 
+def test_weights_of_an_entry_are_missed_before_any_is_trained(tmp_path):
+    typed = typed_for([{"image_weights": "no.pth"}, {"name": "done", "text_weights": "no"}], tmp_path)
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    first, second = refused.value.problems
+    assert "entry 1: --image-weights no.pth does not exist" in first
+    assert "entry 2: --text-weights no does not exist" in second
+    (tmp_path / "out" / "02_done").mkdir(parents=True)
+    (tmp_path / "out" / "02_done" / "report.html").touch()  # so its weights are not read again
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    assert refused.value.problems == (first,)
+
+
 def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_finished(
     class_folder, tmp_path, capsys
 ):

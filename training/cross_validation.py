@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 
 from common.device import choose_hardware
 from common.distributed import begun, first_here_first, is_main, of_the_first, wait_for_all
-from common.errors import RunFailed, UserError
-from common.files import MOST_OF_SPLITS, PREVIOUS, read_json, saved_in, write_json
+from common.errors import RunFailed, UserError, all_of
+from common.files import MOST_OF_SPLITS, PREVIOUS, check_writable, read_json, saved_in, write_json
 from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
@@ -30,6 +31,7 @@ from training.dataset import (
     scan,
     sentences_of,
 )
+from training.options import refuse_missing
 from training.outputs import (
     continues,
     locked,
@@ -63,10 +65,12 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     say_what_options_do(config)
     output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
+    checks = partial(refuse_missing, config, weights=True), partial(check_writable, output_dir)
     with first_here_first():  # the others find the shards fetched
-        folder, _ = scan(config)
-    texts = sentences_of(config, folder, class_texts)
-    patients = patients_of(config, folder, None)
+        folder, _ = scan(config, *checks)
+    texts, patients = all_of(
+        partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, None)
+    )
     going_on = continues(output_dir, config, texts)
 
     print(f"device: {hardware.description}")

@@ -7,6 +7,7 @@ import re
 import traceback
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from common.distributed import first_here_first, is_main, n_processes, of_the_first
-from common.errors import UserError, first_line
+from common.errors import UserError, all_of, first_line
 from common.files import check_writable, read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder
 from data.shards import may_run_a_command, scan_images
@@ -26,7 +27,7 @@ from models.clip import check_image_encoder
 from training.config import Config, of_preset, shown
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
-from training.options import layered, make_config, read_config_file
+from training.options import layered, make_config, read_config_file, refuse_missing
 from training.outputs import (
     FREE_ON_CONTINUE,
     InUse,
@@ -108,7 +109,9 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
             refuse_for_processes(own)
             check_image_encoder(own.image_encoder_name)
             folder = Path(config.output_dir) / folder_name(number, own, name)
-            entries.append(Entry(number, folder, dataclasses.replace(own, output_dir=str(folder))))
+            entry = Entry(number, folder, dataclasses.replace(own, output_dir=str(folder)))
+            refuse_missing(own, weights=not (saved_in(folder) or is_finished(entry)))
+            entries.append(entry)
         except UserError as error:
             problems += [f"entry {number}: {problem}" for problem in error.problems]
     if problems:
@@ -124,7 +127,7 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     after every entry, so that entries may also run as separate jobs.
     """
     output_dir = Path(config.output_dir)
-    check_writable(output_dir)
+    all_of(partial(check_writable, output_dir), partial(refuse_missing, config, weights=False))
     entries = read_entries(config, typed)
     if config.config_index is not None and config.config_index > len(entries):
         raise UserError(

@@ -234,10 +234,23 @@ def make_config(options: Mapping[str, Any]) -> Config:
     problems = check_options(options, "")
     if not problems:
         config = Config(**layered(options))
-        problems = contradictions(config) + problems_of_cache_dir(config.cache_dir)
+        problems = contradictions(config)
     if problems:
         raise UserError(*problems)
     return config
+
+
+def refuse_missing(config: Config, weights: bool) -> None:
+    """Raises UserError naming each file that is to be read (`weights`: these too) and is not there, and a
+    --cache-dir that cannot be used.
+    """
+    problems = problems_of_cache_dir(config.cache_dir)
+    for name in ("class_texts_file", "groups_file", *(("image_weights", "text_weights") if weights else ())):
+        path = getattr(config, name)
+        if path not in (None, "auto", "pretrained", "none") and not Path(path).exists():
+            problems.append(f"{flag_of(name)} {path} does not exist")
+    if problems:
+        raise UserError(*problems)
 
 
 def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:

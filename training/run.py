@@ -13,7 +13,7 @@ import torch
 
 from common.device import Hardware, choose_hardware
 from common.distributed import agree_on, begun, first_here_first, is_main, n_processes, wait_for_all
-from common.errors import UserError
+from common.errors import UserError, all_of
 from common.files import PREVIOUS, write_json
 from data.augment import Augmentation
 from data.findings import print_findings
@@ -37,6 +37,7 @@ from training.dataset import (
 )
 from training.fit import duration, fit
 from training.losses import contrastive_loss
+from training.options import refuse_missing
 from training.outputs import (
     FREE_ON_CONTINUE,
     locked,
@@ -144,6 +145,7 @@ def train_single(
 ) -> RunResult:
     """Train one model on one split. Everything that can be refused is refused before the images are read."""
     checkpoint = None
+    missing = partial(refuse_missing, config, weights=not config.resume_from)
     if config.resume_from:
         checkpoint, file = read_to_resume(Path(config.resume_from))
         config = dataclasses.replace(config, resume_from=str(file))
@@ -151,15 +153,12 @@ def train_single(
     refuse_for_processes(config)
     say_what_options_do(config)
     output_dir = Path(config.output_dir)
-    refuse_results(output_dir, config)
-    if output_dir.exists():
-        with locked(output_dir):
-            pass  # better refused now than after the images are read
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     with first_here_first():  # the others find the shards fetched
-        folder, val_folder = scan(config)
-    texts = sentences_of(config, folder, class_texts)
-    patients = patients_of(config, folder, val_folder)
+        folder, val_folder = scan(config, missing, partial(refuse_taken, output_dir, config))
+    texts, patients = all_of(
+        partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, val_folder)
+    )
     if checkpoint:
         check_same_classes(checkpoint, f"--resume-from {config.resume_from}", folder.classes, texts)
 
@@ -215,6 +214,14 @@ def train_single(
         print_files(output_dir)
         print_use(output_dir)
     return result
+
+
+def refuse_taken(output_dir: Path, config: Config) -> None:
+    """`refuse_results`, and raises InUse: better now than after the images are read."""
+    refuse_results(output_dir, config)
+    if output_dir.exists():
+        with locked(output_dir):
+            pass
 
 
 def train_on_split(
