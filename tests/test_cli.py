@@ -90,6 +90,7 @@ BAD_DATA = [
     (["--gpu-id", "99"], "good", "--gpu-id 99 does not exist"),
     (["--group-pattern", "("], "good", "not a regular expression"),
     (["--resume-from", "missing.pth"], "good", "--resume-from missing.pth does not exist"),
+    (["--resume-from", "auot"], "good", "--resume-from auot does not exist (did you mean 'auto'?)"),
     (["--use-cv", "--n-splits", "25"], "good", "25 folds need at least 25 images"),
     (["--image-encoder", "resnet18"], "good", "Ways out: (1)"),
 ]

@@ -455,6 +455,8 @@ def test_auto_starts_where_there_is_nothing_and_continues_where_there_is_somethi
     assert "resuming" not in capsys.readouterr().out
     assert train(class_folder, out, "--epochs", 2, *flags) == 0
     assert "resuming after epoch 1 of 2" in capsys.readouterr().out
+    assert train(class_folder, out, "--epochs", 2, *flags) == 0
+    assert "resuming after epoch 2 of 2: it is trained to its end already" in capsys.readouterr().out
     assert train(class_folder, tmp_path / "whole", "--epochs", 2) == 0
     histories = [json.loads((folder / "history.json").read_text()) for folder in (out, tmp_path / "whole")]
     assert len(histories[0]["val_acc"]) == len(histories[1]["val_acc"]) == 2

@@ -259,6 +259,8 @@ def train_on_split(
         if steps := state.in_epoch.steps:
             of_epoch = f"after {steps} of {state.steps_per_epoch} steps"
             where = f"in epoch {state.epoch + 1} of {config.epochs}, {of_epoch}"
+        if state.epoch >= config.epochs or state.stopped_early:
+            where += ": it is trained to its end already, and its results are written anew"
         print(f"resuming {where}")
     refuse_disagreement(config, data, split, state, device)
     sentences.prepare(device, center=checkpoint is None)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from common.distributed import n_processes
-from common.errors import UserError, first_line
+from common.errors import UserError, did_you_mean, first_line
 from common.files import BEST, LATEST, PREVIOUS, saved_in, whole_file, write_json
 from evaluation.checkpoints import (
     FORMAT,
@@ -246,6 +246,8 @@ def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str,
             f"{option} {path} is a folder without a {LATEST}; give a run's folder or that file in it. A "
             "cross-validation, or several configurations, go on when their own command is given again"
         )
+    if not path.exists() and (meant := did_you_mean(str(path), ["auto"])):
+        raise UserError(f"{option} {path} does not exist{meant}")
     previous = path.with_name(PREVIOUS)
     can_fall_back = path.name == LATEST and previous.exists()
     anew = "give another one, or start anew in another folder or with --overwrite"
