@@ -33,11 +33,14 @@ ensure_venv() {
         # the stamp is the file's own content, written after pip has succeeded
         stamp="$venv/.fits-${file//\//-}"
         cmp -s "$root/$file" "$stamp" && continue
-        echo "installing $file into $venv (minutes, the first time)"
-        "$PY" -m pip install --disable-pip-version-check -r "$root/$file" || {
-            echo "error: pip could not install $file; is there a network? a proxy or index: pip's own settings" >&2
-            return 2
-        }
+        # without an index it succeeds where all is there, as in an environment made by hand, and else changes nothing
+        if ! "$PY" -m pip install -q --no-index -r "$root/$file" >/dev/null 2>&1; then
+            echo "installing $file into $venv (minutes, the first time)"
+            "$PY" -m pip install --disable-pip-version-check -r "$root/$file" || {
+                echo "error: pip could not install $file; is there a network? a proxy or index: pip's own settings" >&2
+                return 2
+            }
+        fi
         cp "$root/$file" "$stamp"
     done
 }
