@@ -114,7 +114,7 @@ def test_bad_input_gets_one_clear_message_exit_code_2_and_writes_nothing(
 def test_all_wrong_paths_are_said_at_once(kind, tmp_path, capsys):
     given = {
         "--cache-dir": f"{__file__}/c", "--data-dir": "no-images", "--class-texts-file": "no.json",
-        "--groups-file": "no.csv", "--image-weights": "no.pth",
+        "--groups-file": f"{'no' * 200}.csv", "--image-weights": "no.pth",
     }  # fmt: skip
     if not kind:
         given["--val-dir"] = "no-more"

@@ -5,6 +5,7 @@ Nothing heavy is imported, so that `--help` answers at once.
 
 import argparse
 import contextlib
+import os
 import sys
 import types
 import typing
@@ -247,7 +248,7 @@ def refuse_missing(config: Config, weights: bool) -> None:
     problems = problems_of_cache_dir(config.cache_dir)
     for name in ("class_texts_file", "groups_file", *(("image_weights", "text_weights") if weights else ())):
         path = getattr(config, name)
-        if path not in (None, "auto", "pretrained", "none") and not Path(path).exists():
+        if path not in (None, "auto", "pretrained", "none") and not os.path.exists(path):
             problems.append(f"{flag_of(name)} {path} does not exist")
     if problems:
         raise UserError(*problems)
