@@ -523,6 +523,10 @@ def test_weights_of_an_entry_are_missed_before_any_is_trained(tmp_path):
     with pytest.raises(UserError) as refused:
         read_entries(make_config(typed), typed)
     assert refused.value.problems == (first,)
+    typed["overwrite"] = True
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    assert refused.value.problems == (first, second)
 
 
 def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_finished(

@@ -110,7 +110,7 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
             check_image_encoder(own.image_encoder_name)
             folder = Path(config.output_dir) / folder_name(number, own, name)
             entry = Entry(number, folder, dataclasses.replace(own, output_dir=str(folder)))
-            refuse_missing(own, weights=not (saved_in(folder) or is_finished(entry)))
+            refuse_missing(own, weights=own.overwrite or not (saved_in(folder) or is_finished(entry)))
             entries.append(entry)
         except UserError as error:
             problems += [f"entry {number}: {problem}" for problem in error.problems]
