@@ -112,8 +112,8 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
     if run.check:
         findings = run.check["findings"]
         check = f"; the data check has {number(len(findings), 'finding', 'findings')}"
-        if config.get("skip_unreadable"):
-            n = sum(found["count"] for found in findings if found.get("kind") == "unreadable")
+        n = sum(found["count"] for found in findings if found.get("kind") == "unreadable")
+        if n and config.get("skip_unreadable"):  # runs of earlier versions did not say what they left out
             left_out = number(n, "unreadable image", "unreadable images")
             excluded = f"; excluded: {left_out}, see data_check.json"
     answers = {
