@@ -168,7 +168,7 @@ def check_options(options: "Config") -> None:
 def evaluate(typed: Sequence[str]) -> int:
     """Check, load, read, predict, write. Returns the exit code (see --help)."""
     arguments = read_arguments(typed)
-    from data.shards import scan_images
+    from data.shards import is_shards, scan_images
     from training.config import Config
     from training.options import refuse_missing
 
@@ -184,13 +184,16 @@ def evaluate(typed: Sequence[str]) -> int:
         num_workers=arguments.num_workers,
         batch_size=arguments.batch_size,
     )
-    folder, *_ = all_of(
-        partial(scan_images, arguments.data_dir, at_least=1, cache_dir=arguments.cache_dir),
+    checks = [
         partial(check_options, options),
         partial(refuse_missing, options, weights=False),
         partial(refuse_output_dir, arguments.output_dir),
         *(partial(find_checkpoints, path) for path in arguments.checkpoint),
-    )
+    ]
+    if is_shards(arguments.data_dir):  # which may take hours to fetch
+        all_of(*checks)
+    images = partial(scan_images, arguments.data_dir, at_least=1, cache_dir=arguments.cache_dir)
+    folder, *_ = all_of(images, *checks)
     for note in folder.notes:
         print(f"note: {note}")
 
