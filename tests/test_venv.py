@@ -75,6 +75,10 @@ def test_an_environment_made_by_hand_after_an_interruption_is_kept(program):
     done = set_up(program)
     assert (done.returncode, done.stdout) == (0, "")  # nothing of what is there already
     assert (program / ".venv" / "of the user").exists() and not (program / ".venv.begun").exists()
+    (program / "requirements.txt").write_text("pip==1\n")
+    other = set_up(program, PIP_NO_INDEX=1)
+    assert other.returncode == 2 and "installing requirements.txt" in other.stdout
+    assert "could not install requirements.txt" in other.stderr
 
 
 def test_a_folder_that_is_no_virtual_environment_is_left_as_it_is(program):
