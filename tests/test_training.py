@@ -183,6 +183,17 @@ def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
         config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)
 
 
+def test_options_that_a_checkpoint_of_an_earlier_version_lacks_were_the_defaults(finished, capsys):
+    checkpoint = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
+    needed = {"data_dir": "d", "output_dir": "o", "resume_from": "latest.pth"}
+    typed = {"embed_dim": 512, "loss": "unicl", "grad_clip": 2.0, "use_amp": False, "save_best": False}
+    checkpoint["config"] = {n: v for n, v in checkpoint["config"].items() if n not in typed}
+    config = config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)
+    changes = "--grad-clip 1.0 -> 2.0, --no-amp not given -> given, --no-save-best not given -> given"
+    assert f"resuming with changed options: {changes}\n" in capsys.readouterr().out
+    assert (config.embed_dim, config.grad_clip, config.use_amp) == (512, 2.0, False)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -41,12 +41,13 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         problems.append(
             f"--epochs {typed['epochs']}: --resume-from {config.resume_from} has {begun} epochs behind it"
         )
-    options = {name: value for name, value in checkpoint["config"].items() if name in FIELDS}
+    # a run of an earlier version lacks options that have come since
+    options = {name: checkpoint["config"].get(name, f.default) for name, f in FIELDS.items()}
     for name, value in typed.items():
-        if name in _NOT_FROM_CHECKPOINT or value == options.get(name):
+        if name in _NOT_FROM_CHECKPOINT or value == options[name]:
             continue
         if FIELDS[name].metadata["on_resume"] == "fixed":
-            before = options.get(name)
+            before = options[name]
             trained = "without it" if before is None or before is False else f"with {before}"
             problems.append(
                 f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
@@ -58,7 +59,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"within epoch {checkpoint['epoch'] + 1}; finish that epoch without the change"
             )
         if FIELDS[name].metadata["on_resume"] in ("same", "said"):
-            changed.append(f"{shown(name, options.get(name))} -> {value_of(name, value)}")
+            changed.append(f"{shown(name, options[name])} -> {value_of(name, value)}")
     if problems:
         raise UserError(*problems)
     if checkpoint["config"].get("compile") and not typed.get("compile"):
