@@ -115,10 +115,8 @@ def _legend_below(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
     width, height = figure.get_size_inches()
     longest = max((sum(map(_columns, label)) for label in labels), default=0)
     columns = max(1, int(width / (0.45 + 0.075 * longest)))
-    rows = -(-len(labels) // columns)
-    columns = -(
-        -len(labels) // max(rows, 1)
-    )  # no more than these rows need: the last is not left almost empty
+    rows = max(1, -(-len(labels) // columns))
+    columns = -(-len(labels) // rows)  # no more than these rows need: the last is not left almost empty
     figure.set_size_inches(width, height + 0.19 * rows)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
