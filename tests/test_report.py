@@ -432,12 +432,11 @@ def test_an_ensemble_of_other_encoders_is_not_described_as_its_first_model(tmp_p
         "earlier": [alike, alike],
     }.items():
         write_json(run / "config.json", record | {"models": models})
-        text = Page(write_report(run)).text
-        assert "(timm:test_resnet, bert-tiny-bytes, " in text
-        assert ("image_encoder_name; what is said of training here is the first" in text) is (name == "other")
-        assert ("model.pth (resnet34, bert-tiny-bytes, epoch 2, an epoch chosen on" in text) is (
-            name == "other"
-        )
+        if name in ("same", "other"):  # a report is drawn for seconds
+            text, is_other = Page(write_report(run)).text, name == "other"
+            assert "(timm:test_resnet, bert-tiny-bytes, " in text
+            assert ("image_encoder_name; what is said of training here is the first" in text) is is_other
+            assert ("model.pth (resnet34, bert-tiny-bytes, epoch 2, an epoch chosen on" in text) is is_other
         folder = read_run_folder(run)
         items = claim_items(folder, record | dataclasses.asdict(Config(early_stopping_patience=2)), 3)
         answers[name] = {item.number: (item.status, item.answer) for item in items}
