@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
-from common.errors import UserError, all_of, did_you_mean, number
+from common.errors import UserError, did_you_mean, number
 from common.files import KNOWN_IMAGES, find_checkpoints, refuse_output_dir
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def check_options(options: "Config") -> None:
 def evaluate(typed: Sequence[str]) -> int:
     """Check, load, read, predict, write. Returns the exit code (see --help)."""
     arguments = read_arguments(typed)
-    from data.shards import is_shards, scan_images
+    from data.shards import scan_and_check
     from training.config import Config
     from training.options import refuse_missing
 
@@ -184,16 +184,15 @@ def evaluate(typed: Sequence[str]) -> int:
         num_workers=arguments.num_workers,
         batch_size=arguments.batch_size,
     )
-    checks = [
+    (folder,) = scan_and_check(
+        {"--data-dir": arguments.data_dir},
         partial(check_options, options),
         partial(refuse_missing, options, weights=False),
         partial(refuse_output_dir, arguments.output_dir),
         *(partial(find_checkpoints, path) for path in arguments.checkpoint),
-    ]
-    if is_shards(arguments.data_dir):  # which may take hours to fetch
-        all_of(*checks)
-    images = partial(scan_images, arguments.data_dir, at_least=1, cache_dir=arguments.cache_dir)
-    folder, *_ = all_of(images, *checks)
+        at_least=1,
+        cache_dir=arguments.cache_dir,
+    )
     for note in folder.notes:
         print(f"note: {note}")
 

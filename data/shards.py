@@ -23,7 +23,7 @@ import tarfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import UserError, first_line, shorten
+from common.errors import UserError, all_of, first_line, shorten
 from common.files import whole_file
 from data.cache import FREE_DISK, cache_dir_of, stamp_of
 from data.names import Names
@@ -124,6 +124,19 @@ def is_shards(source: str | Path) -> bool:
     if os.path.isdir(text):
         return bool(_shards_in(Path(text)))
     return _is_remote(text) or TAR.search(text) is not None
+
+
+def scan_and_check(
+    sources: Mapping[str, str | Path], *checks: Callable[[], object], **how: object
+) -> list[ImageFolder]:
+    """`scan_images` of each source, by the option that names it. `checks` are made too, so that one message
+    names all that is wrong; before shards, which may take hours to fetch.
+    """
+    if any(map(is_shards, sources.values())):
+        all_of(*checks)
+        checks = ()
+    scans = [partial(scan_images, source, option, **how) for option, source in sources.items()]
+    return all_of(*scans, *checks)[: len(scans)]
 
 
 def scan_images(

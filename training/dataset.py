@@ -5,13 +5,12 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, all_of, number, shorten
+from common.errors import UserError, number, shorten
 from data.cache import cache_dir_of, inspect_cached
 from data.findings import by_danger, finding, quick_findings
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
@@ -27,7 +26,7 @@ from data.scan import (
     merge_groups,
     nfc,
 )
-from data.shards import is_shards, scan_images
+from data.shards import scan_and_check
 from data.splits import Split, hold_out, splits_record
 from data.texts import class_sentences
 from evaluation.results import Predictions
@@ -91,15 +90,11 @@ class DataSet:
 
 
 def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, ImageFolder | None]:
-    """The class folders of --data-dir and --val-dir, checked; both label by the first's classes. `checks`
-    are made too, so that one message names all that is wrong; before shards, which may take hours to fetch.
+    """The class folders of --data-dir and --val-dir, checked; both label by the first's classes. `checks`:
+    see `scan_and_check`.
     """
-    sources = [("--data-dir", config.data_dir), *([("--val-dir", config.val_dir)] if config.val_dir else [])]
-    scans = [partial(scan_images, source, flag, cache_dir=config.cache_dir) for flag, source in sources]
-    if any(is_shards(source) for _, source in sources):
-        all_of(*checks)
-        checks = ()
-    folder, *others = all_of(*scans, *checks)
+    sources = {"--data-dir": config.data_dir} | ({"--val-dir": config.val_dir} if config.val_dir else {})
+    folder, *others = scan_and_check(sources, *checks, cache_dir=config.cache_dir)
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
     if config.val_dir:
