@@ -33,8 +33,7 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "�
 def whole_file(path: Path) -> Iterator[Path]:
     """The name of a temporary neighbour to write; after the block it is flushed to disk and renamed `path`.
 
-    Raises OSError where the system refuses, also when the writer makes a RuntimeError of that, as torch.save
-    does.
+    Raises OSError where the system refuses.
     """
     # jobs on several machines may share a folder, and even a process number
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -43,12 +42,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError:
-        with open(temporary, "ab") as file:  # what refused the writer refuses this as well, and says why
-            file.write(bytes(2**20))
-            file.flush()
-            os.fsync(file.fileno())
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 

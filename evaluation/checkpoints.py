@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from common.checksum import checksum
+from common.direct_file import DirectFile
 from common.errors import UserError, why_not_loaded
 from common.files import LATEST, frozen_beside, frozen_file, whole_file
 
@@ -33,8 +34,9 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors (on the CPU) and plain values with their checksum, whole or not at all."""
     # Nothing checks zip's own sums when a file is read, and to compute them costs more than to write it.
     torch.serialization.set_crc32_options(False)
-    with whole_file(path) as new:
-        torch.save({**content, "checksum": checksum(dict(content))}, new)
+    own = checksum(dict(content))
+    with whole_file(path) as new, DirectFile(new) as file:
+        torch.save({**content, "checksum": own}, file)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

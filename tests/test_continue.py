@@ -14,7 +14,6 @@ import torch
 from quick import QUICK, train
 
 from common.errors import UserError
-from common.files import whole_file
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
 from train_clip import main
@@ -263,8 +262,8 @@ def test_a_full_disk_is_an_os_error_that_leaves_the_old_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large"), whole_file(target) as temporary:
-            torch.save(torch.zeros(2**20), temporary)
+        with pytest.raises(OSError, match="File too large"):
+            write_file(target, {"tensor": torch.zeros(2**20)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
