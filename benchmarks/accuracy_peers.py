@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.floor import floor_of, table
 from common.device import Hardware
 from common.errors import RunFailed
 from common.files import write_json, write_whole
@@ -264,8 +265,6 @@ def size_of(encoder: str, img_size: int) -> dict[str, float]:
 
 def architecture_table(encoders: list[str], img_size: int, batch: int, hardware: Hardware) -> str:
     """Markdown: parameters, arithmetic and images/s of each encoder's tower alone."""
-    from benchmarks.speed import floor_of, table
-
     rows = []
     for encoder in encoders:
         size, floor = size_of(encoder, img_size), floor_of(encoder, img_size, batch, hardware)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from benchmarks.speed import table
+from benchmarks.floor import table
 from common.files import write_json, write_whole
 from data.scan import nfc
 from evaluation.compare import MEASURES, compare, holm

@@ -25,7 +25,8 @@ import torch
 
 import common.torchvision_compat  # noqa: F401
 from benchmarks.accuracy_peers import size_of
-from benchmarks.speed import TINY, floor_of, read_with_run_options, table, turned_copies
+from benchmarks.floor import floor_of, table
+from benchmarks.speed import TINY, read_with_run_options, turned_copies
 from benchmarks.whole_run import whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware

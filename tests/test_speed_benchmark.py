@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import whole_run
-from benchmarks.speed import floor_of, in_turn, own_steps, parts_of_a_step, turned_copies, upscaled
+from benchmarks.floor import floor_of, in_turn
+from benchmarks.speed import own_steps, parts_of_a_step, turned_copies, upscaled
 from benchmarks.speed_gpu import Utilisation, main
 from common.device import choose_hardware
 from common.errors import RunFailed, UserError
