@@ -120,7 +120,7 @@ CASES = {"speed": speed, "memory": memory}
 
 
 def read_arguments(arguments: Sequence[str]):
-    parser = Parser(prog="benchmarks.scaling", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--what", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     encoders = ["resnet18", "starnet_dual_pyramid_rcf"]
     parser.add_argument("--encoders", nargs="+", default=encoders, metavar="NAME")

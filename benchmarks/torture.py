@@ -360,7 +360,7 @@ CASES: dict[str, Callable[[Torture, int], str]] = {
 
 
 def read_arguments(arguments: Sequence[str]):
-    parser = Parser(prog="benchmarks.torture", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.torture", description=__doc__)
     parser.add_argument("--what", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--times", type=int, default=20, metavar="N", help="kills or stops of a case")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")

@@ -317,7 +317,7 @@ def read_kind(kind: str, times: int, seed: int) -> dict[str, Any]:
 
 
 def read_arguments(arguments: Sequence[str]):
-    parser = Parser(prog="benchmarks.torture_files", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.torture_files", description=__doc__)
     parser.add_argument("--what", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
     parser.add_argument("--times", type=int, default=2000, metavar="N", help="files of each kind")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
