@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from benchmarks.floor import floor_of, table
 from common.device import Hardware
+from common.direct_file import DirectFile
 from common.errors import RunFailed
-from common.files import write_json, write_whole
+from common.files import whole_file, write_json
 from data.augment import Augmentation, draw_box
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split, k_folds
@@ -166,7 +167,8 @@ def train_softmax(
         history["epoch_seconds"].append(time.monotonic() - epoch_started)
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"rng": torch.get_rng_state(), "scaler": scaler.state_dict(), "history": history}
-        write_whole(unfinished, lambda file, state=state: torch.save(state, file))
+        with whole_file(unfinished) as new, DirectFile(new) as file:
+            torch.save(state, file)
         left = (time.monotonic() - started) / (epoch + 1 - begun) * (config.epochs - epoch - 1)
         print(
             f"epoch {epoch + 1}/{config.epochs}  train loss {history['train_loss'][-1]:.4f}  "

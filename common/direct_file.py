@@ -1,6 +1,5 @@
 """Large files, written past the system's page cache."""
 
-import errno
 import mmap
 import os
 from pathlib import Path
@@ -16,25 +15,25 @@ class DirectFile:
     processor that training beside it lacks. Direct writing (O_DIRECT of open(2)) takes whole blocks of memory
     that begins at a page; where the system has it not, or refuses it, the file is written as any other.
 
-    Raises OSError where the system refuses data, also when the writer makes a RuntimeError of that, as
-    torch.save does.
+    Raises OSError where the system refuses data, and what a signal raises, also when the writer makes a
+    RuntimeError of that, as torch.save does.
     """
 
     BLOCK = 4 * 2**20  # bytes
 
     def __init__(self, path: Path):
-        self._path, self._refused = path, None
+        # an anonymous map is shared: of private memory a process that is forked meanwhile would get a copy
+        self._block, self._filled = memoryview(mmap.mmap(-1, self.BLOCK)), 0
+        self._path = path
         new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY
         self._is_direct = bool(DIRECT)
         try:
             self._file = os.open(path, new | DIRECT, 0o666)
-        except OSError as error:
-            if not (self._is_direct and error.errno == errno.EINVAL):
+        except OSError:
+            if not self._is_direct:
                 raise
             self._is_direct = False
             self._file = os.open(path, new, 0o666)
-        self._block = memoryview(mmap.mmap(-1, self.BLOCK))
-        self._filled = 0
 
     def __enter__(self) -> "DirectFile":
         return self
@@ -61,22 +60,21 @@ class DirectFile:
                 self._put(self._block[: self._filled])
         finally:
             os.close(self._file)
-        if self._refused and isinstance(error, RuntimeError):
-            raise self._refused from None
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            raise error.__context__ from None
 
     def _put(self, data: memoryview) -> None:
         while data:
             try:
                 data = data[os.write(self._file, data) :]
-            except OSError as error:
-                if not (self._is_direct and error.errno == errno.EINVAL):
-                    self._refused = error
+            except OSError:
+                if not self._is_direct:
                     raise
                 self._write_as_any_other()
 
     def _write_as_any_other(self) -> None:
         if self._is_direct:
             self._is_direct = False
-            other = os.open(self._path, os.O_WRONLY | os.O_APPEND | BINARY)
-            os.close(self._file)
-            self._file = other
+            direct, self._file = self._file, os.open(self._path, os.O_WRONLY | BINARY)
+            os.lseek(self._file, os.lseek(direct, 0, os.SEEK_CUR), os.SEEK_SET)
+            os.close(direct)

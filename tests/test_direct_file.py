@@ -79,3 +79,46 @@ def test_a_file_system_that_refuses_direct_writing_gets_the_same_file(tmp_path, 
     pieces = pieces_of(5, 2 * BLOCK, 11)
     assert written(tmp_path / "f", pieces) == b"".join(pieces)
     assert not left
+
+
+def test_blocks_are_written_directly_where_the_system_can(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except (AttributeError, OSError):
+        pytest.skip("this system writes no file directly")
+    system_write, seen = os.write, []
+
+    def write(file, data):
+        n = system_write(file, data)
+        seen.append((bool(fcntl.fcntl(file, fcntl.F_GETFL) & direct_file.DIRECT), n))
+        return n
+
+    monkeypatch.setattr(direct_file.os, "write", write)
+    n_open = len(os.listdir("/proc/self/fd"))
+    written(tmp_path / "f", pieces_of(3, 2 * BLOCK, 5))
+    assert seen == [(True, BLOCK), (True, BLOCK), (False, 8)]
+    assert len(os.listdir("/proc/self/fd")) == n_open
+
+
+def test_a_full_disk_at_the_tail_is_an_os_error(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), DirectFile(tmp_path / "f") as file:
+            file.write(bytes(BLOCK + 6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+def test_what_stops_torch_is_what_is_raised(tmp_path, monkeypatch, raised):
+    """torch.save itself makes a RuntimeError about a position of it."""
+
+    def write(file, data):
+        raise raised
+
+    monkeypatch.setattr(direct_file.os, "write", write)
+    with pytest.raises((OSError, KeyboardInterrupt)), DirectFile(tmp_path / "f") as file:
+        torch.save(torch.zeros(BLOCK), file)
