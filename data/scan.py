@@ -174,6 +174,13 @@ def images_below(folder: Path, ignored: Counter[str]) -> list[str]:
     return found
 
 
+def refuse_no_folder(root: Path, option: str) -> None:
+    if not root.is_dir():
+        raise UserError(
+            f"{option} {root} is not a folder; give the folder that holds one sub-folder per class"
+        )
+
+
 def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> ImageFolder:
     """List the images of every class folder, in an order that no file system changes. Of shards see
     `data.shards`.
@@ -182,10 +189,7 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
     Raises UserError when the folder is missing, is empty, or holds fewer than `at_least` (1 or 2) classes
     with images.
     """
-    if not root.is_dir():
-        raise UserError(
-            f"{option} {root} is not a folder; give the folder that holds one sub-folder per class"
-        )
+    refuse_no_folder(root, option)
     try:
         with os.scandir(root) as entries:
             found = [(entry, leads_to(entry.is_dir)) for entry in entries if not is_litter(entry.name)]

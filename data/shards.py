@@ -45,6 +45,7 @@ from data.scan import (
     leads_to,
     not_an_image,
     not_utf8,
+    refuse_no_folder,
     scan_folder,
     spelling,
 )
@@ -129,14 +130,13 @@ def is_shards(source: str | Path) -> bool:
 def scan_and_check(
     sources: Mapping[str, str | Path], *checks: Callable[[], object], **how: object
 ) -> list[ImageFolder]:
-    """`scan_images` of each source, by the option that names it. `checks` are made too, so that one message
-    names all that is wrong; before shards, which may take hours to fetch.
+    """`scan_images` of each source, by the option that names it. Before it, one message names every source
+    that is not there and what `checks` find: shards may take hours to fetch, and a folder on a network disk
+    minutes to scan.
     """
-    if any(map(is_shards, sources.values())):
-        all_of(*checks)
-        checks = ()
-    scans = [partial(scan_images, source, option, **how) for option, source in sources.items()]
-    return all_of(*scans, *checks)[: len(scans)]
+    folders = {option: Path(source) for option, source in sources.items() if not is_shards(source)}
+    all_of(*(partial(refuse_no_folder, source, option) for option, source in folders.items()), *checks)
+    return all_of(*(partial(scan_images, source, option, **how) for option, source in sources.items()))
 
 
 def scan_images(
