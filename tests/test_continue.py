@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from common.errors import UserError
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
 from train_clip import main
-from training import cross_validation
+from training import cross_validation, outputs
 from training.dataset import patients_of, scan
 from training.options import make_config, options_from_flags, refuse_without_effect
 
@@ -297,6 +298,20 @@ def test_two_runs_do_not_share_a_folder_and_a_dead_one_lets_go(quick_report, cla
         first.kill()
         first.communicate()
     assert train(class_folder, out, "--epochs", 2, "--overwrite") == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
+@pytest.mark.parametrize(("silent_seconds", "waits"), [(0.1, 1), (60, 0)])
+def test_it_is_said_when_another_run_keeps_the_folder_long(
+    tmp_path, monkeypatch, capsys, silent_seconds, waits
+):
+    monkeypatch.setattr(outputs, "SILENT_SECONDS", silent_seconds)
+    first = contextlib.ExitStack()
+    first.enter_context(outputs.locked(tmp_path))
+    threading.Timer(0.5, first.close).start()
+    with outputs.locked(tmp_path, wait=True):
+        said = capsys.readouterr().out
+    assert said.count(f"in use by another run (process {os.getpid()} on") == said.count("waiting") == waits
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")

@@ -7,10 +7,11 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.device import Hardware
 from common.distributed import is_main
@@ -38,6 +39,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
+SILENT_SECONDS = 2.0  # of waiting for another run
 CHECKPOINTS = (LATEST, PREVIOUS, BEST, DAMAGED)
 RESULT_FILES = (
     "config.json",
@@ -220,6 +222,23 @@ class InUse(UserError):
     """Another run keeps the folder."""
 
 
+def _lock(file: TextIO, folder: Path, wait: bool) -> None:
+    silent_until = time.monotonic() + (SILENT_SECONDS if wait else 0)
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= silent_until:
+                break
+            time.sleep(0.1)
+    file.seek(0)
+    in_use = f"{folder} is in use by another run ({file.read().strip() or 'unknown'})"
+    if not wait:
+        raise InUse(f"{in_use}; wait for it, or give another --output-dir")
+    print(f"note: {in_use}; waiting for it", flush=True)
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Make `folder` and keep it for this process; what killed writers left there and in its figures/ is
@@ -236,17 +255,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
         if fcntl:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                _lock(file, folder, wait)
             except OSError as error:
-                if not isinstance(error, BlockingIOError):
-                    print(f"note: {folder} cannot be locked ({error.strerror}); let no two runs write there")
-                    yield
-                    return
-                file.seek(0)
-                raise InUse(
-                    f"{folder} is in use by another run ({file.read().strip() or 'unknown'}); wait for it, "
-                    "or give another --output-dir"
-                ) from None
+                print(f"note: {folder} cannot be locked ({error.strerror}); let no two runs write there")
+                yield
+                return
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
