@@ -18,8 +18,8 @@ class UserError(Exception):
 
 
 def all_of(*checks: Callable[[], Any]) -> list[Any]:
-    """What each of `checks` gives. All are made: raises UserError with the problems of every one, or the
-    error of the only one that fails.
+    """What each of `checks` gives. All are made: raises UserError with the problems of every one, of the kind
+    that one of them has, such as InUse.
     """
     given, errors = [], []
     for check in checks:
@@ -27,10 +27,9 @@ def all_of(*checks: Callable[[], Any]) -> list[Any]:
             given.append(check())
         except UserError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]  # of its own kind
     if errors:
-        raise UserError(*(problem for error in errors for problem in error.problems))
+        kind = next((type(error) for error in errors if type(error) is not UserError), UserError)
+        raise kind(*(problem for error in errors for problem in error.problems))
     return given
 
 

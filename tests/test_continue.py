@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from quick import QUICK, train
 
-from common.errors import UserError
+from common.errors import UserError, all_of
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
 from train_clip import main
@@ -312,6 +313,17 @@ def test_it_is_said_when_another_run_keeps_the_folder_long(
     with outputs.locked(tmp_path, wait=True):
         said = capsys.readouterr().out
     assert said.count(f"in use by another run (process {os.getpid()} on") == said.count("waiting") == waits
+
+
+def test_a_folder_in_use_is_told_from_others_though_there_are_more_mistakes():
+    """An entry of a comparison writes no failure into it."""
+
+    def refuses(kind):
+        raise kind("no")
+
+    for kinds in ([UserError, outputs.InUse], [outputs.InUse, UserError]):
+        with pytest.raises(outputs.InUse, match="no\nno"):
+            all_of(*(partial(refuses, kind) for kind in kinds))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
