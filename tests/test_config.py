@@ -109,7 +109,7 @@ def test_a_checkpoint_looked_for_contradicts_no_cross_validation():
     [
         ({"epoch": 3}, "unknown key 'epoch' (did you mean 'epochs'"),
         ({"epochs": 3.5}, "must be a whole number"),
-        ({"epochs": True}, "must be a whole number"),
+        ({"epochs": True}, "must be a whole number, not true"),
         ({"use_amp": "yes"}, "must be true or false"),
         ({"learning_rate": float("nan")}, "must be a number"),
         ({"early_stopping_monitor": "acc"}, "must be one of"),

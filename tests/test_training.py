@@ -172,12 +172,14 @@ def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_fold
     [
         ({"random_state": 7}, "--random-state 7 does not fit.*which was trained with 0"),
         ({"preset": "small-data"}, "--preset small-data does not fit.*which was trained without it"),
+        ({"freeze_text_encoder": True}, "^--freeze-text-encoder does not fit.*which was trained without it"),
+        ({"freeze_image_encoder": False}, "^without --freeze-image-encoder does not.*was trained with it"),
         ({"logit_adjustment_tau": 0.5}, "tau 0.5 has no effect without --logit-adjustment"),
     ],
 )
 def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
     checkpoint = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
-    checkpoint["config"]["random_state"] = 0
+    checkpoint["config"] |= {"random_state": 0, "freeze_image_encoder": "freeze_image_encoder" in typed}
     needed = {"data_dir": "d", "output_dir": "o", "resume_from": "latest.pth"}
     with pytest.raises(UserError, match=said):
         config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)
@@ -209,7 +211,7 @@ def test_options_that_a_checkpoint_of_an_earlier_version_lacks_were_the_defaults
         ),
         (
             {"preset": "small-data", "cutmix_prob": 0.0, "logit_adjustment": False},
-            "preset small-data sets --augmentation minimal; given instead: no --logit-adjustment, "
+            "preset small-data sets --augmentation minimal; given instead: without --logit-adjustment, "
             "--cutmix-prob 0.0\n",
         ),
         (
@@ -493,7 +495,8 @@ def typed_for(entries, folder):
 
 def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
     """As typed options do; a preset in the file does not win over what its own entry says."""
-    entries = [{"augmentation": "standard", "epochs": 3}, {"preset": "small-data", "cutmix_prob": 1}, {}]
+    own = {"augmentation": "standard", "epochs": 3, "logit_adjustment": True}
+    entries = [own, {"preset": "small-data", "cutmix_prob": 1}, {}]
     typed = typed_for(entries, tmp_path)
     plain = [entry.config for entry in read_entries(make_config(typed), typed)]
     assert [c.augmentation for c in plain] == ["standard", "minimal", "standard"]
@@ -506,8 +509,12 @@ def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
         assert found == ("minimal", 0.5, False)
     assert configs[0].epochs == 3
     assert capsys.readouterr().out.splitlines() == [
-        f"note: {flag} by --preset small-data on the command line wins over {own} in the file"
-        for flag, own in (("--augmentation minimal", "standard"), ("--cutmix-prob 0.5", "1"))
+        f"note: {typed} on the command line wins over {own} in the file"
+        for typed, own in (
+            ("--augmentation minimal by --preset small-data", "'standard'"),
+            ("without --logit-adjustment", "true"),
+            ("--cutmix-prob 0.5 by --preset small-data", "1"),
+        )
     ]
 
 

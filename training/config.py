@@ -309,6 +309,12 @@ def shown(name: str, value: Any) -> str:
     return f"{flag_of(name)} {value_of(name, value)}"
 
 
+def as_typed(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag_of(name) if value != FIELDS[name].default else f"without {flag_of(name)}"
+    return f"{flag_of(name)} {value}"
+
+
 def named(name: str, config: Config) -> str:
     """An option as it is typed, with the preset it comes from, where it comes from one."""
     by_it = PRESETS.get(config.preset, {}).get(name)

@@ -24,10 +24,10 @@ from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
 from models.clip import check_image_encoder
-from training.config import Config, of_preset, shown
+from training.config import Config, as_typed, of_preset
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
-from training.options import layered, make_config, read_config_file, refuse_missing
+from training.options import in_json, layered, make_config, read_config_file, refuse_missing
 from training.outputs import (
     FREE_ON_CONTINUE,
     InUse,
@@ -101,7 +101,8 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
                 said.add(key)
                 of = "" if key in typed else f" by --preset {typed['preset']}"
                 print(
-                    f"note: {shown(key, value)}{of} on the command line wins over {options[key]} in the file"
+                    f"note: {as_typed(key, value)}{of} on the command line wins over "
+                    f"{in_json(options[key])} in the file"
                 )
         of_this_run = {"multi_config": False, "config_file": None, "config_index": None}
         try:

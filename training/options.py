@@ -5,6 +5,7 @@ Nothing heavy is imported, so that `--help` answers at once.
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import types
@@ -35,6 +36,11 @@ def _range_text(metadata: Mapping[str, Any]) -> str:
     return " and ".join(f"{word} {metadata[key]}" for key, word in words.items() if metadata[key] is not None)
 
 
+def in_json(value: Any) -> str:
+    """A value as a message says it: true, false and null as a JSON file has them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
 def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
     """What is wrong with one value, or None. `shown_as` is the flag or the quoted JSON key."""
     optional, kind = _optional_and_type(name)
@@ -53,7 +59,7 @@ def _problem_with(name: str, value: Any, shown_as: str) -> str | None:
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty text"}[
             kind
         ]
-        return f"{shown_as} must be {wanted}, not {value!r}"
+        return f"{shown_as} must be {wanted}, not {in_json(value)}"
     if metadata["choices"] and value not in metadata["choices"]:
         return f"{shown_as} must be one of {', '.join(metadata['choices'])}, not {value!r}" + did_you_mean(
             value, metadata["choices"]
@@ -297,7 +303,7 @@ def read_config_file(path: Path) -> list[dict[str, Any]]:
         options = dict(entry)
         name = options.pop("name", "unnamed")
         if not isinstance(name, str) or not name.strip():
-            problems.append(f"{where}'name' must be a non-empty text, not {name!r}")
+            problems.append(f"{where}'name' must be a non-empty text, not {in_json(name)}")
         problems += check_options(options, where)
     if problems:
         raise UserError(*problems)

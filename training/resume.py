@@ -13,7 +13,7 @@ from common.files import BEST, LATEST, PREVIOUS, whole_file
 from data.shards import may_run_a_command
 from data.splits import Split
 from evaluation.checkpoints import DAMAGED
-from training.config import FIELDS, Config, flag_of, shown, value_of
+from training.config import FIELDS, Config, as_typed, flag_of, shown, value_of
 from training.dataset import DataSet, split_fingerprint
 from training.options import check_options, contradictions
 
@@ -48,9 +48,10 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
             continue
         if FIELDS[name].metadata["on_resume"] == "fixed":
             before = options[name]
-            trained = "without it" if before is None or before is False else f"with {before}"
+            what = "it" if before is True else before
+            trained = "without it" if before is None or before is False else f"with {what}"
             problems.append(
-                f"{flag_of(name)} {value} does not fit --resume-from {config.resume_from}, "
+                f"{as_typed(name, value)} does not fit --resume-from {config.resume_from}, "
                 f"which was trained {trained}; leave the option out, or start a new run"
             )
         if name == "use_weighted_sampling" and checkpoint["in_epoch"]["steps"]:

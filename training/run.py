@@ -23,7 +23,7 @@ from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel
 from training.build import build_model, build_state, compile_image_tower, n_parameters, tokenise
-from training.config import FIELDS, PRESETS, Config, flag_of, named
+from training.config import FIELDS, PRESETS, Config, as_typed, named
 from training.dataset import (
     DataSet,
     findings_of,
@@ -125,9 +125,7 @@ def say_what_options_do(config: Config) -> None:
         by_it, given = [], []
         for name, value in PRESETS[config.preset].items():
             own = getattr(config, name)
-            words = f"{flag_of(name)} {own}"
-            if isinstance(own, bool):
-                words = flag_of(name) if own else f"no {flag_of(name)}"
+            words = as_typed(name, own)
             if name == "logit_adjustment" and own and config.logit_adjustment_tau != 1:
                 words += f" (with --logit-adjustment-tau {config.logit_adjustment_tau:g})"
             (by_it if own == value else given).append(words)
