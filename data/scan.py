@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,12 @@ def _is_dicom(entry: os.DirEntry) -> bool:
         return has_dicom_magic(file)
 
 
+def _is_loose_dicom(entry: os.DirEntry) -> bool:
+    with suppress(OSError):  # no run needs what lies beside the class folders
+        return _is_dicom(entry)
+    return False
+
+
 def not_an_image(name: str, is_dicom: Callable[[], bool]) -> str:
     """ "" for a name of an image, else the suffix that says it is none. Asked of the content only where the
     name says nothing: scanners name DICOM files without a suffix, or by a UID such as 1.2.840.10008.7.
@@ -195,7 +202,9 @@ def scan_folder(root: Path, option: str = "--data-dir", at_least: int = 2) -> Im
             found = [(entry, leads_to(entry.is_dir)) for entry in entries if not is_litter(entry.name)]
         names = sorted((entry.name for entry, is_folder in found if is_folder), key=spelling)
         ignored = Counter(
-            not_an_image(entry.name, partial(_is_dicom, entry)) for entry, is_folder in found if not is_folder
+            not_an_image(entry.name, partial(_is_loose_dicom, entry))
+            for entry, is_folder in found
+            if not is_folder
         )
         loose = ignored.pop("", 0)
         "\n".join(names).encode()

@@ -221,6 +221,19 @@ def test_loose_images_are_told(tmp_path):
     assert len(folder.notes) == 1 and folder.notes[0].startswith("2 images lie beside the class folders")
 
 
+def test_a_file_that_may_not_be_read_is_refused_only_where_it_could_be_an_image_of_a_class(
+    tmp_path, monkeypatch
+):
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("data.scan.open", refused, raising=False)
+    fill(tmp_path, "a/1.png", "b/1.png", "loose")
+    assert scan_folder(tmp_path).notes == ("1 file that is no image is passed over (no suffix x 1)",)
+    fill(tmp_path, "a/2")
+    assert refusal(scan_folder, tmp_path) == f"--data-dir: no permission to read {tmp_path}/a/2"
+
+
 @pytest.mark.parametrize(
     ("paths", "says"),
     [
