@@ -129,11 +129,13 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
     """Imports at the head of a program, in the block: where a package is missing, the program says so and
-    ends.
+    ends. A program that runs already and takes something from this one says it itself.
     """
     try:
         yield
     except ModuleNotFoundError as error:
+        if isinstance(sys.stderr, _Shown):
+            raise
         sys.exit(say(RunFailed(not_installed(error))))
 
 

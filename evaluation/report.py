@@ -15,24 +15,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
-from common.cli import Parser, exit_code_of
+from common.cli import Parser, exit_code_of, imports
 from common.files import printable, write_whole
-from evaluation import figures, fonts, report_tables, report_text
-from evaluation.claim import claim_items
-from evaluation.model_views import Mistake, Views, look
-from evaluation.run_folder import (
-    CROSS_VALIDATION,
-    EVALUATION,
-    RunFolder,
-    read_run_folder,
-    weight_for_rare_classes,
-)
-from evaluation.tables import OVERALL, PER_CLASS, why_missing
+
+with imports():
+    import jinja2
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    from evaluation import figures, fonts, report_tables, report_text
+    from evaluation.claim import claim_items
+    from evaluation.model_views import Mistake, Views, look
+    from evaluation.run_folder import (
+        CROSS_VALIDATION,
+        EVALUATION,
+        RunFolder,
+        read_run_folder,
+        weight_for_rare_classes,
+    )
+    from evaluation.tables import OVERALL, PER_CLASS, why_missing
 
 FIGURES = (
     "learning_loss", "learning_accuracy", "confusion_matrix", "roc", "precision_recall", "calibration",

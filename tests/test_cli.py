@@ -1,5 +1,6 @@
 """The programs as a user starts them: processes, exit codes, messages, Ctrl-C."""
 
+import importlib
 import json
 import os
 import re
@@ -61,6 +62,7 @@ def test_help_imports_nothing_heavy():
         ("generate_class_texts", "numpy"),
         ("data.check", "numpy"),
         ("data.demo", "numpy"),
+        ("evaluation.report", "jinja2"),
     ],
 )
 def test_a_missing_package_is_said_in_one_line(program, package, class_folder, tmp_path):
@@ -79,6 +81,17 @@ def test_a_missing_package_is_said_in_one_line(program, package, class_folder, t
     without = f"import sys; sys.modules[{package!r}] = None; import {program}; sys.exit({program}.main())"
     code, _, error = run("-c", without, *given)
     assert code == 1 and "pip install -r requirements.txt" in error and len(error.splitlines()) == 1
+
+
+def test_a_package_that_training_misses_at_its_end_is_said_with_how_to_go_on(
+    class_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "evaluation.report", raising=False)
+    monkeypatch.setattr("training.run.run", lambda *_: importlib.import_module("evaluation.report"))
+    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 1
+    error = capsys.readouterr().err
+    assert "has no package 'jinja2'" in error and "nothing was written yet" in error
 
 
 BAD_DATA = [
