@@ -110,16 +110,20 @@ def write_latex(path: Path, *blocks: str) -> None:
 
 
 def write_metrics_tables(output_dir: Path, metrics: Mapping[str, Any]) -> None:
-    """metrics_table.csv (one number per row, fractions) and metrics_table.tex (overall, then per class, then
-    why something is missing).
+    """metrics_table.csv (one number per row, fractions, and why something is missing) and metrics_table.tex
+    (overall, then per class, then why something is missing).
     """
+
+    def why(entry: Mapping[str, Any]) -> str:
+        return why_missing([entry])[0].removeprefix("–: ")
+
     long = [["all", key, metrics[key]] for key in OVERALL]
     long += [[name, key, own[key]] for name, own in metrics["per_class"].items() for key in PER_CLASS]
     write_csv(
         output_dir / "metrics_table.csv",
-        ["class", "measure", "value", "low", "high", "method"],
+        ["class", "measure", "value", "low", "high", "method", "note"],
         [
-            [text_cell(name), key, *(entry[part] for part in ("value", "low", "high", "method"))]
+            [text_cell(name), key, *(entry[part] for part in ("value", "low", "high", "method")), why(entry)]
             for name, key, entry in long
         ],
     )

@@ -101,6 +101,11 @@ def test_tables_hold_every_number_with_its_interval(tmp_path):
     assert "patient" in headline(metrics) and said in headline(metrics)
 
 
+def table_note(folder, measure):
+    with open(folder / "metrics_table.csv", encoding="utf-8-sig", newline="") as file:
+        return next(row["note"] for row in csv.DictReader(file) if row["measure"] == measure)
+
+
 def test_why_an_interval_or_a_value_is_missing_is_said_once(tmp_path):
     perfect = made_up(skill=50.0)
     metrics = write_results(tmp_path, perfect, "predictions.csv")
@@ -108,10 +113,13 @@ def test_why_an_interval_or_a_value_is_missing_is_said_once(tmp_path):
     for text in (tex, headline(metrics)):
         assert text.count("No interval where all resamples agree") == 1
         assert "undefined" not in text
+    assert table_note(tmp_path, "accuracy") == ""
+    assert table_note(tmp_path, "macro_f1").startswith("No interval where all resamples agree")
     of_one_class = Predictions(perfect.classes, perfect.paths, np.zeros(60, int), perfect.probs)
     metrics = write_results(tmp_path, of_one_class, "predictions.csv")
     tex = (tmp_path / "metrics_table.tex").read_text(encoding="utf-8")
     assert tex.count("–: undefined, for want of images") == headline(metrics).count("–: undefined") == 1
+    assert table_note(tmp_path, "macro_roc_auc").startswith("undefined, for want of images")
 
 
 def test_with_interval():
