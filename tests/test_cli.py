@@ -206,7 +206,8 @@ def test_unreadable_images_are_all_named_or_left_out(class_folder, tmp_path, qui
     for folder in (tmp_path / "run", tmp_path / "evaluated"):
         run_folder = read_run_folder(folder)
         named = next(found for found in run_folder.check["findings"] if found["kind"] == "unreadable")
-        assert [Path(example.split(": ")[0]).name for example in named["examples"]] == [*empty, "cut.png"]
+        names = [example.split(": ")[0] for example in named["examples"]]
+        assert names == [*(f"正常/{name}" for name in empty), "肺炎/cut.png"]
         assert "empty (0 bytes)" in named["examples"][0]
         assert "excluded: 22 unreadable images" in claim_items(run_folder, None, 0)[34].answer
 

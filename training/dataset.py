@@ -39,8 +39,8 @@ class DataSet:
 
     files, labels (N,), inspection, patients (N names, or None where unknown): training images first, then
     those of --val-dir. n_own: how many of them are of --data-dir. groups (N,): images of one patient or of
-    equal pixels share a number; None where nothing ties images together. left_out: the file of each image
-    that cannot be read, and why; these are none of the N.
+    equal pixels share a number; None where nothing ties images together. left_out: each image that
+    cannot be read, by its path (by its file where there is a --val-dir), and why; these are none of the N.
     """
 
     folder: ImageFolder
@@ -173,9 +173,10 @@ def read_images(
     started = time.monotonic()
     inspection = inspect(config, folders)
     bad, n_own = inspection.errors, len(folder.paths)
-    left_out = [f"{files[i]}: {why}" for i, why in bad.items()]
+    named = files if val_folder else folder.paths  # two folders may have the same paths
+    left_out = [f"{named[i]}: {why}" for i, why in bad.items()]
     if bad:
-        listing = shorten(left_out, 50)
+        listing = shorten([f"{files[i]}: {why}" for i, why in bad.items()], 50)
         if not config.skip_unreadable:
             raise UserError(
                 f"{len(bad)} of {len(files)} images cannot be read:\n{listing}\n"
