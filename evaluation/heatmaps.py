@@ -198,7 +198,8 @@ def _as_grid(backbone: nn.Module, values: torch.Tensor) -> torch.Tensor:
     prefix = getattr(backbone, "num_prefix_tokens", 0)  # class and register tokens come first
     side = math.isqrt(max(0, values.shape[1] - prefix))
     if values.ndim != 3 or side == 0 or side**2 != values.shape[1] - prefix:
-        raise _no_map(backbone, f"{tuple(values.shape)} is no square of patches behind {prefix} class tokens")
+        shape = " x ".join(map(str, values.shape))
+        raise _no_map(backbone, f"{shape} features are no square of patches behind {prefix} class tokens")
     return values[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
 
 

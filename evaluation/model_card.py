@@ -14,6 +14,7 @@ import jinja2
 
 from common.files import printable
 from data.scan import nfc
+from evaluation.report_tables import plain
 from evaluation.run_folder import loss_words, read_optional, weight_for_rare_classes
 from evaluation.tables import OVERALL, why_missing, with_interval
 from evaluation.trained import TrainedModel
@@ -76,7 +77,7 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": _cell, "interval": with_interval}
+    environment.filters |= {"cell": _cell, "interval": with_interval, "plain": plain}
     metrics = run["metrics"] or {"per_class": {}}
     shown = [metrics[key] for key in OVERALL if key in metrics]
     of_class = ("sensitivity", "specificity", "roc_auc")

@@ -166,6 +166,8 @@ def plain(value: Any) -> str:
         return ", ".join(f"{key} {plain(own)}" for key, own in value.items())
     if isinstance(value, list):
         return "; ".join(map(plain, value))
+    if isinstance(value, bool):
+        return str(value).lower()  # as config.json has it
     return "–" if value is None else str(value)
 
 

@@ -70,7 +70,10 @@ def read_predictions(path: Path) -> Predictions:
         )
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except KeyError as error:
+        wrong = f"it has no column prob_{error.args[0]}"
+        raise UserError(f"{path} holds no predictions of this program: {wrong}") from None
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} holds no predictions of this program: {error}") from None
 
 

@@ -246,6 +246,7 @@ def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
         "random weights",
     ):
         assert words in card
+    assert "| `use_amp` | false |" in card
     assert "separated by image" not in card and "\n\n\n" not in card
 
 

@@ -76,10 +76,17 @@ def test_predictions_open_in_excel(tmp_path):
     assert rows[7]["prediction"] == best
 
 
-@pytest.mark.parametrize("text", ["", "path,label\n", "path,label,fold,prediction,group,prob_a\nx,b,,a,,1\n"])
-def test_other_files_are_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ""),
+        ("path,label\n", "its first columns are path, label"),
+        ("path,label,fold,prediction,group,prob_a\nx,b,,a,,1\n", "it has no column prob_b"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, said):
     (tmp_path / "p.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"p\.csv"):
+    with pytest.raises(UserError, match=rf"p\.csv.*{said}"):
         read_predictions(tmp_path / "p.csv")
 
 
