@@ -167,18 +167,20 @@ def _say_what_is_cut(backbone: nn.Module, name: str, img_size: int) -> None:
     """Whole patches may not reach the image's right and lower edge."""
     stem = next((layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d)), None)
     # a subclass may pad what it is given, and so may the embedding around it
-    if type(stem) is not nn.Conv2d or stem.kernel_size != stem.stride or any(stem.padding):
+    if type(stem) is not nn.Conv2d or any(stem.padding):
+        return
+    patch, step = stem.kernel_size[0], stem.stride[0]  # patches may overlap
+    if patch % step:
         return
     if getattr(getattr(backbone, "patch_embed", None), "dynamic_img_pad", False):
         return
-    patch = stem.stride[0]
-    below = img_size // patch * patch
+    below = img_size // step * step
     if below == img_size:
         return
-    near = " or ".join(str(size) for size in (below, below + patch) if size >= LEAST_IMG_SIZE)
+    near = " or ".join(str(size) for size in (below, below + step) if size >= LEAST_IMG_SIZE)
     print(
         f"warning: --img-size {img_size}: {name} takes patches of {patch} pixels and leaves out "
-        f"{img_size - below} at the right and lower edge; a multiple of {patch}, such as {near}, shows it all"
+        f"{img_size - below} at the right and lower edge; a multiple of {step}, such as {near}, shows it all"
     )
 
 

@@ -252,6 +252,7 @@ def reaches_the_edge(backbone) -> bool:
         ("vit_tiny_patch16_224", 16, 6, "64 or 80"),
         ("deit_tiny_patch16_224", 16, 6, "64 or 80"),
         ("convnext_atto", 4, 2, "68 or 72"),
+        ("pit_ti_224", 16, 6, "64 or 72"),
     ],
 )
 def test_a_size_of_which_patches_leave_out_a_part_is_said(name, patch, left_out, near, capsys):
