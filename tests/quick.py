@@ -1,6 +1,9 @@
 """A training that takes a second or two, and a checkpoint without one, for tests of what is around it."""
 
+import json
+
 from evaluation.checkpoints import FORMAT
+from models.clip import build_clip
 from train_clip import main
 
 QUICK = [
@@ -28,6 +31,21 @@ QUICK = [
 
 def train(data, output, *flags):
     return main(["--data-dir", str(data), "--output-dir", str(output), *QUICK, *map(str, flags)])
+
+
+class Killed(Exception):
+    """Raised where a test ends a run."""
+
+
+def quick_clip():
+    """The model that QUICK trains."""
+    return build_clip(
+        "resnet18", "bert-tiny-bytes", img_size=32, embed_dim=16, temperature=0.07, image_weights="none"
+    )
+
+
+def history_of(folder):
+    return json.loads((folder / "history.json").read_text("utf-8"))
 
 
 def write_nothing(run_dir):

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from quick import history_of
 from safetensors import safe_open
 
 import evaluation.export as module
@@ -268,10 +269,6 @@ def test_the_card_of_the_best_epoch_names_the_bias(run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == [
         "README.md", "config.json", "model.safetensors",
     ]  # fmt: skip
-
-
-def history_of(run):
-    return json.loads((run / "history.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,140 @@
+"""Several configurations in one command: what is typed and what the file says, the leaderboard, failures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from quick import quick_clip
+
+import training.run as run_module
+from common.errors import UserError
+from train_clip import main
+from training.multi_config import METRICS, print_leaderboard, read_entries
+from training.options import make_config
+
+pytestmark = pytest.mark.usefixtures("quick_report")
+
+
+def typed_for(entries, folder):
+    """The options that have `entries` trained from a file in `folder`."""
+    file = folder / "c.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    out = str(folder / "out")
+    return {"data_dir": "d", "output_dir": out, "multi_config": True, "config_file": str(file)}
+
+
+def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
+    """As typed options do; a preset in the file does not win over what its own entry says."""
+    own = {"augmentation": "standard", "epochs": 3, "logit_adjustment": True}
+    entries = [own, {"preset": "small-data", "cutmix_prob": 1}, {}]
+    typed = typed_for(entries, tmp_path)
+    plain = [entry.config for entry in read_entries(make_config(typed), typed)]
+    assert [c.augmentation for c in plain] == ["standard", "minimal", "standard"]
+    assert [c.cutmix_prob for c in plain] == [0, 1, 0] and capsys.readouterr().out == ""
+
+    typed |= {"preset": "small-data", "logit_adjustment": False}
+    configs = [entry.config for entry in read_entries(make_config(typed), typed)]
+    for config in configs:
+        found = (config.augmentation, config.cutmix_prob, config.logit_adjustment)
+        assert found == ("minimal", 0.5, False)
+    assert configs[0].epochs == 3
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: {typed} on the command line wins over {own} in the file"
+        for typed, own in (
+            ("--augmentation minimal by --preset small-data", "'standard'"),
+            ("without --logit-adjustment", "true"),
+            ("--cutmix-prob 0.5 by --preset small-data", "1"),
+        )
+    ]
+
+
+def test_an_entry_that_several_processes_cannot_train_is_refused_with_its_number(tmp_path, monkeypatch):
+    entries = [{"batch_size": 2}, {"compile": True}, {"preset": "small-data", "batch_size": 3}]
+    typed = typed_for(entries, tmp_path)
+    monkeypatch.setattr(run_module, "n_processes", lambda: 2)
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    second, third = refused.value.problems
+    assert "entry 2: --compile was never tried with several processes" in second
+    assert "entry 3: --cutmix-prob of --preset small-data pairs images within a process" in third
+
+
+def test_weights_of_an_entry_are_missed_before_any_is_trained(tmp_path):
+    typed = typed_for([{"image_weights": "no.pth"}, {"name": "done", "text_weights": "no"}], tmp_path)
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    first, second = refused.value.problems
+    assert "entry 1: --image-weights no.pth does not exist" in first
+    assert "entry 2: --text-weights no does not exist" in second
+    (tmp_path / "out" / "02_done").mkdir(parents=True)
+    (tmp_path / "out" / "02_done" / "report.html").touch()  # so its weights are not read again
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    assert refused.value.problems == (first,)
+    typed["overwrite"] = True
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    assert refused.value.problems == (first, second)
+
+
+def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_finished(
+    class_folder, tmp_path, capsys
+):
+    entries = [
+        {
+            "name": "坏 / 的",
+            "img_size": 40,
+            "image_encoder_name": "starnet_dual_pyramid_rcf",
+            "use_cv": False,
+            "n_splits": 5,
+            "epochs": 1,
+        },
+        {
+            "image_encoder_name": "resnet18",
+            "epochs": 1,
+            "preset": "small-data",
+            "augmentation": "standard",  # the default, and not the preset's
+            "cutmix_prob": 1,
+        },
+        {"image_encoder_name": "resnet18", "epochs": 1, "use_cv": True, "n_splits": 2},
+    ]
+    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
+    flags = "--image-weights none --text-encoder bert-tiny-bytes --embed-dim 16 --num-workers 0 --img-size 32"
+    command = ["--data-dir", str(class_folder), "--output-dir", str(tmp_path / "out"), "--multi-config",
+               "--config-file", str(tmp_path / "c.json"), *flags.split()]  # fmt: skip
+    assert main([*command, "--image-encoder", "nothing"]) == 2  # a typed flag wins; refused before any starts
+    capsys.readouterr()
+    assert main(command) == 0  # the typed --img-size 32 wins over the broken entry's 40
+    assert "--img-size 32 on the command line wins over 40" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out" / "01_坏-的")
+
+    command = command[:-2]
+    entries[1]["img_size"] = entries[2]["img_size"] = 32
+    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
+    assert main(command) == 1
+    output = capsys.readouterr().out
+    assert output.count("finished already") == 2 and "needs a multiple of 32" in output
+    assert "last epoch, mean ± sample standard deviation over folds, percent" in output
+    board = json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))
+    assert [row["status"] for row in board] == ["finished", "finished", "failed"]
+    assert [row["rank"] for row in board] == [1, 2, None]
+    by_entry = {row["entry"]: row for row in board}
+    used = json.loads((tmp_path / "out" / by_entry[2]["folder"] / "config.json").read_text("utf-8"))
+    assert (used["logit_adjustment"], used["cutmix_prob"]) == (True, 1)  # by the preset; by the entry itself
+    recipe = {"preset", "augmentation", "logit_adjustment", "cutmix_prob"}
+    assert recipe <= set(used["changed_options"]) and "weight_decay" not in used["changed_options"]
+    assert by_entry[2]["folds"] == 1 and by_entry[2]["val_acc_std_sample"] is None
+    summary = json.loads((tmp_path / "out" / by_entry[3]["folder"] / "cv_summary.json").read_text("utf-8"))
+    assert by_entry[3]["val_acc_mean"] == pytest.approx(summary["last_epoch"]["val_acc"]["mean"])
+    expected = sum(p.numel() for p in quick_clip().parameters()) / 1e6
+    assert by_entry[2]["million_parameters"] == pytest.approx(expected)
+
+
+def test_a_training_of_seconds_is_not_said_to_take_no_time(capsys):
+    row = {f"{key}_{part}": None for key in METRICS for part in ("mean", "std_sample")}
+    row |= {"rank": 1, "status": "finished", "folder": "01", "against_first": "first", "images_per_second": 9}
+    row |= {f"{key}_mean": 50 for key in METRICS} | {"million_parameters": 1}
+    print_leaderboard([{**row, "minutes": 0.04}, {**row, "minutes": 0.06}], Path("out"))
+    _, *lines, _, _ = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[-3] for line in lines[1:]] == ["<0.1", "0.1"]
