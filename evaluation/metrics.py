@@ -6,9 +6,9 @@ An INTERVAL ENTRY is {"value", "low", "high", "method"}: the metric on all image
 "bootstrap" or "wilson". A PROPORTION (a count over a count) also has "wilson": [low, high], Wilson's score
 interval over images, which takes the images of one patient for independent.
   * "bootstrap": percentiles over resamples of the patients, each with all its images, or of the images where
-    patients are not known. A resample is scored as if it were the data (but see macro_f1); where the metric
-    is undefined on it, it is left out. Low and high are null where all resamples agree, as for a perfect
-    score.
+    patients are not known. A resample is scored as the data are; where the metric is undefined on it, it is
+    left out, as a mean over classes is where a class that has images lost them all. Low and high are null
+    where all resamples agree, as for a perfect score.
   * "wilson": proportions where patients are not known; then low and high are those of the key "wilson". And
     proportions where patients are known but all resamples agree; then they are Wilson's over the patients.
   * What is undefined, as the sensitivity of a class without images, is null in every field, never 0.
@@ -20,7 +20,7 @@ classes                   the names, in the order of the columns of the probabil
 accuracy                  a proportion; the predicted class is the one of highest probability
 balanced_accuracy         mean sensitivity of the classes that have images
 macro_f1                  mean F1 of the classes that have images or were predicted; one that has none and was
-                          predicted counts as 0 in every resample
+                          predicted counts as 0
 mcc                       Matthews' correlation for C classes (Gorodkin 2004); 0 where all labels, or all
                           predictions, are one class
 cohen_kappa               unweighted; null where all labels and all predictions are one and the same class
@@ -219,7 +219,8 @@ class WeightedMetrics:
         self.n_classes = probs.shape[1]
         predictions = probs.argmax(1)
         classes = np.arange(self.n_classes)
-        self.only_predicted = np.isin(classes, predictions) & ~np.isin(classes, labels)
+        self.present = np.isin(classes, labels)
+        self.only_predicted = np.isin(classes, predictions) & ~self.present
         self.cells = _Sums(labels * self.n_classes + predictions)
         self.bins = _Sums(adaptive_bins(probs.max(1)))
         self.gap = (predictions == labels) - probs.max(1)  # (N,)
@@ -231,25 +232,27 @@ class WeightedMetrics:
         confusion = np.zeros((len(weights), self.n_classes**2))
         confusion[:, self.cells.keys] = self.cells(weights)
         confusion = confusion.reshape(-1, self.n_classes, self.n_classes)
-        of_classes = _of_confusion(confusion, self.only_predicted)
+        of_classes = _of_confusion(confusion, self.present, self.only_predicted)
         areas = [ranking(weights) for ranking in self.rankings]
         of_classes["roc_auc"] = np.stack([auc for auc, _ in areas], axis=1)  # (r, C)
         of_classes["average_precision"] = np.stack([ap for _, ap in areas], axis=1)
         nll, brier = (weights @ self.per_image / total[:, None]).T
         return of_classes | {
-            "macro_roc_auc": _mean_of_defined(of_classes["roc_auc"]),
-            "macro_average_precision": _mean_of_defined(of_classes["average_precision"]),
+            "macro_roc_auc": _mean_over(self.present, of_classes["roc_auc"]),
+            "macro_average_precision": _mean_over(self.present, of_classes["average_precision"]),
             "nll": nll,
             "brier": brier,
             "ece": np.abs(self.bins(weights * self.gap)).sum(1) / total,
         }
 
 
-def _of_confusion(confusion: np.ndarray, only_predicted: np.ndarray) -> dict[str, np.ndarray]:
+def _of_confusion(
+    confusion: np.ndarray, present: np.ndarray, only_predicted: np.ndarray
+) -> dict[str, np.ndarray]:
     """Metrics of confusion matrices (r, C, C): headline ones (r,), those of the classes (r, C).
 
-    only_predicted (C,): of the classes that have no image; they count in every macro-F1, or it would be over
-    fewer classes in a resample where they are not predicted.
+    present, only_predicted (C,): the classes that have images among the data, and of the others those that
+    are predicted. Every mean is over them, whatever a resample lacks.
     """
     right = np.diagonal(confusion, axis1=1, axis2=2)  # (r, C)
     support, predicted = confusion.sum(2), confusion.sum(1)  # (r, C)
@@ -263,8 +266,8 @@ def _of_confusion(confusion: np.ndarray, only_predicted: np.ndarray) -> dict[str
     spread = (total**2 - (support**2).sum(1)) * (total**2 - (predicted**2).sum(1))
     return {
         "accuracy": all_right / total,
-        "balanced_accuracy": _mean_of_defined(sensitivity),
-        "macro_f1": _mean_of_defined(f1),
+        "balanced_accuracy": _mean_over(present, sensitivity),
+        "macro_f1": _mean_over(present | only_predicted, np.where(present & (support == 0), np.nan, f1)),
         "mcc": np.where(spread == 0, 0.0, _ratio(covariance, np.sqrt(spread))),
         "cohen_kappa": _ratio(covariance, total**2 - chance),
         "sensitivity": sensitivity,
@@ -327,6 +330,6 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator != 0)
 
 
-def _mean_of_defined(values: np.ndarray) -> np.ndarray:
-    """(r, C) -> (r,): the mean of what is not NaN, NaN where nothing is left."""
-    return _ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(1).astype(np.float64))
+def _mean_over(classes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(C,), (r, C) -> (r,): NaN where a class is that the mean is over."""
+    return values[:, classes].mean(1)

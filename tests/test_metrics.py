@@ -19,6 +19,7 @@ HEADLINE = [
     *("accuracy", "balanced_accuracy", "macro_f1", "mcc", "cohen_kappa"),
     *("macro_roc_auc", "macro_average_precision", "nll", "brier", "ece"),
 ]
+MACRO = ["balanced_accuracy", "macro_f1", "macro_roc_auc", "macro_average_precision"]
 PER_CLASS = ["sensitivity", "specificity", "precision", "f1", "roc_auc", "average_precision"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # scikit-learn's
@@ -153,7 +154,9 @@ def test_one_class_present_and_predicted():
 
 
 def slow_bootstrap(probs, labels, units, resamples, seed) -> dict[str, list[float]]:
-    """Percentiles of plain resampled sets, scored by scikit-learn one at a time."""
+    """Percentiles of plain resampled sets, scored by scikit-learn one at a time. Where a set lacks a class, a
+    mean over classes would be another quantity.
+    """
     n_units = units.max() + 1
     draws = np.random.default_rng(seed).integers(n_units, size=(resamples, n_units))
     bins, gap = adaptive_bins(probs.max(1)), (probs.argmax(1) == labels) - probs.max(1)
@@ -161,7 +164,10 @@ def slow_bootstrap(probs, labels, units, resamples, seed) -> dict[str, list[floa
     for drawn in draws:
         images = np.concatenate([np.flatnonzero(units == unit) for unit in drawn])
         own_ece = sum(abs(gap[images][bins[images] == b].sum()) for b in set(bins)) / len(images)
-        rows.append(reference(probs[images], labels[images]) | {"ece": own_ece})
+        row = reference(probs[images], labels[images]) | {"ece": own_ece}
+        if set(labels[images]) != set(labels):
+            row |= dict.fromkeys(MACRO, np.nan)
+        rows.append(row)
     samples = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     samples["ece"] = np.maximum(0, samples["ece"] - samples["ece"].mean() + ece(probs, labels))
     return {key: np.nanquantile(values, [0.025, 0.975]).tolist() for key, values in samples.items()}
