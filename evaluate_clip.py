@@ -95,13 +95,15 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
 
 def match_classes(
     folder: "ImageFolder", classes: Sequence[str], renames: Sequence[str], skip_extra: bool
-) -> "ImageFolder":
-    """The folder with the model's `classes` as its own, images of other folders left out; says what differs.
+) -> "tuple[ImageFolder, list[Finding]]":
+    """The folder with the model's `classes` as its own, and what of other folders was left out; says what
+    differs.
 
     Raises UserError for a folder that is no class, unless `skip_extra`, and for a rename that fits nothing.
     """
     import numpy as np
 
+    from data.findings import finding
     from data.scan import nfc
 
     def sides_of(pair: str) -> tuple[str, str]:
@@ -134,11 +136,8 @@ def match_classes(
         raise UserError(*problems)
 
     counts = np.bincount(folder.labels, minlength=len(folder.classes))
-    for name, n in zip(folder.classes, counts, strict=True):
-        if name in extra:
-            are = number(n, "image is", "images are")
-            print(f"note: the folder {name!r} is no class of the model; its {are} left out")
-        elif ours_of[name] != name:
+    for name in folder.classes:
+        if name not in extra and ours_of[name] != name:
             print(f"note: the folder {name!r} is taken for the class {ours_of[name]!r}")
     absent = [name for name in classes if name not in ours_of.values()]
     if absent:
@@ -153,7 +152,16 @@ def match_classes(
     if not len(kept):
         raise UserError(f"--data-dir {folder.root} has no images of the model's classes {', '.join(classes)}")
     order = kept[np.argsort(new[kept], kind="stable")]
-    return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order])
+    findings = []
+    if extra:
+        n_out = len(new) - len(kept)
+        message = (
+            f"left out {number(n_out, 'image', 'images')} of {number(len(extra), 'folder', 'folders')} that "
+            f"{'is' if len(extra) == 1 else 'are'} no class of the model (--skip-extra)"
+        )
+        of_each = [f"{name}: {n}" for name, n in zip(folder.classes, counts, strict=True) if name in extra]
+        findings.append(finding("note", "no_class", message, of_each, n_out) | {"examples": of_each})
+    return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order]), findings
 
 
 def check_options(options: "Config") -> None:
@@ -211,11 +219,12 @@ def evaluate(typed: Sequence[str]) -> int:
     refuse_results(arguments.output_dir, options)
     models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
     ensemble = Ensemble(models, autocasts)
-    folder = match_classes(folder, ensemble.classes, arguments.rename, arguments.skip_extra)
+    folder, left_out = match_classes(folder, ensemble.classes, arguments.rename, arguments.skip_extra)
     options = dataclasses.replace(options, img_size=ensemble.sizes[0])
     data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
     known, silent = images_known_to(models, data)
-    findings = by_danger([*findings_of(data, []), *known_findings(known, silent, len(data.files))])
+    known_to_model = known_findings(known, silent, len(data.files))
+    findings = by_danger([*findings_of(data, []), *known_to_model, *left_out])
     print_findings(findings)
     with failures_explained(arguments.batch_size):
         probs = mean_probs(ensemble, data, options)

@@ -2,7 +2,7 @@
 
 A finding is a dictionary: level ("danger": results would be wrong; "warning": look at it; "note": know it),
 kind (one of KINDS), message, count (of what the message counts first) and examples (as text: at most 20, but
-every image that was left out).
+every image or folder that was left out).
 """
 
 from collections import Counter, defaultdict
@@ -28,7 +28,7 @@ KINDS = (
     "patient_in_several_classes", "unreadable",
     "constant", "nearly_constant", "tiny", "identical_within", "class_small", "lopsided",
     "not_audited", "outside_splits", "wrong_suffix", "mixed_format", "mixed_mode", "mixed_bits",
-    "mixed_size", "passed_over",
+    "mixed_size", "no_class", "passed_over",
 )  # fmt: skip
 MOST_EXAMPLES = 20
 TINY = 64  # pixels of the shorter side

@@ -108,14 +108,18 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
         if config.get("skip_unreadable")
         else "Every image could be read: one that cannot stops the program."
     )
-    check, excluded = "", ""
+    check, excluded = "", []
     if run.check:
         findings = run.check["findings"]
         check = f"; the data check has {number(len(findings), 'finding', 'findings')}"
         n = sum(found["count"] for found in findings if found.get("kind") == "unreadable")
         if n and config.get("skip_unreadable"):  # runs of earlier versions did not say what they left out
-            left_out = number(n, "unreadable image", "unreadable images")
-            excluded = f"; excluded: {left_out}, see data_check.json"
+            excluded.append(number(n, "unreadable image", "unreadable images"))
+        for found in findings:
+            if found.get("kind") == "no_class":
+                images = number(found["count"], "image", "images")
+                excluded.append(f"{images} of no class of the model ({', '.join(found['examples'])})")
+    left_out = f"; excluded: {' and '.join(excluded)}, see data_check.json" if excluded else ""
     answers = {
         7: (
             PARTLY,
@@ -124,7 +128,7 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
         12: (PARTLY, unreadable),
         14: (PARTLY, "The class of an image is the folder it lies in."),
         21: (PARTLY, f"Not planned by the program. Tested on {tested}."),
-        35: (PARTLY, f"{total} ({counts}){excluded}{check}. Evaluated: {tested}."),
+        35: (PARTLY, f"{total} ({counts}){left_out}{check}. Evaluated: {tested}."),
         36: (PARTLY, "Images per class and partition: see the table of the data above."),
     }
     if run.kind == EVALUATION:

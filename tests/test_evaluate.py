@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import find_checkpoints
 from data.scan import ImageFolder, scan_folder
 from evaluation.checkpoints import write_file
+from evaluation.claim import claim_items
 from evaluation.results import read_predictions
 from evaluation.run_folder import read_run_folder
 from evaluation.trained import load_trained
@@ -54,9 +55,13 @@ def test_numbers_are_those_of_scikit_learn_on_the_written_predictions(finished, 
     assert evaluate([finished], elsewhere, tmp_path, *flags) == 0
     said = capsys.readouterr().out
     assert "48 images, 50.0 % of the most frequent class: accuracy " in said
-    assert (
-        "'骨折' is no class of the model; its 24 images are left out" in said and "no images of 气胸" in said
-    )
+    left_out = "note: left out 24 images of 1 folder that is no class of the model (--skip-extra)\n  骨折: 24"
+    assert left_out in said and "no images of 气胸" in said
+    findings = json.loads((tmp_path / "data_check.json").read_text("utf-8"))["findings"]
+    (found,) = (found for found in findings if found["kind"] == "no_class")
+    assert (found["count"], found["examples"]) == (24, ["骨折: 24"])
+    excluded = "excluded: 24 images of no class of the model (骨折: 24), see data_check.json; the data check"
+    assert excluded in claim_items(read_run_folder(tmp_path), None, 0)[34].answer
     run = read_predictions(tmp_path / "predictions.csv")
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert len(run.paths) == 48 and metrics["n_groups"] == 24
@@ -289,7 +294,7 @@ def test_class_features_of_the_checkpoint_are_those_of_its_sentences(finished):
 
 def test_names_with_an_equals_sign_can_be_renamed():
     folder = ImageFolder(Path("x"), ("a=b", "c"), ("a=b/1.png", "c/1.png"), np.array([0, 1]), ())
-    found = evaluate_clip.match_classes(folder, ("=cmd()", "c"), ["a=b==cmd()"], False)
+    found, _ = evaluate_clip.match_classes(folder, ("=cmd()", "c"), ["a=b==cmd()"], False)
     assert found.paths == ("a=b/1.png", "c/1.png") and found.labels.tolist() == [0, 1]
     with pytest.raises(UserError, match="'a' is no folder of --data-dir"):
         evaluate_clip.match_classes(folder, ("=cmd()", "c"), ["a==cmd()"], False)
