@@ -20,8 +20,9 @@ from evaluation.tables import OVERALL, PER_CLASS, value_and_interval
 
 Table = dict[str, Sequence[Any]]  # "header" (may be empty) and "rows"
 _HISTORY = {
-    "train_loss": "Training loss",
-    "val_loss": "Validation loss",
+    "train_loss": "Training loss, as minimised",
+    "train_loss_image_to_text": "Training loss, image to text",
+    "val_loss": "Validation loss, image to text",
     "train_acc": "Training accuracy (%)",
     "val_acc": "Validation accuracy (%)",
     "val_balanced_acc": "Validation balanced accuracy (%)",
@@ -183,7 +184,7 @@ def epochs_table(run: RunFolder) -> tuple[Table, str]:
     """Last beside best epoch, and what to know of it."""
     if run.kind == CROSS_VALIDATION:
         rows = [
-            [title, *(_mean_std(key, run.summary[side][key]) for side in ("last_epoch", "best_epoch"))]
+            [title, *(_mean_std(key, *_of_folds(run, key, side)) for side in ("last_epoch", "best_epoch"))]
             for key, title in _HISTORY.items()
         ]
         best = ", ".join(str(run.best_epoch(fold)) for fold in run.histories)
@@ -206,11 +207,20 @@ def epochs_table(run: RunFolder) -> tuple[Table, str]:
 
 
 def _of_epoch(key: str, value: float) -> str:
-    return f"{value:.4f}" if key.endswith("loss") else f"{value:.2f}"
+    return f"{value:.4f}" if "loss" in key else f"{value:.2f}"
 
 
-def _mean_std(key: str, entry: Mapping[str, float]) -> str:
-    return f"{_of_epoch(key, entry['mean'])} ± {_of_epoch(key, entry['std_sample'])}"
+def _of_folds(run: RunFolder, key: str, side: str) -> tuple[float, float]:
+    """Mean and sample standard deviation, of what the summary lacks from the histories."""
+    if entry := run.summary[side].get(key):
+        return entry["mean"], entry["std_sample"]
+    epochs = {fold: run.best_epoch(fold) - 1 if side == "best_epoch" else -1 for fold in run.histories}
+    values = [run.histories[fold][key][epoch] for fold, epoch in epochs.items()]
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
+def _mean_std(key: str, mean: float, std: float) -> str:
+    return f"{_of_epoch(key, mean)} ± {_of_epoch(key, std)}"
 
 
 def confusion_table(run: RunFolder) -> Table:

@@ -71,11 +71,11 @@ def write_checkpoint(path, config, classes, random):
     )  # fmt: skip
 
 
-def write_history(path):
+def write_history(path, worse=0.75):
     falling = [1.0, 0.8, 0.6, 0.7]
     rising = [50.0, 75.0, 80.0, 70.0]  # best in epoch 3, last in epoch 4
-    keys = ("train_loss", "train_loss_image_to_text", "val_loss")
-    history = dict.fromkeys(keys, falling)
+    history = dict.fromkeys(("train_loss", "val_loss"), falling)
+    history["train_loss_image_to_text"] = [1.0, 0.8, 0.625, worse]
     history |= dict.fromkeys(("train_acc", "val_acc", "val_balanced_acc", "val_macro_f1"), rising)
     write_json(path, history)
     return history
@@ -118,7 +118,7 @@ def make_run(root, classes, kind, **options):
     if kind == "cv":
         for fold in (1, 2):
             (run / f"fold_{fold}").mkdir()
-            write_history(run / f"fold_{fold}" / "history.json")
+            write_history(run / f"fold_{fold}" / "history.json", fold / 4)
             write_checkpoint(run / f"fold_{fold}" / "checkpoint_latest.pth", config, classes, random)
         entry = {"mean": 70.0, "std_sample": 1.5, "std_population": 1.0}
         of_all = dict.fromkeys(
@@ -247,8 +247,10 @@ def test_last_and_best_epoch_stand_side_by_side_and_the_bias_is_named(runs):
     assert "Last epoch 最后 (4)" in text and "Best epoch 最佳 (3, optimistic 偏乐观)" in text
     assert "its numbers are optimistic" in text
     assert "Validation accuracy (%) 70.00 80.00" in text
+    assert "as minimised 0.7000 0.6000 Training loss, image to text 0.7500 0.6250 Validation" in text
     folds = Page(runs["cv"] / "report.html").text
     assert "70.00 ± 1.50" in folds and "Best epochs by val_acc: 3, 3" in folds
+    assert "Training loss, image to text 0.3750 ± 0.1768 0.6250 ± 0.0000" in folds
 
 
 def test_mistakes_come_the_most_confident_first(runs):
