@@ -140,6 +140,7 @@ def page(
     run: RunFolder, views: Views, trained_with: Mapping[str, Any] | None, inlined: Mapping[str, str]
 ) -> str:
     """The whole HTML, with the font of its Chinese characters."""
+    images, images_caption = report_tables.images_table(run)
     epochs, epochs_caption = report_tables.epochs_table(run) if run.histories else (None, "")
     temperature, temperature_caption = report_tables.temperature_table(run, trained_with)
     changed = run.config.get("changed_options")
@@ -162,7 +163,8 @@ def page(
         notes=report_text.notes(run),
         measures=report_tables.measures(run),
         measures_missing=" ".join(why_missing(run.metrics[key] for key in OVERALL)),
-        images=report_tables.images_table(run),
+        images=images,
+        images_caption=images_caption,
         evaluated=report_tables.evaluated(run),
         facts=report_tables.facts(run, trained_with),
         changed=report_tables.options_table(run, changed) if changed else None,

@@ -38,8 +38,8 @@ def measures(run: RunFolder) -> Table:
     return {"header": ["Measure 指标", "Value 值", "95 % interval 区间", "Method 方法"], "rows": rows}
 
 
-def images_table(run: RunFolder) -> Table:
-    """Images and patients per class and side of the split."""
+def images_table(run: RunFolder) -> tuple[Table, str]:
+    """Images and patients per class and side of the split, and what to know of the sums."""
     p, splits = run.predictions, run.counts_per_fold()
     header = ["Class 类别"]
     columns: list[list[Any]] = []
@@ -63,9 +63,16 @@ def images_table(run: RunFolder) -> Table:
     last = ["All 合计"] + [
         sum(column) if all(isinstance(n, int) for n in column) else "" for column in columns
     ]
+    caption = ""
     if p.groups is not None:
-        last[-1] = len(np.unique(p.groups))  # a patient may have images of several classes
-    return {"header": header, "rows": [*rows, last]}
+        n_patients = len(np.unique(p.groups))
+        if last[-1] != n_patients:
+            caption = (
+                "A patient who has images of several classes counts in each of them, and once in all. "
+                "有多个类别图像的患者在各类别中分别计数，在合计中只计一次。"
+            )
+        last[-1] = n_patients
+    return {"header": header, "rows": [*rows, last]}, caption
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
 from evaluation.metrics import full_metrics
 from evaluation.report import FIGURES, main, write_report
-from evaluation.report_tables import temperature_table
+from evaluation.report_tables import images_table, temperature_table
 from evaluation.report_text import cards, notes
 from evaluation.results import Predictions, write_results
 from evaluation.run_folder import loss_words, read_run_folder
@@ -251,6 +251,16 @@ def test_last_and_best_epoch_stand_side_by_side_and_the_bias_is_named(runs):
     folds = Page(runs["cv"] / "report.html").text
     assert "70.00 ± 1.50" in folds and "Best epochs by val_acc: 3, 3" in folds
     assert "Training loss, image to text 0.3750 ± 0.1768 0.6250 ± 0.0000" in folds
+
+
+def test_a_patient_in_several_classes_is_why_the_patients_do_not_add_up(runs):
+    said = "counts in each of them, and once in all"
+    for kind, path in runs.items():
+        assert said not in Page(path / "report.html").text
+        folder = read_run_folder(path)
+        one = dataclasses.replace(folder.predictions, groups=np.zeros(24, int))
+        table, caption = images_table(dataclasses.replace(folder, predictions=one))
+        assert [row[-1] for row in table["rows"]] == [1, 1, 1, 1] and said in caption, kind
 
 
 def test_mistakes_come_the_most_confident_first(runs):
