@@ -206,8 +206,8 @@ def _shortcut_findings(
         folds = f"{FOLDS}-fold cross-validation{' by patient' if by_patient else ''}"
         message = (
             f"{subject} ({', '.join(audit.features)}) can tell {tells}: balanced accuracy "
-            f"{audit.balanced_accuracy:.1%} in {folds}, {audit.chance:.1%} by chance, at most "
-            f"{audit.luck:.1%} by luck; {MENDS[title]}, {ELSEWHERE}"
+            f"over {len(audit.auc)} classes {audit.balanced_accuracy:.1%} in {folds}, "
+            f"{audit.chance:.1%} by chance, at most {audit.luck:.1%} by luck; {MENDS[title]}, {ELSEWHERE}"
         )
         others = {name: len(audit.apart.get(name, ())) for name in audit.auc}
         names = [name for name, n in others.items() if n == max(others.values())]

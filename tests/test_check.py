@@ -342,7 +342,7 @@ def test_two_sources_of_two_classes_each_are_told_as_what_they_are(tmp_path):
             picture(random, width, 80).save(tmp_path / name / f"{i}.png")
     shape = kinds(check(tmp_path, None, audit=True))["shortcut_shape"]
     assert shape["level"] == "danger" and shape["count"] == 4
-    assert "can tell a from c, d; b from c, d: balanced accuracy 50.0%" in shape["message"]
+    assert "can tell a from c, d; b from c, d: balanced accuracy over 4 classes 50.0%" in shape["message"]
 
 
 def test_classes_of_few_patients_are_left_out_and_said(folder):
