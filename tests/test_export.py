@@ -251,14 +251,18 @@ def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
     assert "separated by image" not in card and "\n\n\n" not in card
 
 
-def test_the_card_says_what_frequencies_the_probabilities_suppose(run, exported, tmp_path):
-    assert "classes as frequent as in training" in (exported / "README.md").read_text("utf-8")
+def test_the_card_says_what_frequencies_the_probabilities_suppose_and_in_what_precision(
+    run, exported, tmp_path
+):
+    card = (exported / "README.md").read_text("utf-8")
+    assert "classes as frequent as in training" in card and "mixed precision" not in card
     evened = read_checkpoint(run / "checkpoint_latest.pth")
-    evened["config"] |= {"logit_adjustment": True, "logit_adjustment_tau": 0.5}
+    evened["config"] |= {"logit_adjustment": True, "logit_adjustment_tau": 0.5, "use_amp": True}
     write_file(tmp_path / "evened.pth", evened)
-    assert export(tmp_path / "evened.pth", tmp_path / "out", "--format", "safetensors") == 0
+    assert export(tmp_path / "evened.pth", tmp_path / "out", "--format", "onnx") == 0
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "as frequent as in training" not in card and "logit adjustment with tau 0.5" in card
+    assert "Training was in mixed precision" in card
 
 
 def test_the_card_of_the_best_epoch_names_the_bias(run, tmp_path):
