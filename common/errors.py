@@ -49,10 +49,14 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, meant))}?)" if meant else ""
 
 
+def cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+    return cut(lines[0], limit) if lines else type(error).__name__
 
 
 def why_not_loaded(error: BaseException) -> str:
@@ -65,7 +69,7 @@ def why_not_loaded(error: BaseException) -> str:
 def last_line(error: BaseException, limit: int = 200) -> str:
     """The last line of an error's message: what happened, where a traceback leads up to it."""
     lines = str(error).splitlines()
-    return lines[-1][:limit] if lines else type(error).__name__
+    return cut(lines[-1], limit) if lines else type(error).__name__
 
 
 def number(count: int, one: str, many: str) -> str:

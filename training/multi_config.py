@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common.distributed import first_here_first, is_main, n_processes, of_the_first
-from common.errors import UserError, all_of, first_line
+from common.errors import UserError, all_of, cut, first_line
 from common.files import check_writable, read_json, saved_in, text_cell, write_csv, write_json
 from data.scan import ImageFolder
 from data.shards import may_run_a_command, scan_images
@@ -357,7 +357,7 @@ def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> 
         if row["status"] != "finished":
             print(
                 f"{'-':>4}  {row['folder']}: {row['status']}"
-                + (f": {row['error'][:120]}" if row["error"] else "")
+                + (f": {cut(row['error'], 120)}" if row["error"] else "")
             )
             continue
         minutes = f"{row['minutes']:.1f}" if row["minutes"] >= 0.05 else "<0.1"
