@@ -18,6 +18,7 @@ from evaluation.run_folder import (
     RunFolder,
     augmentation_words,
     loss_words,
+    rates_words,
     which_epoch,
 )
 from evaluation.tables import with_interval
@@ -202,10 +203,8 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         25: (
             ANSWERED,
             f"AdamW, {'at most ' if stop else ''}{options['epochs']} epochs, batches of "
-            f"{options['batch_size']}, peak learning rate {options['learning_rate']:g} (new layers x "
-            f"{options['new_lr_ratio']:g}, text x {options['text_lr_ratio']:g}), weight decay "
-            f"{options['weight_decay']:g}, loss {loss_words(options)}, {' and '.join(frozen) or 'no'} "
-            f"encoder frozen. {augmentation}",
+            f"{options['batch_size']}, {rates_words(options)}, weight decay {options['weight_decay']:g}, "
+            f"loss {loss_words(options)}, {' and '.join(frozen) or 'no'} encoder frozen. {augmentation}",
         ),
         26: _which_epochs(run, stopping),
         27: (

@@ -13,6 +13,7 @@ from evaluation.run_folder import (
     RunFolder,
     augmentation_words,
     loss_words,
+    rates_words,
     weight_for_rare_classes,
     which_epoch,
 )
@@ -136,8 +137,7 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
             [
                 "Training 训练",
                 f"{'at most ' if o['early_stopping_patience'] else ''}{o['epochs']} epochs, batch "
-                f"{o['batch_size']}, learning rate {o['learning_rate']:g}, loss {loss_words(o)}, seed "
-                f"{o['random_state']}",
+                f"{o['batch_size']}, {rates_words(o)}, loss {loss_words(o)}, seed {o['random_state']}",
             ],
         ]  # fmt: skip
     if "million_parameters" in config:

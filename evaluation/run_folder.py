@@ -155,6 +155,14 @@ def loss_words(options: Mapping[str, Any]) -> str:
     return ", ".join([options["loss"], *weight_for_rare_classes(options)])
 
 
+def rates_words(options: Mapping[str, Any]) -> str:
+    """The learning rates that a model was trained with."""
+    return (
+        f"peak learning rate {options['learning_rate']:g} (new layers x {options['new_lr_ratio']:g}, text x "
+        f"{options['text_lr_ratio']:g})"
+    )
+
+
 def augmentation_words(options: Mapping[str, Any]) -> str:
     """How the training images were changed."""
     flip = ", mirrored at random" if options["horizontal_flip"] and options["augmentation"] != "none" else ""

@@ -294,6 +294,8 @@ def test_the_options_that_were_changed_are_named(runs):
         "Options that differ from their defaults 与默认值不同的选项 Option 选项 Value 值 img_size 64" in text
     )
     assert "use_amp false" in text and "False" not in text
+    rates = "peak learning rate 0.0001 (new layers x 10, text x 0.2), "
+    assert f"batch 32, {rates}loss unicl" in text and f"batches of 32, {rates}weight decay" in text
 
 
 def test_the_map_is_the_principal_plane_of_the_embeddings(runs):
