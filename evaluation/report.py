@@ -213,8 +213,7 @@ def _curves_caption(run: RunFolder) -> str:
     if run.config.get("cutmix_prob"):
         of_training.append("CutMix")
     alike = (
-        f"in training with {' and '.join(of_training)}, which validation goes without, so the two curves lie "
-        "apart"
+        f"in training with {' and '.join(of_training)}, which validation goes without"
         if of_training
         else "the same for training and validation"
     )

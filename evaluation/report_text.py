@@ -113,7 +113,8 @@ def notes(run: RunFolder) -> list[Text]:
                 )
             )
     found += _absent_note(run)
-    found.append(_partition_note(run))
+    if run.kind != EVALUATION or run.config.get("n_known_images") != run.metrics["n_images"]:
+        found.append(_partition_note(run))
     if run.metrics["interval"]["unit"] == "patient":
         found.append(
             both(

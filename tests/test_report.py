@@ -426,6 +426,8 @@ def test_an_evaluation_on_the_training_images_is_named(runs, tmp_path):
     text = Page(run / "report.html").text
     assert re.search(r"Of these \d+ images 1 served to train or validate a model", text)
     assert "external is for the authors" not in text and "Whether patients of these images were" in text
+    write_json(run / "config.json", record | {"n_known_images": 24})
+    assert not any("also in training is not known" in note["en"] for note in notes(read_run_folder(run)))
     del record["n_known_images"]  # of an earlier version
     write_json(run / "config.json", record | {"images_known_to_model": False})
     write_report(run)
@@ -584,8 +586,8 @@ def test_captions_say_what_training_had_that_validation_had_not(runs, tmp_path, 
     config |= {"logit_adjustment": evened, "cutmix_prob": 0.5 * evened, "use_weighted_sampling": evened}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     html = write_report(tmp_path / "run").read_text("utf-8")
-    said = "in training with weighted sampling and logit adjustment and CutMix, which"
-    assert (said in html) is evened
+    said = "in training with weighted sampling and logit adjustment and CutMix, which validation goes without"
+    assert (f"{said};" in html) is evened
     assert ("the same for training and validation" in html) is not evened
     assert ("a temperature cannot mend that" in html) is evened
 
