@@ -334,14 +334,14 @@ def record_of(
     differing = [n for n in FIELDS if any(own[n] != options[0][n] for own in options)]
     of_model += [n for n in differing if n not in of_no_model]
     facts = ["epoch", "epoch_is"]
-    for name in ("class_texts", "dataset_fingerprint"):
-        if any(model.facts[name] != models[0].facts[name] for model in models):
+    for name in ("class_texts", "dataset_fingerprint", "changed_on_resume"):
+        if any(model.facts.get(name, []) != models[0].facts.get(name, []) for model in models):
             facts.append(name)
     typed = ("data_dir", "group_pattern", "groups_file", "rename", "skip_extra", "skip_unreadable")
     return {
         "checkpoints": [str(model.path) for model in models],
         "models": [
-            {key: own[key] for key in of_model} | {key: model.facts[key] for key in facts}
+            {key: own[key] for key in of_model} | {key: model.facts.get(key, []) for key in facts}
             for model, own in zip(models, options, strict=True)
         ],
         **{key: getattr(arguments, key) for key in typed},

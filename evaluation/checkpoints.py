@@ -147,6 +147,8 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
         "history": isinstance(checkpoint.get("history"), dict)
         and all(isinstance(own, list) for own in checkpoint["history"].values()),
         **{key: isinstance(checkpoint.get(key), str) for key in ("dataset_fingerprint", "split_fingerprint")},
+        "changed_on_resume": checkpoint.get("changed_on_resume", []) == []
+        or texts(checkpoint["changed_on_resume"]),
         "image_keys": keys is None
         or (isinstance(keys, torch.Tensor) and keys.dtype == torch.int64 and keys.ndim == 1),
         "pretrained": isinstance(checkpoint.get("pretrained"), dict)

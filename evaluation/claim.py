@@ -17,6 +17,7 @@ from evaluation.run_folder import (
     EVALUATION,
     RunFolder,
     augmentation_words,
+    changed_words,
     loss_words,
     rates_words,
     which_epoch,
@@ -166,6 +167,8 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
 
 def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
     augmentation = f"Augmentation in training: {augmentation_words(options)}."
+    if changed := changed_words(options):
+        augmentation += f" Options changed on resuming: {changed}."
     versions = ", ".join(f"{name} {version}" for name, version in run.config.get("versions", {}).items())
     commit = run.config.get("git_commit")
     frozen = [side for side in ("image", "text") if options[f"freeze_{side}_encoder"]]

@@ -112,6 +112,7 @@ def description(trained: TrainedModel) -> dict[str, Any]:
         "training_options": {
             name: _without_folders(name, value) for name, value in config.items() if name not in _PLACES
         },
+        "changed_on_resume": trained.facts.get("changed_on_resume", []),
         "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in _LIBRARIES}},
     }
 

@@ -62,7 +62,8 @@ def training_options(run: RunFolder, views: Views) -> Mapping[str, Any] | None:
     """What the model was trained with, "auto" weights replaced by what they were; None if not known."""
     options = run.config
     if run.kind == EVALUATION:
-        options = views.facts["config"] if views.facts else None
+        facts = views.facts
+        options = {**facts["config"], "changed_on_resume": facts.get("changed_on_resume")} if facts else None
     if options is None or not views.facts:
         return options
     published = views.facts.get("pretrained", {})

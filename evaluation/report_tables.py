@@ -12,6 +12,7 @@ from evaluation.run_folder import (
     SINGLE,
     RunFolder,
     augmentation_words,
+    changed_words,
     loss_words,
     rates_words,
     weight_for_rare_classes,
@@ -140,6 +141,8 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
                 f"{o['batch_size']}, {rates_words(o)}, loss {loss_words(o)}, seed {o['random_state']}",
             ],
         ]  # fmt: skip
+        if changed := changed_words(o):
+            rows.append(["Changed on resuming 续训时的改动", changed])
     if "million_parameters" in config:
         rows.append(["Parameters 参数量", f"{config['million_parameters']:.1f} million"])
     if "hardware" in config:
@@ -161,7 +164,7 @@ def _models(config: Mapping[str, Any]) -> list[str]:
 
 def options_table(run: RunFolder, names: Sequence[str] | None = None) -> Table:
     """config.json as rows; of the options `names` alone where given."""
-    hidden = ("class_texts", "classes", "versions", "changed_options")
+    hidden = ("class_texts", "classes", "versions", "changed_options", "changed_on_resume")
     chosen = [name for name in run.config if name not in hidden] if names is None else names
     return {
         "header": ["Option 选项", "Value 值"],

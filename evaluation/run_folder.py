@@ -170,6 +170,11 @@ def augmentation_words(options: Mapping[str, Any]) -> str:
     return f"{options['augmentation']}{flip}{f', CutMix in {share:.0%} of the steps' if share else ''}"
 
 
+def changed_words(options: Mapping[str, Any]) -> str:
+    """Which options were others before a run was resumed; empty where none were, or none are recorded."""
+    return "; ".join(options.get("changed_on_resume") or [])
+
+
 def read_optional(path: Path) -> Any:
     """The JSON there, or None where there is none."""
     return read_json(path, "the run's file") if path.exists() else None

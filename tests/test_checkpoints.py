@@ -173,6 +173,7 @@ def test_an_older_format_is_named(tmp_path):
         {"class_features": torch.eye(4)}, {"model": {"w": 3}}, {"frozen": ["a"]}, {"frozen": {"../x": "y"}},
         {"history": []}, {"epoch": "x"}, {"epoch": -1}, {"in_epoch": []}, {"in_epoch": {"steps": "many"}},
         {"pretrained": {}}, {"dataset_fingerprint": 3}, {"early_stopping": {"epochs_without": "x"}},
+        {"changed_on_resume": [3]},
     ],
 )  # fmt: skip
 def test_a_strangers_checkpoint_of_another_form_is_refused(tmp_path, own):

@@ -1,5 +1,6 @@
 """A run that was stopped goes on: with which options, and what is refused."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -95,9 +96,32 @@ def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
         config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)
 
 
+@pytest.mark.parametrize(
+    ("stopped_early", "typed", "said"),
+    [
+        (False, {"loss": "ce", "batch_size": 16, "augmentation": "none"},
+         "end, so --loss ce, --augmentation none would change nothing .* leave them out, or give more --epo"),
+        (False, {"early_stopping_patience": 9}, "so --early-stopping-patience 9 would change nothing"),
+        (False, {"loss": "ce", "epochs": 5}, None),
+        (False, {"batch_size": 16, "use_amp": True, "save_best": False, "num_workers": 3}, None),
+        (True, {"epochs": 9, "loss": "ce"}, "stopped early.*--epochs 9, --loss ce would.*a larger --early-"),
+        (True, {"epochs": 9, "loss": "ce", "early_stopping_patience": 3}, None),
+    ],
+)  # fmt: skip
+def test_options_of_training_are_refused_where_nothing_is_left_to_train(finished, stopped_early, typed, said):
+    checkpoint = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
+    checkpoint["early_stopping"]["epochs_without"] = 2
+    if stopped_early:
+        checkpoint["config"] |= {"epochs": 8, "early_stopping_patience": 2}
+    needed = {"data_dir": "d", "output_dir": "o", "resume_from": "latest.pth"}
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)
+
+
 def test_options_that_a_checkpoint_of_an_earlier_version_lacks_were_the_defaults(finished, capsys):
     checkpoint = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
     needed = {"data_dir": "d", "output_dir": "o", "resume_from": "latest.pth"}
+    checkpoint["epoch"] = 3  # at its end options of training are refused
     typed = {"embed_dim": 512, "loss": "unicl", "grad_clip": 2.0, "use_amp": False, "save_best": False}
     checkpoint["config"] = {n: v for n, v in checkpoint["config"].items() if n not in typed}
     config = config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import tarfile
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 from quick import train
 
+import export_clip
 import training.fit as fit_module
 from common.files import find_checkpoints
 from common.stopping import (
@@ -24,7 +26,11 @@ from common.stopping import (
     stop_after_the_parent,
 )
 from evaluation.checkpoints import read_checkpoint, write_file
+from evaluation.claim import claim_items
+from evaluation.report_tables import facts
+from evaluation.run_folder import read_run_folder
 from evaluation.trained import load_trained
+from train_clip import main
 
 pytestmark = [
     pytest.mark.usefixtures("quick_report"),
@@ -364,3 +370,35 @@ def test_outside_the_main_thread_training_does_without_signals():
     thread.start()
     thread.join()
     assert done == [False]
+
+
+def test_options_changed_on_resume_are_recorded_with_the_epoch_and_over_further_resumes(
+    finished, class_folder, tmp_path, monkeypatch
+):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    saved = torch.load(copy / "checkpoint_latest.pth", weights_only=True)
+    del saved["checksum"], saved["changed_on_resume"]  # of an earlier version
+    write_file(copy / "checkpoint_latest.pth", saved)
+
+    def recorded():
+        record = json.loads((copy / "config.json").read_text("utf-8"))["changed_on_resume"]
+        assert record == read_checkpoint(copy / "checkpoint_latest.pth")["changed_on_resume"]
+        return record
+
+    first = "after epoch 4: --epochs 6 (before: 4), --loss ce (before: unicl)"
+    signal_at_steps(monkeypatch, {2: signal.SIGTERM})
+    command = ["--data-dir", str(class_folder), "--output-dir", str(copy), "--resume-from", "auto"]
+    assert main([*command, "--epochs", "6", "--loss", "ce", "--num-workers", "1"]) == 143
+    monkeypatch.undo()
+    assert recorded() == [first]
+    assert main([*command, "--logit-adjustment"]) == 0
+    second = "after step 3 of epoch 5: --logit-adjustment (before: not given)"
+    assert recorded() == [first, second]
+    run = read_run_folder(copy)
+    assert ["Changed on resuming 续训时的改动", f"{first}; {second}"] in facts(run, run.config)["rows"]
+    assert f"changed on resuming: {first}; {second}." in claim_items(run, run.config, 0)[24].answer
+    card = tmp_path / "exported" / "README.md"
+    command = ["--checkpoint", str(copy), "--output-dir", str(card.parent), "--format", "safetensors"]
+    assert export_clip.main(command) == 0
+    assert f"was resumed: {first}; {second}." in card.read_text("utf-8")

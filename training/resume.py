@@ -18,6 +18,8 @@ from training.dataset import DataSet, split_fingerprint
 from training.options import check_options, contradictions
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite", "compile")
+# Of what may change: not how the model is trained.
+_NO_TRAINING = ("skip_unreadable", "gradient_checkpointing", "use_amp", "save_best")
 
 
 def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
@@ -41,8 +43,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         problems.append(
             f"--epochs {typed['epochs']}: --resume-from {config.resume_from} has {begun} epochs behind it"
         )
-    # a run of an earlier version lacks options that have come since
-    options = {name: checkpoint["config"].get(name, f.default) for name, f in FIELDS.items()}
+    options = _options_of(checkpoint)
     for name, value in typed.items():
         if name in _NOT_FROM_CHECKPOINT or value == options[name]:
             continue
@@ -73,9 +74,58 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         merged["use_cache"] = True
     problems = check_options(options, f"--resume-from {config.resume_from}: ")
     problems = problems or contradictions(dataclasses.replace(Config(**merged), resume_from=None))
+    problems = problems or _without_effect_at_its_end(Config(**merged), checkpoint, typed)
     if problems:
         raise UserError(*problems)
     return Config(**merged)
+
+
+def _options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A run of an earlier version lacks options that have come since."""
+    return {name: checkpoint["config"].get(name, f.default) for name, f in FIELDS.items()}
+
+
+def _without_effect_at_its_end(
+    config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]
+) -> list[str]:
+    """A sentence where nothing is left to train and typed options would say that it was trained with them."""
+    patience, without = config.early_stopping_patience, checkpoint["early_stopping"].get("epochs_without", 0)
+    stopped_early = patience is not None and without >= patience
+    if not stopped_early and config.epochs > checkpoint["epoch"]:
+        return []
+    ends_it = "early_stopping_patience" if stopped_early else "epochs"
+    options = _options_of(checkpoint)
+    idle = [
+        as_typed(name, value)
+        for name, value in typed.items()
+        if value != options[name]
+        and FIELDS[name].metadata["on_resume"] == "said"
+        and name not in (*_NO_TRAINING, ends_it)
+    ]
+    if not idle:
+        return []
+    end, more = "its end", "more --epochs"
+    if stopped_early:
+        end, more = "its end (it stopped early)", "a larger --early-stopping-patience"
+    return [
+        f"--resume-from {config.resume_from} is trained to {end}, so {', '.join(idle)} would change nothing "
+        f"but what its results say of it; leave {'it' if len(idle) == 1 else 'them'} out, or give {more}"
+    ]
+
+
+def changed_on_resume(config: Config, checkpoint: Mapping[str, Any] | None) -> list[str]:
+    """From where on which options were others, of this resuming and those before it; a line for each."""
+    if checkpoint is None:
+        return []
+    now, steps = dataclasses.asdict(config), checkpoint["in_epoch"]["steps"]
+    changes = [
+        f"{as_typed(name, now[name])} (before: {value_of(name, before)})"
+        for name, before in _options_of(checkpoint).items()
+        if now[name] != before and FIELDS[name].metadata["on_resume"] == "said"
+    ]
+    where = f"step {steps} of epoch {checkpoint['epoch'] + 1}" if steps else f"epoch {checkpoint['epoch']}"
+    new = [f"after {where}: {', '.join(changes)}"] if changes else []
+    return [*checkpoint.get("changed_on_resume", []), *new]
 
 
 def check_same_classes(

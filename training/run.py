@@ -49,7 +49,13 @@ from training.outputs import (
     resumes_in,
     run_record,
 )
-from training.resume import check_same_classes, check_same_data, config_of_resumed_run, take_over
+from training.resume import (
+    changed_on_resume,
+    check_same_classes,
+    check_same_data,
+    config_of_resumed_run,
+    take_over,
+)
 from training.state import TrainState, keep_frozen_towers, read_to_resume
 
 
@@ -182,7 +188,10 @@ def train_single(
             # what was killed before its first checkpoint left nothing to go on from
             prepare_output_folder(output_dir, overwrite=not resumes_in(output_dir, config))
         records = {
-            "config.json": run_record(config, data, texts, hardware, n_parameters(model)),
+            "config.json": {
+                **run_record(config, data, texts, hardware, n_parameters(model)),
+                "changed_on_resume": changed_on_resume(config, checkpoint),
+            },
             "splits.json": record_of(config, data, [split]),
             "data_check.json": {"findings": findings},
         }
@@ -272,6 +281,7 @@ def train_on_split(
     )
     facts = {
         "config": dataclasses.asdict(config),
+        "changed_on_resume": changed_on_resume(config, checkpoint),
         "classes": list(data.folder.classes),
         "class_texts": {name: list(own) for name, own in sentences.texts.items()},
         "preprocessing": {"img_size": config.img_size, "resize": "whole image to a square, bicubic"},
