@@ -55,7 +55,8 @@ def _main(arguments: Sequence[str]) -> int:
         explanation = explain_failure(error, config)
         if explanation is None:
             raise
-        failed = RunFailed(f"{explanation}; {_how_to_continue(config, given, started)}")
+        how = _how_to_continue(config, given, started, ", any training after it is lost")
+        failed = RunFailed(f"{explanation}; {how}")
         return _say(failed, if_nothing_else=lost_another(error))
 
 
@@ -90,7 +91,7 @@ def _who(message: str, if_nothing_else: bool = False) -> str | None:
     return who_says(message, if_nothing_else)
 
 
-def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: float) -> str:
+def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: float, lost: str = "") -> str:
     if config is None or config.output_dir is None:
         return "nothing was written"
     if not Path(config.output_dir).exists():
@@ -100,10 +101,22 @@ def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: f
         return f"what is finished is saved, and the same command{once_more} continues"
     latest = Path(config.output_dir) / LATEST
     if latest.exists() and (config.resume_from or latest.stat().st_mtime >= started):
+        saved = f"what was trained up to {_saved_up_to(latest)} is saved{lost}"
         if given.get("resume_from") in ("auto", str(latest), config.output_dir):
-            return f"what was trained is saved, and the same command{once_more} continues"
-        return f"what was trained is saved; to go on, the same command{once_more}, and --resume-from {latest}"
+            return f"{saved}, and the same command{once_more} continues"
+        return f"{saved}; to go on, the same command{once_more}, and --resume-from {latest}"
     return "nothing was saved yet, so there is nothing to resume from"
+
+
+def _saved_up_to(latest: Path) -> str:
+    try:
+        import torch
+
+        saved = torch.load(latest, map_location="cpu", weights_only=True, mmap=True)  # reads no tensors
+        epoch, steps = saved["epoch"], saved["in_epoch"]["steps"]
+        return f"step {steps} of epoch {epoch + 1}" if steps else f"the end of epoch {epoch}"
+    except Exception:  # torch may be what is missing, or the file damaged
+        return "its last checkpoint"
 
 
 if __name__ == "__main__":

@@ -498,7 +498,9 @@ def test_a_disk_that_fills_ends_the_run_and_leaves_the_last_good_files(
 
     monkeypatch.setattr(torch, "save", full_after_the_first_epoch)
     assert train(class_folder, tmp_path / "out", "--epochs", epochs) == 1  # also where it is the last epoch's
-    assert "No space left on device" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "up to the end of epoch 1 is saved, any training after it is lost; to go on" in said
     latest, _, best = epochs_in(tmp_path / "out")
     assert latest == best == 1
     assert not list((tmp_path / "out").glob(".*.tmp"))
@@ -520,7 +522,8 @@ def test_a_failed_write_is_said_also_when_training_fails_meanwhile(
     monkeypatch.setattr(fit_module, "train_one_epoch", failing)
     monkeypatch.setattr(torch, "save", full)
     assert train(class_folder, tmp_path / "out", "--epochs", 3) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "nothing was saved yet" in said
 
 
 def test_too_full_a_disk_is_said_before_images_are_read(class_folder, tmp_path, monkeypatch, capsys):

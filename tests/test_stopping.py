@@ -111,6 +111,7 @@ def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
     monkeypatch.undo()
     streams = capsys.readouterr()
     assert "saving after step 2 of 4 of epoch 2" in streams.out
+    assert "what was trained up to step 2 of epoch 2 is saved; to go on" in streams.err
     assert f"and --resume-from {out / 'checkpoint_latest.pth'}" in streams.err
     saved = read_checkpoint(out / "checkpoint_latest.pth")
     assert (saved["epoch"], saved["in_epoch"]["steps"]) == (1, 2)
