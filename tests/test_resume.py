@@ -108,7 +108,9 @@ def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
         (True, {"epochs": 9, "loss": "ce", "early_stopping_patience": 3}, None),
     ],
 )  # fmt: skip
-def test_options_of_training_are_refused_where_nothing_is_left_to_train(finished, stopped_early, typed, said):
+def test_options_of_training_are_refused_where_nothing_is_left_to_train(
+    finished, capsys, stopped_early, typed, said
+):
     checkpoint = torch.load(finished / "checkpoint_latest.pth", weights_only=True)
     checkpoint["early_stopping"]["epochs_without"] = 2
     if stopped_early:
@@ -116,6 +118,7 @@ def test_options_of_training_are_refused_where_nothing_is_left_to_train(finished
     needed = {"data_dir": "d", "output_dir": "o", "resume_from": "latest.pth"}
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
         config_of_resumed_run(make_config({**needed, **typed}), checkpoint, typed)
+    assert ("resuming with changed" in capsys.readouterr().out) is (said is None)
 
 
 def test_options_that_a_checkpoint_of_an_earlier_version_lacks_were_the_defaults(finished, capsys):

@@ -66,8 +66,6 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         raise UserError(*problems)
     if checkpoint["config"].get("compile") and not typed.get("compile"):
         print("note: the run was begun with --compile and goes on without it; add it to compile again")
-    if changed:
-        print("resuming with changed options: " + ", ".join(changed))
     kept = {name: getattr(config, name) for name in _NOT_FROM_CHECKPOINT}
     merged = {**options, **typed, **kept}
     if typed.get("cache_dir"):
@@ -77,6 +75,8 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
     problems = problems or _without_effect_at_its_end(Config(**merged), checkpoint, typed)
     if problems:
         raise UserError(*problems)
+    if changed:
+        print("resuming with changed options: " + ", ".join(changed))
     return Config(**merged)
 
 
