@@ -6,7 +6,6 @@ Prints the findings and writes them to data_check.json. The exit code is 0 whate
 """
 
 import argparse
-import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from typing import Any
 
 from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError, number
-from common.files import MOST_OF_SPLITS, read_json, write_json
+from common.files import MOST_OF_SPLITS, read_json, unwritable, write_json
 
 with imports():
     import numpy as np
@@ -364,9 +363,22 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     found = parser.read(typed, required=("--data-dir",))
     if found.group_pattern is not None and found.groups_file:
         raise UserError("--group-pattern and --groups-file exclude each other: both name the patient")
-    if found.output.is_dir() or not os.access(found.output.absolute().parent, os.W_OK):
+    folder = found.output.absolute().parent
+    if found.output.is_dir() or not folder.is_dir() or unwritable(folder):
         raise UserError(f"--output {found.output} cannot be written; give a file in a folder that exists")
+    if found.output.exists() and not _is_of_check(found.output):
+        raise UserError(
+            f"--output {found.output} exists and was not written by this program; give another file"
+        )
     return found
+
+
+def _is_of_check(path: Path) -> bool:
+    """A run's data_check.json holds findings alone."""
+    try:
+        return {"findings", "shortcuts", "summary"} <= read_json(path, "--output").keys()
+    except (UserError, AttributeError):  # no JSON, or no object
+        return False
 
 
 def run(typed: Sequence[str]) -> int:

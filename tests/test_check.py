@@ -374,6 +374,8 @@ def test_the_command_prints_and_writes_the_same(folder, tmp_path_factory):
     (folder / "罕见").mkdir()
     for copy in ("罕见/P900_0.png", "loose.png", "正常/notes.txt"):
         shutil.copy(folder / "正常" / "P004_0.png", folder / copy)
+    former = {"data_dir": "-", "findings": [], "shortcuts": {}, "summary": {}}
+    (cwd / "data_check.json").write_text(json.dumps(former))
     done = run("--data-dir", folder, "--group-pattern", r"^(P\d+)_", cwd=cwd)
     assert done.returncode == 0, done.stderr
     written = json.loads((cwd / "data_check.json").read_text("utf-8"))
@@ -389,6 +391,9 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory)
     (out / "empty.json").write_text("{}")
     (out / "unknown.json").write_text(json.dumps({"folds": [{"train": ["正常/none.png"], "val": []}]}))
     gone = f"names 1 image that is not in --data-dir {folder}"
+    kept = {out / "a.csv": "path,group\n", out / "of_a_run.json": '{"findings": []}', out / "list.json": "[]"}
+    for file, content in kept.items():
+        file.write_text(content)
     both = ["正常/P000_0.png"]
     (out / "both.json").write_text(json.dumps({"folds": [{"train": both, "val": both}]}))
     for arguments, message in (
@@ -400,6 +405,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory)
         (["--data-dir", folder, "--splits", out / "unknown.json"], f"{gone}, such as 正常/none.png"),
         (["--data-dir", folder, "--splits", out / "both.json"], "1 image that trains and validates in"),
         (["--data-dir", folder, "--output", out / "none" / "x.json"], "cannot be written"),
+        *((["--data-dir", folder, "--output", file], "was not written by this program") for file in kept),
         (["--data-dir", folder, "--groups-file", "x.csv", "--group-pattern", "x"], "exclude each other"),
         (["--group-patern", "x"], "did you mean '--group-pattern'"),
         ([], "--data-dir is required"),
@@ -408,6 +414,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory)
         assert main([*map(str, [*arguments, *output])]) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and not (out / "x.json").exists()
+    assert {file: file.read_text() for file in kept} == kept
 
 
 def test_the_splits_of_a_run_are_read_by_path(folder, tmp_path_factory):
