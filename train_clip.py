@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +105,8 @@ def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: f
         saved = f"what was trained up to {_saved_up_to(latest)} is saved{lost}"
         if given.get("resume_from") in ("auto", str(latest), config.output_dir):
             return f"{saved}, and the same command{once_more} continues"
-        return f"{saved}; to go on, the same command{once_more}, and --resume-from {latest}"
+        more = f"--resume-from {shlex.quote(str(latest))}"
+        return f"{saved}; to go on, the same command{once_more}, and {more}"
     return "nothing was saved yet, so there is nothing to resume from"
 
 

@@ -173,18 +173,21 @@ def test_ctrl_c_says_how_to_continue_and_the_resumed_run_is_whole(
 def test_a_folder_with_results_is_not_touched_without_being_told(
     class_folder, finished, tmp_path, quick_report, monkeypatch, capsys
 ):
-    shutil.copytree(finished, tmp_path / "run")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    out = tmp_path / "一 run"  # what is printed of it can be copied into a shell
+    shutil.copytree(finished, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     none = tmp_path / "none"
     with monkeypatch.context() as patch:
         patch.setattr("data.shards.scan_folder", None)  # of a large folder on a network disk it takes minutes
         flags = ["--epochs", 1, "--val-dir", none, "--groups-file", none]
-        assert train(class_folder, tmp_path / "run", *flags) == 2
+        assert train(class_folder, out, *flags) == 2
     error = capsys.readouterr().err
     assert "holds a run's results" in error and "--overwrite" in error
+    assert f"--resume-from '{out}/checkpoint_latest.pth' to continue it" in error
     assert f"--val-dir {none} is not a folder" in error and f"--groups-file {none} does not exist" in error
-    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--overwrite") == 0
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert train(class_folder, out, "--epochs", 1, "--overwrite") == 0
+    assert f"predict_clip.py --checkpoint '{out}' --input" in capsys.readouterr().out
 
 
 def test_unreadable_images_are_all_named_or_left_out(class_folder, tmp_path, quick_report, capsys):

@@ -103,7 +103,7 @@ def whole(quick_report, class_folder, tmp_path_factory):
 def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
     whole, class_folder, tmp_path, monkeypatch, capsys, number, code, workers
 ):
-    out, flags = tmp_path / "run", [*FLAGS, "--num-workers", workers, *(["--no-cache"] if workers else [])]
+    out, flags = tmp_path / "a run", [*FLAGS, "--num-workers", workers, *(["--no-cache"] if workers else [])]
     if workers:
         monkeypatch.setattr("data.images.MEMORY_FOR_IMAGES", 0)  # so that there is something for them to do
     signal_at_steps(monkeypatch, {5: number})
@@ -112,7 +112,7 @@ def test_stopped_within_an_epoch_and_continued_the_end_is_the_same(
     streams = capsys.readouterr()
     assert "saving after step 2 of 4 of epoch 2" in streams.out
     assert "what was trained up to step 2 of epoch 2 is saved; to go on" in streams.err
-    assert f"and --resume-from {out / 'checkpoint_latest.pth'}" in streams.err
+    assert f"and --resume-from '{out / 'checkpoint_latest.pth'}'" in streams.err
     saved = read_checkpoint(out / "checkpoint_latest.pth")
     assert (saved["epoch"], saved["in_epoch"]["steps"]) == (1, 2)
     torch.manual_seed(999)  # a new process starts elsewhere in the random stream

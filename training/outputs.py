@@ -5,6 +5,7 @@ import dataclasses
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -123,7 +124,7 @@ def refuse_results(output_dir: Path, config: Config) -> None:
         return
     latest = output_dir / LATEST
     if found and not config.overwrite and not resumes_in(output_dir, config):
-        hint = f" --resume-from {latest} to continue it," if latest.exists() else ""
+        hint = f" --resume-from {shlex.quote(str(latest))} to continue it," if latest.exists() else ""
         raise UserError(
             f"--output-dir {output_dir} holds a run's results ({', '.join(found)}); use another folder,"
             f"{hint} or --overwrite to replace it"

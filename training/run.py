@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -386,6 +387,5 @@ def print_summary(config: Config, result: RunResult, baseline: float) -> None:
 
 
 def print_use(output_dir: Path) -> None:
-    print(
-        f"to use the model: python predict_clip.py --checkpoint {output_dir} --input IMAGES --output FILE.csv"
-    )
+    command = ["python", "predict_clip.py", "--checkpoint", str(output_dir)]
+    print(f"to use the model: {shlex.join(command)} --input IMAGES --output FILE.csv")
