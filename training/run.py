@@ -15,7 +15,7 @@ import torch
 from common.device import Hardware, choose_hardware
 from common.distributed import agree_on, begun, first_here_first, is_main, n_processes, wait_for_all
 from common.errors import UserError, all_of
-from common.files import PREVIOUS, write_json
+from common.files import PREVIOUS, check_writable, write_json
 from data.augment import Augmentation
 from data.findings import print_findings
 from data.loader import EpochBatches, ImageDataset, build_loader
@@ -41,6 +41,7 @@ from training.losses import contrastive_loss
 from training.options import refuse_missing
 from training.outputs import (
     FREE_ON_CONTINUE,
+    LOCK,
     locked,
     prepare_output_folder,
     print_files,
@@ -225,11 +226,12 @@ def train_single(
 
 
 def refuse_taken(output_dir: Path, config: Config) -> None:
-    """`refuse_results`, and raises InUse: better now than after the images are read."""
-    refuse_results(output_dir, config)
-    if output_dir.exists():
+    """Raises InUse, or as `refuse_results`: better now than after the images are read."""
+    check_writable(output_dir)
+    if (output_dir / LOCK).exists():
         with locked(output_dir):
             pass
+    refuse_results(output_dir, config)
 
 
 def train_on_split(
