@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -62,7 +63,11 @@ def unwritable(folder: Path) -> Path | None:
     folder = Path(os.path.realpath(folder))  # without ".."
     # os.path's: Path.exists raises where a folder above may not be looked into
     nearest = next(p for p in (folder, *folder.parents) if os.path.exists(p))
-    return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
+        # root has the right where nothing can be written, as in /proc
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=nearest):
+            return None
+    return nearest
 
 
 def check_writable(output_dir: Path) -> None:

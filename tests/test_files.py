@@ -15,6 +15,7 @@ from common.files import (
     read_json,
     text_cell,
     text_of_cell,
+    unwritable,
     write_json,
     write_whole,
 )
@@ -37,6 +38,12 @@ def test_a_cache_that_cannot_be_written_is_refused_unless_it_is_filled(tmp_path,
         (tmp_path / kept).touch()
         assert problems_of_cache_dir(tmp_path) == []
         (tmp_path / kept).unlink()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no such folder")
+def test_a_folder_that_gives_root_the_right_and_takes_no_file_is_told(tmp_path):
+    assert unwritable(Path("/proc/new/folder")) == Path("/proc")
+    assert unwritable(tmp_path / "new") is None and not list(tmp_path.iterdir())
 
 
 def test_a_new_file_has_the_content_and_leaves_nothing_else(tmp_path):
