@@ -5,6 +5,7 @@ import hashlib
 import heapq
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -257,14 +258,14 @@ def folder_of_classes(
         notes.append(f"{are} passed over ({kinds})")
 
     used = [name for name, n in counts.items() if n]
-    if len(used) > 1 and all(name.lower() in _PARTS for name in used):
+    # to evaluate on, one class is enough, whatever it is called
+    if used and max(len(used), at_least) > 1 and all(name.lower() in _PARTS for name in used):
         part = {name[:3].lower(): name for name in used}
-        one = f"one of them, such as {option} {root}/{part.get('tra', used[0])}"
+        one = f"one, such as {option} {shlex.quote(str(root / part.get('tra', used[0])))}"
         if option == "--data-dir" and {"tra", "val"} <= part.keys():
-            one += f"; for training with --val-dir {root}/{part['val']}"
+            one += f"; for training with --val-dir {shlex.quote(str(root / part['val']))}"
         raise UserError(
-            f"{option} {root} holds {', '.join(used)}, which are parts of a data set and no classes; "
-            f"give {one}"
+            f"{option} {root} holds {', '.join(used)}: parts of a data set and no classes; give {one}"
         )
     if len(used) < at_least:
         have = f"only {used[0]!r}" if used else "none"
@@ -350,8 +351,14 @@ def groups_from_file(folder: ImageFolder, csv_path: Path, beside: ImageFolder | 
                     )
     except FileNotFoundError:
         raise UserError(f"{what} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} cannot be read as UTF-8 CSV: {error}") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} is a folder; give the CSV file") from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f'{what} is not UTF-8 ({error}); save it as UTF-8, in Excel by "Save As" as "CSV UTF-8"'
+        ) from None
 
     def key_of(path: str) -> str:
         """With the folder's name in front it may be another image's own path: only where it must be meant."""

@@ -256,6 +256,7 @@ def test_fewer_than_two_classes_are_refused(tmp_path, paths, says):
         (("Train", "testing"), "such as --data-dir {0}/Train"),
         (("val", "test"), "such as --data-dir {0}/test"),
         (("train", "valid"), "--data-dir {0}/train; for training with --val-dir {0}/valid"),
+        (("train",), "such as --data-dir {0}/train"),
     ],
 )
 def test_parts_of_a_data_set_are_no_classes(tmp_path, parts, says):
@@ -434,7 +435,7 @@ def test_csv_knows_both_spellings(tmp_path):
         ("path,group\na/1.png\n", "line 2: path or group is empty"),
         ("path,group\na/1.png,  \n", "line 2: path or group is empty"),
         ("path,group\n,P1\n", "line 2: path or group is empty"),
-        ("path,group\n肺/1.png,P1\n".encode("gbk"), "cannot be read as UTF-8 CSV"),
+        ("path,group\n肺/1.png,P1\n".encode("gbk"), "save it as UTF-8, in Excel"),
     ],
 )
 def test_csv_that_cannot_serve_is_refused(tmp_path, content, says):
@@ -443,7 +444,7 @@ def test_csv_that_cannot_serve_is_refused(tmp_path, content, says):
 
 def test_csv_that_is_missing_is_refused(tmp_path):
     assert "does not exist" in refusal(groups_from_file, TWO, tmp_path / "no.csv")
-    assert "cannot be read" in refusal(groups_from_file, TWO, tmp_path)
+    assert "is a folder" in refusal(groups_from_file, TWO, tmp_path)
 
 
 def test_groups_join_patients_through_equal_pixels():
