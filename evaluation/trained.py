@@ -11,7 +11,7 @@ import torch
 
 from common.device import choose_hardware
 from common.errors import UserError, first_line, number
-from common.files import BEST, find_checkpoints
+from common.files import BEST, LATEST, PREVIOUS, find_checkpoints
 from evaluation.checkpoints import NOT_FOR_USE, read_checkpoint
 from models.clip import ClassSentences, CLIPModel, build_clip
 
@@ -50,7 +50,9 @@ class TrainedModel:
 
 def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -> TrainedModel:
     """The model of one checkpoint file. Its text tower is built only `with_text`, for new sentences."""
-    checkpoint = read_checkpoint(path, "--checkpoint", with_text=with_text)
+    others = [path.with_name(name) for name in (BEST, LATEST, PREVIOUS) if name != path.name]
+    beside = "".join([f", such as {file}, which is beside it" for file in others if file.is_file()][:1])
+    checkpoint = read_checkpoint(path, "--checkpoint", f"give another one{beside}", with_text=with_text)
     begun = checkpoint.get("in_epoch", {}).get("steps", 0)
     if begun or not checkpoint["epoch"]:
         raise UserError(

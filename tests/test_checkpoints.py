@@ -5,12 +5,14 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -247,6 +249,18 @@ def test_a_damaged_latest_falls_back_to_the_one_before_and_says_so(tmp_path, cap
     (tmp_path / "checkpoint_previous.pth").write_bytes(b"")
     with pytest.raises(UserError, match=r"latest[\s\S]*checkpoint_previous\.pth is damaged"):
         read_to_resume(latest)
+
+
+def test_what_stands_beside_a_damaged_checkpoint_is_named(tmp_path):
+    write_checkpoint(tmp_path, checkpoint(1), checkpoint(1))
+    latest, best = (tmp_path / f"checkpoint_{name}.pth" for name in ("latest", "best"))
+    latest.write_bytes(latest.read_bytes()[:100])
+    for said, read in (
+        (f"another one, such as {best}, which", partial(load_trained, device=torch.device("cpu"))),
+        (f"{best} beside it is a model for use", read_to_resume),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            read(latest)
 
 
 def test_a_run_whose_latest_is_damaged_ends_as_if_it_were_not(

@@ -251,6 +251,9 @@ def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str,
     previous = path.with_name(PREVIOUS)
     can_fall_back = path.name == LATEST and previous.exists()
     anew = "give another one, or start anew in another folder or with --overwrite"
+    best = path.with_name(BEST)
+    if path != best and best.is_file():
+        anew += f"; {best} beside it is a model for use, from which training cannot go on"
     try:
         checkpoint = read_checkpoint(path, option, "" if can_fall_back else anew)
     except UserError as error:
