@@ -176,6 +176,7 @@ def check_options(options: "Config") -> None:
 def evaluate(typed: Sequence[str]) -> int:
     """Check, load, read, predict, write. Returns the exit code (see --help)."""
     arguments = read_arguments(typed)
+    from data.scan import patient_pattern
     from data.shards import scan_and_check
     from training.config import Config
     from training.options import refuse_missing
@@ -197,6 +198,7 @@ def evaluate(typed: Sequence[str]) -> int:
         partial(check_options, options),
         partial(refuse_missing, options, weights=False),
         partial(refuse_output_dir, arguments.output_dir),
+        *([partial(patient_pattern, options.group_pattern)] if options.group_pattern else []),
         *(partial(find_checkpoints, path) for path in arguments.checkpoint),
         at_least=1,
         cache_dir=arguments.cache_dir,

@@ -300,14 +300,20 @@ def fingerprint(folder: ImageFolder, digests: np.ndarray) -> str:
     return found.hexdigest()
 
 
-def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
-    """The patient of each image: the first group of `pattern`, searched in the file name."""
+def patient_pattern(pattern: str) -> re.Pattern[str]:
+    """Of --group-pattern. Raises UserError where it cannot tell a patient."""
     try:
         regex = re.compile(nfc(pattern))
     except re.error as error:
         raise UserError(f"--group-pattern '{pattern}' is not a regular expression: {error}") from None
     if regex.groups < 1:
         raise UserError(f"--group-pattern '{pattern}' needs a group in parentheses, such as '^(P\\d+)_'")
+    return regex
+
+
+def groups_by_pattern(folder: ImageFolder, pattern: str) -> list[str]:
+    """The patient of each image: the first group of `pattern`, searched in the file name."""
+    regex = patient_pattern(pattern)
     groups, missed = [], []
     of_name: dict[str, str] = {}
     for path in folder.paths:

@@ -48,6 +48,16 @@ def _sentences_of(name: str, value: Any, source: str, problems: list[str]) -> li
     return [s.strip() for s in sentences]
 
 
+def read_texts(texts_file: Path) -> dict[str, Any]:
+    """What --class-texts-file holds. Raises UserError where that is no JSON object."""
+    texts = read_json(texts_file, "--class-texts-file", MOST_WRITTEN_BY_HAND)
+    if not isinstance(texts, dict):
+        raise UserError(
+            f'--class-texts-file {texts_file} must hold one JSON object such as {{"类别1": "描述1"}}'
+        )
+    return texts
+
+
 def class_sentences(
     classes: Sequence[str],
     *,
@@ -68,9 +78,7 @@ def class_sentences(
     source = "class texts"
     if texts_file is not None:
         source = f"--class-texts-file {texts_file}"
-        texts = read_json(texts_file, "--class-texts-file", MOST_WRITTEN_BY_HAND)
-        if not isinstance(texts, dict):
-            raise UserError(f'{source} must hold one JSON object such as {{"类别1": "描述1"}}')
+        texts = read_texts(texts_file)
 
     by_name: dict[str, Any] = {}
     known, unknown = frozenset(classes), []

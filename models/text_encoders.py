@@ -240,18 +240,22 @@ def bert_tiny_bytes(weights: str) -> TextTower:
     return TextTower(encoder, config.hidden_size, ByT5Tokenizer, pretrained=weights not in ("auto", "none"))
 
 
-def build_text_tower(name: str, weights: str) -> TextTower:
-    """By registered name, local folder, or hub id. Raises UserError for anything else."""
-    if name in TEXT_ENCODERS:
-        return TEXT_ENCODERS[name](weights)
-    looks_like_path = name.startswith((".", "/", "~")) or "\\" in name
-    if looks_like_path and not Path(name).is_dir():
+def check_text_encoder(name: str) -> None:
+    """Raises UserError where `name` is no registered name, no local folder, and can be no hub id."""
+    if name in TEXT_ENCODERS or Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")) or "\\" in name:
         raise UserError(f"--text-encoder {name}: there is no such folder")
-    if not Path(name).is_dir() and name.count("/") != 1:
+    if name.count("/") != 1:
         near = did_you_mean(name, TEXT_ENCODERS)
         raise UserError(
             f"unknown text encoder {name!r}{near}; give {', '.join(TEXT_ENCODERS)}, a Hugging Face id such "
             "as "
             "hfl/chinese-roberta-wwm-ext, or a local folder"
         )
-    return build_hugging_face(name, weights)
+
+
+def build_text_tower(name: str, weights: str) -> TextTower:
+    """By registered name, local folder, or hub id. Raises UserError for anything else."""
+    check_text_encoder(name)
+    return TEXT_ENCODERS[name](weights) if name in TEXT_ENCODERS else build_hugging_face(name, weights)

@@ -1,23 +1,44 @@
 """Build what a run trains, as its options say: the two towers, the sentences, the optimizer."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.device import Hardware
 from common.distributed import n_processes
+from common.errors import all_of
+from data.scan import patient_pattern
+from data.texts import check_template, read_texts
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm
+from models.text_encoders import check_text_encoder
 from training.config import Config
 from training.optim import parameter_groups, warmup_steps
 from training.state import EarlyStopping, TrainState
 
 
+def refuse_unfit(config: Config) -> None:
+    """Raises UserError naming each encoder, template, file of sentences and pattern that fits no images."""
+    checks = [
+        partial(check_image_encoder, config.image_encoder_name),
+        partial(check_text_encoder, config.text_encoder_name),
+    ]
+    if config.text_template:
+        checks.append(partial(check_template, config.text_template))
+    if config.class_texts_file and os.path.exists(config.class_texts_file):  # else `refuse_missing` says it
+        checks.append(partial(read_texts, Path(config.class_texts_file)))
+    if config.group_pattern:
+        checks.append(partial(patient_pattern, config.group_pattern))
+    all_of(*checks)
+
+
 def build_model(config: Config, hardware: Hardware, checkpoint: Mapping[str, Any] | None = None) -> CLIPModel:
     """Both towers, seeded. Where a checkpoint will fill them, published weights are not fetched again."""
-    check_image_encoder(config.image_encoder_name)
     torch.manual_seed(config.random_state)
     model = build_clip(
         config.image_encoder_name,

@@ -20,7 +20,7 @@ from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
 from evaluation.metrics import classification_metrics
 from evaluation.results import headline, read_predictions, write_results
-from training.build import build_model, n_parameters, tokenise
+from training.build import build_model, n_parameters, refuse_unfit, tokenise
 from training.config import Config
 from training.dataset import (
     DataSet,
@@ -65,9 +65,9 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     say_what_options_do(config)
     output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
-    checks = partial(refuse_missing, config, weights=True), partial(check_writable, output_dir)
+    missing, unwritable = partial(refuse_missing, config, weights=True), partial(check_writable, output_dir)
     with first_here_first():  # the others find the shards fetched
-        folder, _ = scan(config, *checks)
+        folder, _ = scan(config, missing, unwritable, partial(refuse_unfit, config))
     texts, patients = all_of(
         partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, None)
     )

@@ -23,7 +23,7 @@ from data.texts import class_sentences
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
-from models.clip import check_image_encoder
+from training.build import refuse_unfit
 from training.config import Config, as_typed, of_preset
 from training.cross_validation import METRICS, mean_std
 from training.device import explain_failure
@@ -107,11 +107,14 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
         of_this_run = {"multi_config": False, "config_file": None, "config_index": None}
         try:
             own = make_config({**layered(options, typed), **of_this_run})
-            refuse_for_processes(own)
-            check_image_encoder(own.image_encoder_name)
             folder = Path(config.output_dir) / folder_name(number, own, name)
             entry = Entry(number, folder, dataclasses.replace(own, output_dir=str(folder)))
-            refuse_missing(own, weights=own.overwrite or not (saved_in(folder) or is_finished(entry)))
+            to_train = own.overwrite or not is_finished(entry)
+            all_of(
+                partial(refuse_for_processes, own),
+                partial(refuse_missing, own, weights=to_train and (own.overwrite or not saved_in(folder))),
+                *([partial(refuse_unfit, own)] if to_train else []),
+            )
             entries.append(entry)
         except UserError as error:
             problems += [f"entry {number}: {problem}" for problem in error.problems]

@@ -23,7 +23,14 @@ from data.splits import Split
 from evaluation.metrics import majority_baseline
 from evaluation.results import headline, write_results
 from models.clip import ClassSentences, CLIPModel
-from training.build import build_model, build_state, compile_image_tower, n_parameters, tokenise
+from training.build import (
+    build_model,
+    build_state,
+    compile_image_tower,
+    n_parameters,
+    refuse_unfit,
+    tokenise,
+)
 from training.config import FIELDS, PRESETS, Config, as_typed, named
 from training.dataset import (
     DataSet,
@@ -161,7 +168,8 @@ def train_single(
     output_dir = Path(config.output_dir)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     with first_here_first():  # the others find the shards fetched
-        folder, val_folder = scan(config, missing, partial(refuse_taken, output_dir, config))
+        taken, unfit = partial(refuse_taken, output_dir, config), partial(refuse_unfit, config)
+        folder, val_folder = scan(config, missing, taken, unfit)
     texts, patients = all_of(
         partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, val_folder)
     )
