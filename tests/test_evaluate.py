@@ -263,8 +263,11 @@ def test_bad_options_are_all_named(tmp_path, capsys):
         "g.csv does not exist", f"--cache-dir {__file__}/c lies in", f"--cache-dir {__file__}/c cannot be",
     ):  # fmt: skip
         assert words in said
-    assert evaluate([tmp_path / "a"], f"pipe:touch '{tmp_path}/fetched'", tmp_path / "out") == 2
-    assert "a does not exist" in capsys.readouterr().err and not (tmp_path / "fetched").exists()
+    pipe = f"pipe:touch '{tmp_path}/fetched'"
+    assert evaluate([tmp_path / "a"], pipe, tmp_path / "out", "--group-pattern", "(P") == 2
+    said = capsys.readouterr().err
+    assert "a does not exist" in said and "'(P' is not a regular expression" in said
+    assert not (tmp_path / "fetched").exists()
 
 
 def test_what_a_checkpoint_path_may_be(finished, tmp_path):
