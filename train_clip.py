@@ -111,13 +111,14 @@ def _how_to_continue(config: Config | None, given: Mapping[str, Any], started: f
 
 
 def _saved_up_to(latest: Path) -> str:
+    if OF_TORCHRUN:  # the first process may write another while others fail
+        return "its last checkpoint"
     try:
-        import torch
-
+        torch = sys.modules["torch"]
         saved = torch.load(latest, map_location="cpu", weights_only=True, mmap=True)  # reads no tensors
         epoch, steps = saved["epoch"], saved["in_epoch"]["steps"]
         return f"step {steps} of epoch {epoch + 1}" if steps else f"the end of epoch {epoch}"
-    except Exception:  # torch may be what is missing, or the file damaged
+    except Exception:  # torch may not be loaded yet, or the file be damaged
         return "its last checkpoint"
 
 

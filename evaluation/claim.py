@@ -167,8 +167,7 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
 
 def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
     augmentation = f"Augmentation in training: {augmentation_words(options)}."
-    if changed := changed_words(options):
-        augmentation += f" Options changed on resuming: {changed}."
+    changed = changed_words(options)
     versions = ", ".join(f"{name} {version}" for name, version in run.config.get("versions", {}).items())
     commit = run.config.get("git_commit")
     frozen = [side for side in ("image", "text") if options[f"freeze_{side}_encoder"]]
@@ -207,7 +206,8 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
             ANSWERED,
             f"AdamW, {'at most ' if stop else ''}{options['epochs']} epochs, batches of "
             f"{options['batch_size']}, {rates_words(options)}, weight decay {options['weight_decay']:g}, "
-            f"loss {loss_words(options)}, {' and '.join(frozen) or 'no'} encoder frozen. {augmentation}",
+            f"loss {loss_words(options)}, {' and '.join(frozen) or 'no'} encoder frozen. {augmentation}"
+            f"{f' Options changed on resuming: {changed}.' if changed else ''}",
         ),
         26: _which_epochs(run, stopping),
         27: (
@@ -260,8 +260,9 @@ def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:
         ),
         29: (
             ANSWERED,
-            f"95 % intervals: bootstrap over {interval['unit']}s ({interval['resamples']} resamples), "
-            "Wilson's for proportions where they cannot be resampled by patient.",
+            f"95 % intervals: bootstrap over {interval['unit']}s ({interval['resamples']} resamples; of "
+            "means over classes without those that lack a class), Wilson's for proportions where they "
+            "cannot be resampled by patient.",
         ),
         31: (PARTLY, "Heat maps of the similarity to a class's sentences against the others' (HiResCAM)."),
         37: (ANSWERED, f"{headline(metrics)}."),

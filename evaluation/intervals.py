@@ -42,10 +42,11 @@ def percentile_interval(samples: np.ndarray) -> tuple[float, float] | None:
     """The middle 95 % of the resamples (R,), those that are NaN left out.
 
     None where its ends are the same: what hardly varies, as in a perfect score or with a single patient, says
-    nothing about the uncertainty, and a width of zero would claim certainty.
+    nothing about the uncertainty, and a width of zero would claim certainty. Nor where most are NaN: those
+    that are not say little of the rest.
     """
     defined = samples[~np.isnan(samples)]
-    if len(defined) == 0:
+    if len(defined) < max(1, len(samples) / 2):
         return None
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return (float(low), float(high)) if high - low > 1e-12 else None

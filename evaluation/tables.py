@@ -78,8 +78,11 @@ def why_missing(entries: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
         en.append("–: undefined, for want of images, or of predictions, of a class.")
         zh.append("–：缺少某类的图像或预测，无定义。")
     if any(entry["value"] is not None and entry["low"] is None for entry in entries):
-        en.append("No interval where all resamples agree, as when all images are right, or none.")
-        zh.append("所有重抽样得到同一数值（如全部正确或全部错误）时没有区间。")
+        en.append(
+            "No interval where all resamples agree, as when all images are right, or none, or most resamples "
+            "lack a class."
+        )
+        zh.append("所有重抽样得到同一数值（如全部正确或全部错误），或多数重抽样缺少某个类别时，没有区间。")
     return " ".join(en), "".join(zh)
 
 

@@ -255,14 +255,14 @@ def test_the_card_says_what_frequencies_the_probabilities_suppose_and_in_what_pr
     run, exported, tmp_path
 ):
     card = (exported / "README.md").read_text("utf-8")
-    assert "classes as frequent as in training" in card and "mixed precision" not in card
+    assert "classes as frequent as in training" in card and "compute in bfloat16" not in card
     evened = read_checkpoint(run / "checkpoint_latest.pth")
     evened["config"] |= {"logit_adjustment": True, "logit_adjustment_tau": 0.5, "use_amp": True}
     write_file(tmp_path / "evened.pth", evened)
     assert export(tmp_path / "evened.pth", tmp_path / "out", "--format", "onnx") == 0
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "as frequent as in training" not in card and "logit adjustment with tau 0.5" in card
-    assert "Training was in mixed precision" in card
+    assert "compute in bfloat16" in card
 
 
 def test_the_card_of_the_best_epoch_names_the_bias(run, tmp_path):

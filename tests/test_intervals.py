@@ -49,6 +49,8 @@ def test_percentiles_leave_undefined_resamples_out():
     assert percentile_interval(samples) == pytest.approx((25, 975))
 
 
-@pytest.mark.parametrize("samples", [[1.0, 1.0, 1.0], [np.nan, np.nan], [0.3, np.nan]])
-def test_resamples_that_all_agree_give_no_interval(samples):
+@pytest.mark.parametrize(
+    "samples", [[1.0, 1.0, 1.0], [np.nan, np.nan], [0.3, np.nan], [0.3, 0.4, np.nan, np.nan, np.nan]]
+)
+def test_resamples_that_all_agree_or_are_mostly_undefined_give_no_interval(samples):
     assert percentile_interval(np.array(samples)) is None

@@ -30,7 +30,7 @@ def refuse_unfit(config: Config) -> None:
     ]
     if config.text_template:
         checks.append(partial(check_template, config.text_template))
-    if config.class_texts_file and os.path.exists(config.class_texts_file):  # else `refuse_missing` says it
+    if config.class_texts_file and os.path.isfile(config.class_texts_file):  # a pipe can be read only once
         checks.append(partial(read_texts, Path(config.class_texts_file)))
     if config.group_pattern:
         checks.append(partial(patient_pattern, config.group_pattern))

@@ -109,7 +109,7 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
             own = make_config({**layered(options, typed), **of_this_run})
             folder = Path(config.output_dir) / folder_name(number, own, name)
             entry = Entry(number, folder, dataclasses.replace(own, output_dir=str(folder)))
-            to_train = own.overwrite or not is_finished(entry)
+            to_train = config.config_index in (None, number) and (own.overwrite or not is_finished(entry))
             all_of(
                 partial(refuse_for_processes, own),
                 partial(refuse_missing, own, weights=to_train and (own.overwrite or not saved_in(folder))),

@@ -19,7 +19,7 @@ from training.options import check_options, contradictions
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite", "compile")
 # Of what may change: not how the model is trained.
-_NO_TRAINING = ("skip_unreadable", "gradient_checkpointing", "use_amp", "save_best")
+_NO_TRAINING = ("skip_unreadable", "gradient_checkpointing", "use_amp", "save_best", "batch_size")
 
 
 def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
