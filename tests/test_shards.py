@@ -336,6 +336,7 @@ def test_what_is_no_image_of_a_class_is_passed_over(tmp_path):
         assert kind in passed_over
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's, beside our error
 def test_unreadable_members_are_named(tmp_path):
     cut, bomb = picture()[:40], bytearray(picture())
     bomb[16:24] = (12_000).to_bytes(4, "big") * 2  # width and height, of which the checksum follows later
