@@ -8,7 +8,8 @@ interval over images, which takes the images of one patient for independent.
   * "bootstrap": percentiles over resamples of the patients, each with all its images, or of the images where
     patients are not known. A resample is scored as the data are; where the metric is undefined on it, it is
     left out, as a mean over classes is where a class that has images lost them all. Low and high are null
-    where all resamples agree, as for a perfect score, or most are left out.
+    where all resamples agree, as for a perfect score, or more than a fifth are left
+    out.
   * "wilson": proportions where patients are not known; then low and high are those of the key "wilson". And
     proportions where patients are known but all resamples agree; then they are Wilson's over the patients.
   * What is undefined, as the sensitivity of a class without images, is null in every field, never 0.

@@ -79,10 +79,12 @@ def why_missing(entries: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
         zh.append("–：缺少某类的图像或预测，无定义。")
     if any(entry["value"] is not None and entry["low"] is None for entry in entries):
         en.append(
-            "No interval where all resamples agree, as when all images are right, or none, or most resamples "
-            "lack a class."
+            "No interval where all resamples agree, as when all images are right, or none, or more than a "
+            "fifth of them lack a class, as where it has one image."
         )
-        zh.append("所有重抽样得到同一数值（如全部正确或全部错误），或多数重抽样缺少某个类别时，没有区间。")
+        zh.append(
+            "所有重抽样得到同一数值（如全部正确或全部错误），或五分之一以上的重抽样缺少某个类别（如只有一张图像）时，没有区间。"
+        )
     return " ".join(en), "".join(zh)
 
 

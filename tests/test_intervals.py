@@ -44,13 +44,12 @@ def test_weights_count_the_images_of_the_units_drawn(grouped):
 
 
 def test_percentiles_leave_undefined_resamples_out():
-    samples = np.full(2001, np.nan)
-    samples[::2] = np.random.RandomState(0).permutation(1001)  # 0 .. 1000
+    samples = np.r_[np.random.RandomState(0).permutation(1001), [np.nan] * 250]  # 0 .. 1000
     assert percentile_interval(samples) == pytest.approx((25, 975))
 
 
 @pytest.mark.parametrize(
-    "samples", [[1.0, 1.0, 1.0], [np.nan, np.nan], [0.3, np.nan], [0.3, 0.4, np.nan, np.nan, np.nan]]
+    "samples", [[1.0, 1.0, 1.0], [np.nan, np.nan], [0.3, np.nan], [0.3, 0.4, 0.5, np.nan]]
 )
-def test_resamples_that_all_agree_or_are_mostly_undefined_give_no_interval(samples):
+def test_resamples_that_all_agree_or_are_often_undefined_give_no_interval(samples):
     assert percentile_interval(np.array(samples)) is None

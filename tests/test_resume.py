@@ -99,12 +99,15 @@ def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
 @pytest.mark.parametrize(
     ("stopped_early", "typed", "said"),
     [
+        (False, {"early_stopping_patience": 1}, "so --early-stopping-patience 1 would.*more --epochs and a"),
         (False, {"loss": "ce", "batch_size": 16, "augmentation": "none"},
          "end, so --loss ce, --augmentation none would change nothing .* leave them out, or give more --epo"),
         (False, {"early_stopping_patience": 9}, "so --early-stopping-patience 9 would change nothing"),
         (False, {"loss": "ce", "epochs": 5}, None),
-        (False, {"batch_size": 8, "use_amp": True, "save_best": False, "num_workers": 3}, None),
-        (True, {"epochs": 9, "loss": "ce"}, "stopped early.*--epochs 9, --loss ce would.*a larger --early-"),
+        (False, {"batch_size": 8, "use_amp": True}, "so --batch-size 8, .* would change nothing"),
+        (False, {"save_best": False, "num_workers": 3}, None),
+        (True, {"epochs": 9, "loss": "ce"}, "so --epochs 9, --loss ce would.*give a larger --early-"),
+        (True, {"early_stopping_patience": 1}, "so --early-stopping-patience 1 would change nothing"),
         (True, {"epochs": 9, "loss": "ce", "early_stopping_patience": 3}, None),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from training.options import check_options, contradictions
 
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite", "compile")
 # Of what may change: not how the model is trained.
-_NO_TRAINING = ("skip_unreadable", "gradient_checkpointing", "use_amp", "save_best", "batch_size")
+_NO_TRAINING = ("skip_unreadable", "gradient_checkpointing", "save_best")
 
 
 def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
@@ -89,27 +89,33 @@ def _without_effect_at_its_end(
     config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]
 ) -> list[str]:
     """A sentence where nothing is left to train and typed options would say that it was trained with them."""
-    patience, without = config.early_stopping_patience, checkpoint["early_stopping"].get("epochs_without", 0)
-    stopped_early = patience is not None and without >= patience
-    if not stopped_early and config.epochs > checkpoint["epoch"]:
+    options, without = _options_of(checkpoint), checkpoint["early_stopping"].get("epochs_without", 0)
+
+    def needed(epochs: int, patience: int | None) -> list[str]:
+        return [
+            *(["more --epochs"] if epochs <= checkpoint["epoch"] else []),
+            *(["a larger --early-stopping-patience"] if patience is not None and without >= patience else []),
+        ]
+
+    more = needed(config.epochs, config.early_stopping_patience)
+    if not more:
         return []
-    ends_it = "early_stopping_patience" if stopped_early else "epochs"
-    options = _options_of(checkpoint)
+    may_end_it = ("epochs", "early_stopping_patience")
+    if needed(*(options[name] for name in may_end_it)):  # it was at its end before
+        may_end_it = ()
     idle = [
         as_typed(name, value)
         for name, value in typed.items()
         if value != options[name]
         and FIELDS[name].metadata["on_resume"] == "said"
-        and name not in (*_NO_TRAINING, ends_it)
+        and name not in (*_NO_TRAINING, *may_end_it)
     ]
     if not idle:
         return []
-    end, more = "its end", "more --epochs"
-    if stopped_early:
-        end, more = "its end (it stopped early)", "a larger --early-stopping-patience"
     return [
-        f"--resume-from {config.resume_from} is trained to {end}, so {', '.join(idle)} would change nothing "
-        f"but what its results say of it; leave {'it' if len(idle) == 1 else 'them'} out, or give {more}"
+        f"--resume-from {config.resume_from} is trained to its end, so {', '.join(idle)} would change "
+        f"nothing but what its results say of it; leave {'it' if len(idle) == 1 else 'them'} out, or give "
+        f"{' and '.join(more)}"
     ]
 
 
