@@ -160,7 +160,7 @@ def match_classes(
             f"{'is' if len(extra) == 1 else 'are'} no class of the model (--skip-extra)"
         )
         of_each = [f"{name}: {n}" for name, n in zip(folder.classes, counts, strict=True) if name in extra]
-        findings.append(finding("note", "no_class", message, of_each, n_out) | {"examples": of_each})
+        findings.append(finding("note", "no_class", message, of_each, n_out, most=None))
     return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order]), findings
 
 

@@ -38,12 +38,16 @@ LOPSIDED = 10  # images of the largest class for one of the smallest
 
 
 def finding(
-    level: str, kind: str, message: str, examples: Sequence[str] = (), count: int | None = None
+    level: str,
+    kind: str,
+    message: str,
+    examples: Sequence[str] = (),
+    count: int | None = None,
+    most: int | None = MOST_EXAMPLES,
 ) -> Finding:
     count = len(examples) if count is None else count
     return {
-        "level": level, "kind": kind, "message": message, "count": count,
-        "examples": list(examples[:MOST_EXAMPLES]),
+        "level": level, "kind": kind, "message": message, "count": count, "examples": list(examples[:most]),
     }  # fmt: skip
 
 

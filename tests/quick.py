@@ -37,6 +37,19 @@ class Killed(Exception):
     """Raised where a test ends a run."""
 
 
+def raising_at(number, function, error=Killed):
+    """`function`, whose call of that number raises `error` instead; and the list of its calls."""
+    calls = []
+
+    def called(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise error
+        return function(*arguments)
+
+    return called, calls
+
+
 def quick_clip():
     """The model that QUICK trains."""
     return build_clip(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quick import raising_at
 
 from benchmarks import accuracy, accuracy_peers
 from benchmarks.accuracy import altered_copy, kept_images, main, make_recipe
@@ -234,18 +235,11 @@ def test_a_killed_softmax_run_ends_as_if_it_had_not_been(class_folder, tmp_path,
 
     whole = train("whole")
     assert (whole.argmax(1) == data.labels[split.val]).mean() > 0.5  # it learns something
-    evaluate, times = accuracy_peers.outputs_of, []
-
-    def killed(*arguments):
-        times.append(1)
-        if len(times) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*arguments)
-
+    killed, calls = raising_at(2, accuracy_peers.outputs_of, KeyboardInterrupt)
     monkeypatch.setattr(accuracy_peers, "outputs_of", killed)
     with pytest.raises(KeyboardInterrupt):
         train("killed")
-    assert (train("killed") == whole).all() and len(times) == 4
+    assert (train("killed") == whole).all() and len(calls) == 4
     history = json.loads((tmp_path / "killed" / "history.json").read_text("utf-8"))
     assert len(history["train_loss"]) == 3 and not list((tmp_path / "killed").glob("*.pth"))
 

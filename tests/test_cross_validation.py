@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from quick import Killed, history_of, train
+from quick import Killed, history_of, raising_at, train
 
 import training.fit as fit_module
 
@@ -63,14 +63,7 @@ def test_folds_differ_and_have_the_guides_files(cv_run):
 def test_a_killed_cross_validation_continued_by_the_same_command_ends_with_the_same_summary(
     cv_run, class_folder, tmp_path, monkeypatch
 ):
-    validate, calls = fit_module.validate, []
-
-    def killed_in_fold_2(*arguments):
-        calls.append(1)
-        if len(calls) == 4:  # fold 1: two epochs; fold 2: the second epoch
-            raise Killed
-        return validate(*arguments)
-
+    killed_in_fold_2, _ = raising_at(4, fit_module.validate)  # fold 1: two epochs; fold 2: the second
     flags = ("--group-pattern", r"^(P\d+)_")
     monkeypatch.setattr(fit_module, "validate", killed_in_fold_2)
     with pytest.raises(Killed):

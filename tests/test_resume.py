@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from quick import Killed, history_of, quick_clip, train
+from quick import Killed, history_of, quick_clip, raising_at, train
 
 import training.fit as fit_module
 from common.errors import UserError
@@ -31,14 +31,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(class_folder, tmp_p
     flags = ["--epochs", 3, "--text-template", "一张{class_name}", *flags]
     assert train(class_folder, tmp_path / "whole", *flags) == 0
 
-    validate, calls = fit_module.validate, []
-
-    def killed_in_the_second_epoch(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise Killed
-        return validate(*arguments)
-
+    killed_in_the_second_epoch, _ = raising_at(2, fit_module.validate)
     monkeypatch.setattr(fit_module, "validate", killed_in_the_second_epoch)
     with pytest.raises(Killed):
         train(class_folder, tmp_path / "cut", *flags)

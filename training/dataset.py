@@ -220,7 +220,7 @@ def findings_of(data: DataSet, splits: Sequence[Split]) -> list[dict[str, Any]]:
     if data.left_out:
         unreadable = number(len(data.left_out), "unreadable image", "unreadable images")
         message = f"left out {unreadable} (--skip-unreadable); data_check.json names each"
-        found.append(finding("warning", "unreadable", message, data.left_out) | {"examples": data.left_out})
+        found.append(finding("warning", "unreadable", message, data.left_out, most=None))
     return by_danger(found)
 
 
