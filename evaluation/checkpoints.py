@@ -30,6 +30,11 @@ TOWERS = ("image_tower", "text_tower")
 NOT_FOR_USE = ("optimizer", "scheduler", "scaler", "rng", "in_epoch", "early_stopping")
 
 
+def used_up(patience: int | None, epochs_without: int) -> bool:
+    """Has a run gone so many epochs without improving that early stopping ends it?"""
+    return patience is not None and epochs_without >= patience
+
+
 def write_file(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors (on the CPU) and plain values with their checksum, whole or not at all."""
     # Nothing checks zip's own sums when a file is read, and to compute them costs more than to write it.

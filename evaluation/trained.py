@@ -12,7 +12,7 @@ import torch
 from common.device import choose_hardware
 from common.errors import UserError, first_line, number
 from common.files import BEST, LATEST, PREVIOUS, find_checkpoints
-from evaluation.checkpoints import NOT_FOR_USE, read_checkpoint
+from evaluation.checkpoints import NOT_FOR_USE, read_checkpoint, used_up
 from models.clip import ClassSentences, CLIPModel, build_clip
 
 
@@ -95,9 +95,8 @@ def _which_epoch(checkpoint: Mapping[str, Any]) -> str:
     if "optimizer" not in checkpoint:  # as in every best epoch's file, whatever it is called
         return "chosen"
     config = checkpoint["config"]
-    patience = config.get("early_stopping_patience")
     without = checkpoint.get("early_stopping", {}).get("epochs_without", 0)
-    stopped_early = patience is not None and without >= patience
+    stopped_early = used_up(config.get("early_stopping_patience"), without)
     return "last" if stopped_early or checkpoint["epoch"] == config.get("epochs") else "unfinished"
 
 

@@ -204,6 +204,23 @@ def test_another_batch_size_or_order_is_refused_within_an_epoch_only(
     assert "has 2 epochs behind it" in capsys.readouterr().err
 
 
+def test_an_epoch_that_was_begun_is_trained_to_its_end_where_a_new_patience_is_used_up(
+    class_folder, tmp_path, monkeypatch, capsys
+):
+    out, flags = tmp_path / "run", ["--epochs", 4, "--early-stopping-min-delta", 1e6]
+    signal_at_steps(monkeypatch, {9: signal.SIGTERM})
+    assert train(class_folder, out, *flags) == 143
+    monkeypatch.undo()
+    assert train(class_folder, out, "--early-stopping-patience", 1, "--resume-from", "auto") == 0
+    assert "stopped early" in capsys.readouterr().out
+    (latest,) = find_checkpoints(out)
+    facts = load_trained(latest, torch.device("cpu")).facts
+    assert (facts["epoch"], facts["epoch_is"]) == (3, "last")
+    assert facts["changed_on_resume"] == [
+        "after step 2 of epoch 3: --early-stopping-patience 1 (before: not given)"
+    ]
+
+
 def test_a_model_saved_within_an_epoch_is_not_used(class_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     signal_at_steps(monkeypatch, {5: signal.SIGTERM})

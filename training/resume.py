@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import BEST, LATEST, PREVIOUS, whole_file
 from data.shards import may_run_a_command
 from data.splits import Split
-from evaluation.checkpoints import DAMAGED
+from evaluation.checkpoints import DAMAGED, used_up
 from training.config import FIELDS, Config, as_typed, flag_of, shown, value_of
 from training.dataset import DataSet, split_fingerprint
 from training.options import check_options, contradictions
@@ -55,10 +55,11 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"{as_typed(name, value)} does not fit --resume-from {config.resume_from}, "
                 f"which was trained {trained}; leave the option out, or start a new run"
             )
-        if name == "use_weighted_sampling" and checkpoint["in_epoch"]["steps"]:
+        if name in ("batch_size", "use_weighted_sampling") and (steps := checkpoint["in_epoch"]["steps"]):
             problems.append(
                 f"{flag_of(name)} may change between two epochs only, and {config.resume_from} was saved "
-                f"within epoch {checkpoint['epoch'] + 1}; finish that epoch without the change"
+                f"after {steps} of {checkpoint['in_epoch']['steps_per_epoch']} steps of epoch "
+                f"{checkpoint['epoch'] + 1}; finish that epoch without the change"
             )
         if FIELDS[name].metadata["on_resume"] in ("same", "said"):
             changed.append(f"{shown(name, options[name])} -> {value_of(name, value)}")
@@ -90,11 +91,13 @@ def _without_effect_at_its_end(
 ) -> list[str]:
     """A sentence where nothing is left to train and typed options would say that it was trained with them."""
     options, without = _options_of(checkpoint), checkpoint["early_stopping"].get("epochs_without", 0)
+    if checkpoint["in_epoch"]["steps"]:
+        return []
 
     def needed(epochs: int, patience: int | None) -> list[str]:
         return [
             *(["more --epochs"] if epochs <= checkpoint["epoch"] else []),
-            *(["a larger --early-stopping-patience"] if patience is not None and without >= patience else []),
+            *(["a larger --early-stopping-patience"] if used_up(patience, without) else []),
         ]
 
     more = needed(config.epochs, config.early_stopping_patience)

@@ -34,6 +34,7 @@ from evaluation.checkpoints import (
     NOT_FOR_USE,
     TOWERS,
     read_checkpoint,
+    used_up,
     write_file,
     write_frozen_tower,
 )
@@ -68,7 +69,7 @@ class EarlyStopping:
             self.reference, self.epochs_without = value, 0
         else:
             self.epochs_without += 1
-        return self.patience is not None and self.epochs_without >= self.patience
+        return used_up(self.patience, self.epochs_without)
 
 
 @dataclass
@@ -159,17 +160,9 @@ class TrainState:
         return _with_each_tensor(now, lambda tensor: tensor.detach().to("cpu", copy=True))
 
     def restore(self, checkpoint: Mapping[str, Any], path: Path | None) -> None:
-        """Take over what `checkpoint` holds. Raises UserError when it does not fit the model or, within an
-        epoch, the batches.
-        """
+        """Take over what `checkpoint` holds. Raises UserError when it does not fit the model."""
         try:
             begun = checkpoint["in_epoch"]
-            if begun["steps"] and begun["steps_per_epoch"] != self.steps_per_epoch:
-                raise UserError(
-                    f"--batch-size may change between two epochs only, and {path} was saved after "
-                    f"{begun['steps']} of {begun['steps_per_epoch']} steps of epoch "
-                    f"{checkpoint['epoch'] + 1}; finish that epoch with the batch size it was begun with"
-                )
             self.model.load_state_dict(checkpoint["model"])
             rates = [
                 {key: group[key] for key in ("peak_lr", "weight_decay")}
@@ -188,8 +181,10 @@ class TrainState:
             stopping = checkpoint["early_stopping"]
             self.early_stopping.reference = stopping["reference"]
             self.early_stopping.epochs_without = stopping["epochs_without"]
-            patience = self.early_stopping.patience
-            self.stopped_early = patience is not None and stopping["epochs_without"] >= patience
+            # an epoch that was begun is trained to its end first
+            self.stopped_early = not begun["steps"] and used_up(
+                self.early_stopping.patience, stopping["epochs_without"]
+            )
             self.history = {key: list(values) for key, values in checkpoint["history"].items()}
             _restore_random_states(checkpoint["rng"])
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
