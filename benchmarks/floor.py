@@ -1,5 +1,6 @@
 """What a measurement is held against: towers by themselves; how they are timed; a Markdown table."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def tower_alone(
         for _ in range(2)
     ]
     if compiled:
+        torch._dynamo.reset()  # it compiles a function 8 times, and networks of a kind share one
         for tower in towers:
             tower.compile()
     trained, evaluated = towers[0].train(), towers[1].eval()
@@ -90,6 +92,7 @@ def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: 
     )
     if device.type == "cuda":
         del train, evaluate
+        gc.collect()  # a compiled tower holds itself
         torch.cuda.empty_cache()  # for the run, which is another process
     return floor
 

@@ -12,6 +12,7 @@ another degree.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,8 +39,8 @@ ENCODERS = ("resnet50", "vit", "convnext-tiny", "starnet_dual_pyramid_rcf")
 class Utilisation:
     """What nvidia-smi says of a GPU, five times a second, while the block runs. between(): mean percent."""
 
-    def __init__(self, gpu_id: int):
-        command = ["nvidia-smi", f"--id={gpu_id}", "--query-gpu=utilization.gpu", "-lms", "200"]
+    def __init__(self, gpu: str):
+        command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=utilization.gpu", "-lms", "200"]
         self.command, self.seen = [*command, "--format=csv,noheader,nounits"], []
 
     def __enter__(self) -> "Utilisation":
@@ -68,12 +69,13 @@ def row_of(
     floors = [floor_of(encoder, size, batch, hardware, how) for how in (False, True)[: 2 - options.eager]]
     flags = ["--img-size", str(size), "--batch-size", str(batch), "--gpu-id", str(options.gpu_id)]
     flags += ["--freeze-text-encoder", "--epochs", str(options.epochs), *["--compile"] * options.compile]
-    with Utilisation(options.gpu_id) as utilisation:
+    # nvidia-smi does not know CUDA_VISIBLE_DEVICES, by which PyTorch counts
+    gpu = f"GPU-{torch.cuda.get_device_properties(hardware.device).uuid}"
+    with Utilisation(gpu) as utilisation:
         run = whole_run(data_dir, encoder, TINY, flags, work)
-        end = time.perf_counter()
     later = median(run.epochs[1:])
     shares = [(run.n_train / floor.train + run.n_val / floor.evaluate) / later for floor in floors]
-    busy = utilisation.between(end - sum(run.epochs[1:]), end)
+    busy = utilisation.between(run.ended - sum(run.epochs[1:]), run.ended)
     rate = run.n_train / (later - run.n_val / floors[0].evaluate)
     teraflops = 3 * 2 * size_of(encoder, size)["gmac"] * rate / 1e3  # backward: twice the forward's
     return (
@@ -119,6 +121,8 @@ def main(typed: Sequence[str] | None = None) -> int:
         hardware = choose_hardware(options.gpu_id, True)
         if hardware.device.type != "cuda":
             raise UserError("there is no GPU; python -m benchmarks.speed measures a CPU")
+        if not shutil.which("nvidia-smi"):
+            raise UserError("nvidia-smi is not to be found, which tells how busy the GPU is")
         print(
             f"{hardware.description}; torch {torch.__version__}; {options.img_size} px, "
             f"batch {options.batch_size}{', runs with --compile' if options.compile else ''}"

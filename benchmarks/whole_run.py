@@ -26,13 +26,15 @@ SENTENCE = "这是一张{}的胸部X光图像，可见双肺纹理、心影与�
 class Run:
     """A whole run, in seconds: to read the images; each epoch; from the start to where the first step begins.
 
-    memory: MB held at each epoch's end. floors: for each epoch what was measured while it was stopped.
+    ended: when the last epoch did, by time.perf_counter. memory: MB held at each epoch's end. floors: for
+    each epoch what was measured while it was stopped.
     """
 
     n_train: int = 0
     n_val: int = 0
     read: float = 0.0
     start: float = 0.0
+    ended: float = 0.0
     epochs: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     floors: list[list[list[float]]] = field(default_factory=list)
@@ -76,6 +78,7 @@ def whole_run(
                 if floor and not floors:
                     raise UserError(f"{data_dir}: too few images, an epoch takes less than {TURN:g} s")
                 found.epochs.append(now - last)
+                found.ended = time.perf_counter()
                 found.floors.append(floors)
                 found.memory += memory_of(run.pid)
                 last, floors = now, []

@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertConfig,
+    BertModel,
     ByT5Tokenizer,
     logging,
 )
@@ -91,9 +92,12 @@ class TextTower(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(S, T), (S, T) -> (S, num_features): mean over the tokens that are no padding."""
-        hidden = self.encoder(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state  # (S, T, H)
+        of_heads = attention_mask
+        if isinstance(self.encoder, BertModel) and self.encoder.config._attn_implementation == "sdpa":
+            # As attention takes it: in a mask over tokens transformers looks for padding, and a GPU is waited
+            # for. Other models may take another form.
+            of_heads = attention_mask[:, None, None].bool()  # (S, 1, 1, T)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=of_heads).last_hidden_state  # (S, T, H)
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1)
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from models.clip import build_image_tower
@@ -317,6 +318,24 @@ def test_tiny_text_encoder_reads_bytes_and_pads_without_effect():
     assert tokens["input_ids"][0, :4].tolist() == [b + 3 for b in "正".encode()] + [1] and notes == []
     alone, _ = tower.tokenize(["正"])
     torch.testing.assert_close(tower(**tokens)[:1], tower(**alone), atol=1e-5, rtol=1e-5)
+
+
+class _NumbersRead(TorchDispatchMode):
+    """How often a number of a tensor was asked for, for which a GPU would be waited."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_of_a_bert_reads_no_number_back():
+    tower = build_text_tower("bert-tiny-bytes", "none").train()
+    tokens, _ = tower.tokenize(["一个类别", "a longer name"])
+    with _NumbersRead() as numbers:
+        tower(**tokens).sum().backward()
+    assert numbers.count == 0
 
 
 def test_every_parameter_of_a_text_tower_gets_a_gradient():

@@ -112,7 +112,7 @@ def test_folders_for_measuring_hold_the_same_classes(class_folder, tmp_path):
 
 
 def test_utilisation_is_the_mean_of_what_was_seen_between():
-    seen = Utilisation(0)
+    seen = Utilisation("GPU-0")
     seen.seen = [(1.0, 10.0), (2.0, 50.0), (3.0, 70.0), (4.0, 0.0)]
     assert seen.between(1.5, 3.5) == 60
 
