@@ -30,7 +30,6 @@ from training import state as state_module
 from training.state import CheckpointWriter, TrainState, read_to_resume, write_checkpoint
 
 NAMES = ("checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth")
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def checkpoint(epoch: int) -> dict:
@@ -395,7 +394,7 @@ def test_the_folds_of_a_cross_validation_share_one_frozen_tower(class_folder, tm
 # --- beside training ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpu_id", [-1, pytest.param(0, marks=NEEDS_GPU)])
+@pytest.mark.parametrize("gpu_id", [-1, pytest.param(0, marks=pytest.mark.gpu)])
 def test_what_is_written_is_the_moment_it_was_taken(
     quick_report, class_folder, tmp_path, monkeypatch, gpu_id
 ):

@@ -181,7 +181,7 @@ def test_too_little_shared_memory_is_said_before_anything_waits_for_it(tmp_path,
         build_loader(dataset, EpochBatches(np.arange(10), 6, 0), 2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_images_that_lie_on_the_gpu_are_those_in_memory():
     squares, batches = Squares(PIXELS, np.arange(N)[::-1]), EpochBatches(np.arange(N), 4, 1)
     files, devices = [Path("unused")] * N, [torch.device(name) for name in ("cuda", "cpu")]
