@@ -33,13 +33,13 @@ def _ways_out(what: str, folder_option: str) -> str:
     )
 
 
-def _check_answers(endpoint: str) -> None:
-    """Raise OSError unless the endpoint answers at once; the hub library would wait and retry for minutes."""
+def _check_answers(url: str) -> None:
+    """Raise OSError unless there is an answer at once; the hub library would wait and retry for minutes."""
     errors: list[OSError] = [TimeoutError(f"no answer within {CONNECT_SECONDS} s")]
 
     def ask() -> None:
         try:
-            request = urllib.request.Request(endpoint, method="HEAD")
+            request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
         except urllib.error.HTTPError:
             errors.clear()  # any answer is an answer
@@ -102,7 +102,7 @@ def fetch_from_hub(
     for endpoint in endpoints:
         print(f"fetching {repo_id} from {endpoint}", flush=True)
         try:
-            _check_answers(endpoint)
+            _check_answers(f"{endpoint}/api/models/{repo_id}")  # a proxy may answer for the first page alone
             folder = _snapshot(repo_id, patterns, needed, endpoint=endpoint, etag_timeout=CONNECT_SECONDS)
         except RepositoryNotFoundError:
             failures.append(f"{endpoint}: has no repository {repo_id}")

@@ -1,5 +1,6 @@
 """The programs as a user starts them: processes, exit codes, messages, Ctrl-C."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -243,11 +245,25 @@ def test_imports_between_packages_run_one_way():
 
 
 @pytest.mark.slow
-def test_no_network_is_noticed_within_ten_seconds_even_when_the_hub_never_answers(class_folder, tmp_path):
-    """A socket that accepts and says nothing, for endpoint and mirror alike."""
+@pytest.mark.parametrize("first_page", [False, True])
+def test_no_network_is_noticed_within_ten_seconds_even_when_the_hub_never_answers(tmp_path, first_page):
+    """A socket that accepts and says nothing, for endpoint and mirror alike; or nothing beyond the first
+    page, as a proxy may.
+    """
     import socket
 
+    opened = []
+
+    def answer_first_pages(server):
+        with contextlib.suppress(OSError):  # the test is over
+            while True:
+                opened.append(server.accept()[0])
+                if opened[-1].recv(1000).split()[1:2] in ([b"/"], [b"/mirror"]):
+                    opened[-1].sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        if first_page:
+            threading.Thread(target=answer_first_pages, args=[silent], daemon=True).start()
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         code = (
             "import time, models.weights as w; w.MIRROR = w.MIRROR and '" + endpoint + "/mirror'\n"
