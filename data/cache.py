@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from data.shards import Member
 
 # What makes a square besides the file itself: another way of making it must not find the old ones.
-MADE_BY = "whole image to a square, bicubic; 5; " + ", ".join(
+MADE_BY = "whole image to a square, bicubic; 6; " + ", ".join(
     f"{name} {metadata.version(name)}" for name in ("pillow", "pydicom")
 )
 FREE_DISK = 2**30  # bytes that stay free: the run has checkpoints to write

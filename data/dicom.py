@@ -85,6 +85,7 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
         grey = scale_to_8_bit(values, (picture.min(), picture.max()) if picture.size else None)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         grey = 255 - grey  # its largest value is black
+    grey[_padding(pixels, dataset)] = 0
     return grey
 
 

@@ -114,7 +114,7 @@ def test_8_bit_grey_is_as_in_a_png(tmp_path):
         (4000, 3000, [3000, 3999]),
     ],
 )
-def test_padding_scales_nothing(tmp_path, photometric, value, limit, filled):
+def test_padding_is_black_and_scales_nothing(tmp_path, photometric, value, limit, filled):
     picture = RAMP[:40].astype(np.int16)
     pixels = picture.copy()
     pixels[0, : len(filled)] = filled
@@ -125,8 +125,8 @@ def test_padding_scales_nothing(tmp_path, photometric, value, limit, filled):
         dataset.add_new(name, "SS" if number < 0 else "US", number)
     dataset.save_as(path)
     expected = np.rint(255 * (picture - float(len(filled))) / (picture.max() - len(filled))).clip(0)
-    expected[0, : len(filled)] = 255 if filled[0] > 0 else 0  # as any value beyond the ends
     expected = 255 - expected if photometric == "MONOCHROME1" else expected
+    expected[0, : len(filled)] = 0
     assert np.array_equal(read(path)[..., 0], expected)
 
 
