@@ -215,7 +215,7 @@ def evaluate(typed: Sequence[str]) -> int:
     from evaluation.results import headline, write_results
     from evaluation.trained import load_models
     from training.dataset import findings_of, patients_of, read_images
-    from training.device import failures_explained
+    from training.failures import failures_explained
     from training.outputs import prepare_output_folder, print_files, refuse_results
 
     refuse_results(arguments.output_dir, options)

@@ -191,7 +191,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
     from evaluation.predict import Ensemble, predict_files  # the heavy libraries, only now
     from evaluation.trained import load_models
-    from training.device import failures_explained
+    from training.failures import failures_explained
 
     models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp, texts)
     ensemble = Ensemble(models, autocasts)

@@ -51,7 +51,7 @@ def _main(arguments: Sequence[str]) -> int:
         return exit_code(stop)
     except (RuntimeError, ValueError, MemoryError, OSError) as error:
         from common.distributed import lost_another
-        from training.device import explain_failure
+        from training.failures import explain_failure
 
         explanation = explain_failure(error, config)
         if explanation is None:

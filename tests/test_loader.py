@@ -22,7 +22,7 @@ from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.pixels import UnreadableImage
 from training.config import Config
-from training.device import explain_failure
+from training.failures import explain_failure
 
 N, SIZE = 10, 24
 PIXELS = np.random.RandomState(0).randint(0, 256, (N, SIZE, SIZE, 3)).astype(np.uint8)

@@ -26,7 +26,7 @@ from evaluation.tables import tabular, write_latex
 from training.build import refuse_unfit
 from training.config import Config, as_typed, of_preset
 from training.cross_validation import METRICS, mean_std
-from training.device import explain_failure
+from training.failures import explain_failure
 from training.options import in_json, layered, make_config, read_config_file, refuse_missing
 from training.outputs import (
     FREE_ON_CONTINUE,
