@@ -14,7 +14,7 @@ from common.distributed import is_main, joined, own_share, rank
 from models.clip import ClassSentences, build_clip
 from models.sync_batchnorm import synchronise_batchnorm
 from training.losses import contrastive_loss
-from training.step import loss_and_gradients, parts_of, towers_of
+from training.step import loss_and_gradients, parts_of, step_model_of
 
 TEXTS = {"正常": ["正常"], "肺炎": ["肺炎"], "气胸": ["气胸"]}
 LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 1, 0, 2, 1, 0, 1, 1])  # uneven for 2 and for 3 processes
@@ -58,7 +58,7 @@ def steps(out):
                 indices = torch.arange(len(LABELS))
                 parts = parts_of(a_batch()[own_share(len(LABELS))], indices, most)
                 loss, _, _ = loss_and_gradients(
-                    towers_of(model),
+                    step_model_of(model),
                     [lambda own=own: own for own, _ in parts],
                     texts,
                     LABELS,

@@ -8,7 +8,7 @@ from torch import nn
 from common.errors import UserError
 from models.clip import ClassSentences, build_clip
 from training.losses import contrastive_loss
-from training.step import loss_and_gradients, opposite, parts_of, towers_of
+from training.step import loss_and_gradients, opposite, parts_of, step_model_of
 
 LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 1])
 TEXTS = {"正常": ["正常"], "肺炎": ["肺炎"], "气胸": ["气胸"]}
@@ -44,7 +44,7 @@ def of_the_step(encoder, size, kind, most, **options):
     parts = parts_of(images_of(size), torch.arange(len(LABELS)), most)
     assert most is None or max(len(own) for own, _ in parts) <= most
     loss, over_classes, logits = loss_and_gradients(
-        towers_of(model), [lambda own=own: own for own, _ in parts], texts, LABELS,
+        step_model_of(model), [lambda own=own: own for own, _ in parts], texts, LABELS,
         partial(contrastive_loss, kind), SCALER,
         lambda: torch.autocast("cpu", enabled=False),
     )  # fmt: skip
@@ -92,7 +92,7 @@ def test_both_times_a_part_is_computed_in_the_same_precision():
         texts = {key: value.float() if value.is_floating_point() else value for key, value in texts.items()}
         torch.manual_seed(3)
         loss_and_gradients(
-            towers_of(model),
+            step_model_of(model),
             [lambda own=own: own for own, _ in parts_of(images_of(64), torch.arange(7), most)],
             texts, LABELS, partial(contrastive_loss, "unicl"), SCALER,
             lambda: torch.autocast("cpu", torch.bfloat16),

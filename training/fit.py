@@ -82,7 +82,7 @@ def train_one_epoch(
 
         optimizer.zero_grad(set_to_none=True)
         loss, loss_image_to_text, logits = loss_and_gradients(
-            state.towers, views, texts, labels, criterion_now, state.scaler, hardware.autocast
+            state.step_model, views, texts, labels, criterion_now, state.scaler, hardware.autocast
         )
         state.scaler.unscale_(optimizer)
         norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -39,7 +39,7 @@ from evaluation.checkpoints import (
     write_frozen_tower,
 )
 from models.clip import CLIPModel
-from training.step import Towers, towers_of
+from training.step import StepModel, step_model_of
 
 HISTORY_KEYS = (
     "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
@@ -106,12 +106,12 @@ class TrainState:
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
 
     @functools.cached_property
-    def towers(self) -> Towers:
-        return towers_of(self.model)
+    def step_model(self) -> StepModel:
+        return step_model_of(self.model)
 
     def statistics(self) -> list[torch.Tensor]:
         """The running means and variances that training changes."""
-        each = [one for norm in self.towers.norms for one in (norm.running_mean, norm.running_var)]
+        each = [one for norm in self.step_model.norms for one in (norm.running_mean, norm.running_var)]
         return [statistic for statistic in each if statistic is not None]
 
     def checkpoint(self, facts: Mapping[str, Any]) -> dict[str, Any]:

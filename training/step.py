@@ -17,7 +17,7 @@ Criterion = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 
 
 @dataclass(frozen=True)
-class Towers:
+class StepModel:
     """A model as a step needs it. shared: the same, but with several processes its gradients are the mean of
     theirs. norms: what has running statistics that training changes.
     """
@@ -27,10 +27,10 @@ class Towers:
     norms: Sequence[_BatchNorm]
 
 
-def towers_of(model: CLIPModel) -> Towers:
+def step_model_of(model: CLIPModel) -> StepModel:
     frozen = {id(module) for tower in model.frozen for module in tower.modules()}
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in frozen]
-    return Towers(model, _shared(model), norms)
+    return StepModel(model, _shared(model), norms)
 
 
 def _shared(model: CLIPModel) -> nn.Module:
@@ -70,7 +70,7 @@ def opposite(n: int, most: int | None) -> torch.Tensor:
 
 
 def loss_and_gradients(
-    towers: Towers,
+    step_model: StepModel,
     views: Sequence[Callable[[], torch.Tensor]],
     texts: Texts,
     labels: torch.Tensor,
@@ -93,13 +93,13 @@ def loss_and_gradients(
     states = []
     if len(views) == 1:
         with autocast():
-            image_features, *others = towers.shared(views[0](), texts)
+            image_features, *others = step_model.shared(views[0](), texts)
     else:
         features = []
         for view, own_texts in zip(views, of_part, strict=True):
             states.append(_random_states(labels.device))
-            with activations_forgotten(), statistics_kept(towers.norms), autocast():
-                own, *others = (value.detach() for value in towers.model(view(), own_texts))
+            with activations_forgotten(), statistics_kept(step_model.norms), autocast():
+                own, *others = (value.detach() for value in step_model.model(view(), own_texts))
             features.append(own)
         image_features = torch.cat(features).requires_grad_()
         others = [value.requires_grad_() for value in others]
@@ -107,17 +107,18 @@ def loss_and_gradients(
     text_features, scale = others
     logits = scale * gathered(image_features, len(labels)) @ text_features.T  # (B, C)
     loss, over_classes = criterion(logits, labels)
-    with statistics_kept(towers.norms):  # checkpointed activations are computed again
+    with statistics_kept(step_model.norms):  # checkpointed activations are computed again
         scaler.scale(loss).backward()
 
     if states:
         gradients = image_features.grad.split([len(own) for own in features])
         for view, own_texts, state, gradient in zip(views, of_part, states, gradients, strict=True):
-            of_others = [] if own_texts is None else [value.grad for value in others]
-            with _random_states_of(state, labels.device), _exchanged(towers.shared, own_texts is not None):
+            is_last = own_texts is not None
+            of_others = [value.grad for value in others] if is_last else []
+            with _random_states_of(state, labels.device), _exchanged(step_model.shared, is_last):
                 with autocast():
-                    outputs = towers.shared(view(), own_texts)
-                with statistics_kept(towers.norms):
+                    outputs = step_model.shared(view(), own_texts)
+                with statistics_kept(step_model.norms):
                     torch.autograd.backward(outputs, [gradient, *of_others])
     return loss.detach(), over_classes.detach(), logits.detach()
 
