@@ -58,15 +58,17 @@ def test_a_skipped_step_leaves_weights_moments_and_statistics_as_they_were():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, nonfinite_steps=0)
     state.statistics = lambda: [model[1].running_mean, model[1].running_var]
-    steps = FiniteSteps(state, [f"image {i}" for i in range(9)], 3)
+    watch = FiniteSteps(state, [f"image {i}" for i in range(9)], 3)
 
     def step(images, indices):
         loss = model(images).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        steps.allow(torch.isfinite(loss.detach()), torch.tensor(indices))
+        finite = torch.isfinite(loss.detach())
+        optimizer.found_inf = (~finite).float()  # as in a training step
+        watch.note(finite, torch.tensor(indices))
         optimizer.step()
-        steps.check()
+        watch.check()
 
     step(torch.randn(5, 3), [0])
     before = [
@@ -104,17 +106,17 @@ def test_in_float16_a_gradient_that_no_scale_makes_finite_ends_the_run():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     state = SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, nonfinite_steps=0)
     state.statistics = lambda: []
-    steps = FiniteSteps(state, ["image"], 3)
+    watch = FiniteSteps(state, ["image"], 3)
 
     def step():
         scaler.scale((model(torch.ones(1, 3)) * 1e30).square().sum() * 0).backward()
         for parameter in model.parameters():
             parameter.grad.fill_(float("inf"))
         scaler.unscale_(optimizer)
-        steps.allow(torch.tensor(True), torch.tensor([0]))  # the loss is finite
+        watch.note(torch.tensor(True), torch.tensor([0]))  # the loss is finite
         scaler.step(optimizer)
         scaler.update()
-        steps.check()
+        watch.check()
 
     step()
     step()

@@ -13,11 +13,11 @@ CHECK_EVERY_STEPS = 20  # to look makes a GPU wait, so it is not done at every s
 
 
 class FiniteSteps:
-    """Names the files of steps that are not finite and leaves the model as it was before them.
+    """Names the files of steps that are not finite. The optimizer keeps them from the weights (see fit.py);
+    BatchNorm gets its statistics of before them back.
 
-    Such a step never reaches the weights: `allow` tells the optimizer so, without waiting for the GPU.
-    `check` looks at what has happened since it last did, and gives BatchNorm back its statistics of then; on
-    a GPU, where it does not look at every step, it takes up to 19 good steps' statistics along.
+    `note` does not wait for the GPU. `check` looks at what was noted since it last did; on a GPU, where it
+    does not look at every step, up to 19 good steps' statistics go with a bad one's.
     """
 
     def __init__(self, state: TrainState, files: Sequence[Path], most_in_a_row: int):
@@ -26,9 +26,8 @@ class FiniteSteps:
         self._statistics = state.statistics()
         self._kept = [statistic.clone() for statistic in self._statistics]
 
-    def allow(self, finite: torch.Tensor, indices: torch.Tensor) -> None:
-        """Before the optimizer's step: () bool on the model's device, and the batch's indices."""
-        self.state.optimizer.found_inf = (~finite).float()  # a fused optimizer does nothing where it is 1
+    def note(self, finite: torch.Tensor, indices: torch.Tensor) -> None:
+        """Of each step: () bool on the model's device, and the batch's indices."""
         self._unchecked.append((finite, indices))
 
     def check(self, now: bool = False) -> None:

@@ -55,7 +55,7 @@ def train_one_epoch(
     is not finite; what was saved before stays. Raises Stopped, after saving, when `requests` ask for it.
     """
     model, optimizer, device, done = state.model.train(), state.optimizer, hardware.device, state.in_epoch
-    steps = FiniteSteps(state, loader.dataset.files, max_nonfinite_steps)
+    watch = FiniteSteps(state, loader.dataset.files, max_nonfinite_steps)
     done.sums = done.sums.to(device)
     started = time.monotonic() - done.seconds
     progress = tqdm(
@@ -90,7 +90,8 @@ def train_one_epoch(
             optimizer.grad_scale = (norm / grad_clip).clamp(min=1)  # a fused optimizer divides by it
         # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
         finite = torch.isfinite(loss if state.scaler.is_enabled() else loss + norm)
-        steps.allow(finite, indices)
+        optimizer.found_inf = (~finite).float()  # a fused optimizer does nothing where it is 1
+        watch.note(finite, indices)
         state.scaler.step(optimizer)
         state.scaler.update()
         model.clamp_logit_scale()
@@ -102,15 +103,15 @@ def train_one_epoch(
         n = torch.full_like(loss, len(labels), dtype=torch.float64)
         sums = torch.stack([loss * n, loss_image_to_text * n, correct.double(), n])
         done.sums += torch.where(finite, sums, 0)
-        steps.check()
+        watch.check()
         state.step += 1
         done.steps += 1
         done.seconds = time.monotonic() - started
         if requests.to_save():
-            steps.check(now=True)
+            watch.check(now=True)
             save()
             requests.end_if_asked()
-    steps.check(now=True)
+    watch.check(now=True)
     *sums, n_images = done.sums.tolist()
     if not n_images:
         raise RunFailed("no step of this epoch had a finite loss and gradient; lower --learning-rate")
