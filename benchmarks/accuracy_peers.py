@@ -23,13 +23,14 @@ from common.device import Hardware
 from common.direct_file import DirectFile
 from common.errors import RunFailed
 from common.files import whole_file, write_json
-from data.augment import Augmentation, draw_box
+from data.augment import Augmentation
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split, k_folds
 from evaluation.metrics import classification_metrics
 from models.clip import build_image_tower
 from models.image_encoders import ImageTower
 from training.config import Config
+from training.cutmix import draw_box, opposite
 from training.dataset import DataSet
 from training.fit import duration
 from training.optim import warmup_steps
@@ -144,13 +145,15 @@ def train_softmax(
         ):
             schedule.step_update(epoch * len(batches) + i)
             images, labels = images.to(hardware.device), labels.to(hardware.device)
+            images = augment(images, epoch, indices)
             box = draw_box(config.cutmix_prob, config.img_size, seed, epoch * len(batches) + i)
-            images = augment(images, epoch, indices, box)
+            if box:
+                images = box.paste(images)
             with hardware.autocast():
                 logits = model(images)
             loss = criterion(logits, labels)
             if box:
-                loss = box.kept * loss + (1 - box.kept) * criterion(logits, labels.flip(0))
+                loss = box.divided(loss, criterion(logits, labels[opposite(len(labels), None)]))
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,39 +10,9 @@ import torch.nn.functional as F
 PRESETS = ("none", "minimal", "standard")
 
 
-@dataclass(frozen=True)
-class Box:
-    """Where the images of a batch show another image instead. kept: share of the area that is their own."""
-
-    rows: slice
-    columns: slice
-    kept: float
-
-    def paste(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, S, S), each with the box of the image opposite: the first has the last one's, and so on."""
-        pasted = images.clone()
-        pasted[..., self.rows, self.columns] = images[..., self.rows, self.columns].flip(0)
-        return pasted
-
-
-def draw_box(probability: float, size: int, seed: int, step: int) -> Box | None:
-    """CutMix (Yun et al. 2019, arXiv 1905.04899, with alpha 1): in so many of the steps a box of a share of
-    the area that is uniform in 0..1, about a uniform centre; what lies outside is cut off. The same for the
-    same seed and step.
-    """
-    rng = np.random.default_rng([seed, step, 0, 2])
-    if rng.random() >= probability:
-        return None
-    half = round(size * math.sqrt(rng.random()) / 2)
-    top, left = (int(centre) - half for centre in rng.integers(size, size=2))
-    rows, columns = (slice(max(0, low), min(size, low + 2 * half)) for low in (top, left))
-    area = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return Box(rows, columns, 1 - area / size**2)
-
-
 class Augmentation:
     """Changes (B, 3, S, S) images, each by what `seed`, the epoch and its index say, whatever else is in the
-    batch (but for what a Box takes from there).
+    batch.
 
     none: nothing. minimal: shifts to 4 %. standard: rotation to 7 degrees, shifts to 5 %, zoom 0.95 to 1.1,
     brightness and contrast to 10 %. The latter two also mirror half of the images when `horizontal_flip`.
@@ -85,18 +54,10 @@ class Augmentation:
             uniform[place], at = stream.random(7), start + 7
         return uniform
 
-    def __call__(
-        self, images: torch.Tensor, epoch: int, indices: Sequence[int], box: Box | None = None
-    ) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, epoch: int, indices: Sequence[int]) -> torch.Tensor:
         """(B, 3, S, S) uint8 on any device -> 0..255 float32, on a CPU (B, 1, S, S) where all are grey,
-        else (B, 3, S, S); "none" leaves `images` as they are. The `box` is pasted in last.
+        else (B, 3, S, S); "none" leaves `images` as they are.
         """
-        # in bf16 the places that `resample` reads would be off by up to a pixel at 224 px
-        with torch.autocast(images.device.type, enabled=False):
-            changed = self._changed(images, epoch, indices)
-        return changed if box is None else box.paste(changed)
-
-    def _changed(self, images: torch.Tensor, epoch: int, indices: Sequence[int]) -> torch.Tensor:
         if self.preset == "none":
             return images
         drawn = torch.from_numpy(self.draw(epoch, indices, images.shape[-1])).float()
@@ -104,8 +65,10 @@ class Augmentation:
         images = images.contiguous()  # a channel's pixels side by side
         if images.is_cpu and _is_grey(images):
             images = images[:, :1]  # a third of the work
-        images = resample(images, drawn)
-        return change_colour(images, drawn[:, 4], drawn[:, 5]) if self.preset == "standard" else images
+        # in bf16 the places that `resample` reads would be off by up to a pixel at 224 px
+        with torch.autocast(images.device.type, enabled=False):
+            images = resample(images, drawn)
+            return change_colour(images, drawn[:, 4], drawn[:, 5]) if self.preset == "standard" else images
 
 
 def _is_grey(images: torch.Tensor) -> bool:

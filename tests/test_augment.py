@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from data.augment import PRESETS, Augmentation, Box, change_colour, draw_box, resample
+from data.augment import PRESETS, Augmentation, change_colour, resample
 
 N, SIZE = 10, 24
 PIXELS = np.random.RandomState(0).randint(0, 256, (N, SIZE, SIZE, 3)).astype(np.uint8)
@@ -243,43 +243,3 @@ def test_mixed_precision_does_not_move_a_pixel():
     exact = augment(images, 2, range(N))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(augment(images, 2, range(N)), exact)
-
-
-# ---- a box of another image
-
-
-def test_a_box_shows_the_image_opposite_and_the_rest_stays():
-    images = batch_of(PIXELS[:3])
-    box = Box(slice(1, 5), slice(0, 7), 1 - 28 / SIZE**2)
-    pasted = Augmentation("none", True, 0)(images, 0, range(3), box)
-    expected = PIXELS[:3].copy()
-    for i in range(3):
-        expected[i, 1:5, 0:7] = PIXELS[2 - i, 1:5, 0:7]
-    assert torch.equal(pasted, batch_of(expected)) and torch.equal(images, batch_of(PIXELS[:3]))
-    changed = Augmentation("standard", True, 0)(images, 4, range(3))
-    assert torch.equal(Augmentation("standard", True, 0)(images, 4, range(3), box), box.paste(changed))
-
-
-def test_boxes_are_drawn_as_cutmix_draws_them():
-    """Yun et al. 2019, algorithm A1 with lambda uniform: sides sqrt(1 - lambda), a uniform centre, cut off
-    where the image ends.
-    """
-    boxes = [draw_box(0.25, SIZE, 3, step) for step in range(8000)]
-    drawn = [box for box in boxes if box]
-    assert len(drawn) / len(boxes) == pytest.approx(0.25, abs=0.02)
-    assert boxes == [draw_box(0.25, SIZE, 3, step) for step in range(8000)]
-    assert [draw_box(0.25, SIZE, 4, step) for step in range(8000)] != boxes
-    assert not any(draw_box(0, SIZE, 3, step) for step in range(100))
-    assert all(draw_box(1, SIZE, 3, step) for step in range(100))
-    for box in drawn:
-        inside = np.zeros((SIZE, SIZE), bool)
-        inside[box.rows, box.columns] = True
-        assert box.kept == pytest.approx(1 - inside.mean())
-
-    rng = np.random.default_rng(0)
-    side, centre = SIZE * np.sqrt(rng.random(10**5)), rng.integers(SIZE, size=(2, 10**5))
-    low, high = np.clip(centre - side / 2, 0, SIZE), np.clip(centre + side / 2, 0, SIZE)
-    expected = 1 - (high - low).prod(axis=0) / SIZE**2
-    kept = [box.kept for box in drawn]
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        assert np.quantile(kept, share) == pytest.approx(np.quantile(expected, share), abs=0.04)

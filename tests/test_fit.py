@@ -10,10 +10,11 @@ import torch
 
 from common.device import Hardware
 from common.stopping import Requests
-from data.augment import Augmentation, draw_box
+from data.augment import Augmentation
 from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
 from models.clip import ClassSentences, build_clip
+from training.cutmix import draw_box
 from training.fit import train_one_epoch
 from training.losses import contrastive_loss
 from training.state import EarlyStopping, TrainState

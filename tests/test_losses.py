@@ -1,11 +1,9 @@
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from training.losses import contrastive_loss, with_boxes
+from training.losses import contrastive_loss
 
 
 def log_softmax64(x, axis):
@@ -93,21 +91,3 @@ def test_ce_is_cross_entropy_and_an_unknown_name_is_refused(batch):
     assert contrastive_loss("ce", *batch)[0].item() == pytest.approx(F.cross_entropy(*batch).item())
     with pytest.raises(ValueError, match="unknown loss"):
         contrastive_loss("focal", *batch)
-
-
-@pytest.mark.parametrize("kind", ["ce", "unicl"])
-def test_images_of_two_classes_have_the_gradient_of_divided_targets(batch, kind):
-    """CutMix, Yun et al. 2019, eq. 1: targets kept * y + (1 - kept) * y of the box; in the text half each
-    sentence is over the batch's images as they are divided.
-    """
-    logits, labels = batch
-    of_boxes, own = labels.flip(0), logits.clone().requires_grad_()
-    loss, over_classes = with_boxes(partial(contrastive_loss, kind), 0.7, of_boxes)(own, labels)
-    loss.backward()
-    targets = 0.7 * F.one_hot(labels, 4).double() + 0.3 * F.one_hot(of_boxes, 4).double()
-    reference = logits.clone().requires_grad_()
-    of_classes = -(targets * reference.log_softmax(1)).sum(1).mean()
-    of_batch = -(targets * reference.log_softmax(0)).sum() / 7
-    ((of_classes + of_batch) / 2 if kind == "unicl" else of_classes).backward()
-    assert over_classes.item() == pytest.approx(of_classes.item(), abs=1e-12)
-    torch.testing.assert_close(own.grad, reference.grad, rtol=0, atol=1e-12)

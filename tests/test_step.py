@@ -7,8 +7,9 @@ from torch import nn
 
 from common.errors import UserError
 from models.clip import ClassSentences, build_clip
+from training.cutmix import opposite
 from training.losses import contrastive_loss
-from training.step import loss_and_gradients, opposite, parts_of, step_model_of
+from training.step import loss_and_gradients, parts_of, step_model_of
 
 LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 1])
 TEXTS = {"正常": ["正常"], "肺炎": ["肺炎"], "气胸": ["气胸"]}

@@ -17,16 +17,16 @@ from common.distributed import is_main, maximum, rank, wait_for_all
 from common.errors import RunFailed
 from common.files import write_json
 from common.stopping import Requests, Stoppable, Stopped
-from data.augment import Augmentation, draw_box
+from data.augment import Augmentation
 from data.loader import EpochBatches
 from evaluation.metrics import classification_metrics
 from evaluation.predict import predict_probs
 from models.clip import ClassSentences
+from training.cutmix import draw_box, opposite, with_boxes
 from training.finite import FiniteSteps
-from training.losses import with_boxes
 from training.optim import gradient_norm, lr_factor
 from training.state import CheckpointWriter, InEpoch, TrainState, send_statistics
-from training.step import Criterion, loss_and_gradients, opposite, parts_of
+from training.step import Criterion, loss_and_gradients, parts_of
 
 HINT_AFTER_EPOCHS = 5
 
@@ -72,12 +72,13 @@ def train_one_epoch(
         if rank():  # else all processes would drop the same units
             torch.manual_seed(seed + 1_000_003 * (state.total_steps * rank() + state.step))
         parts = parts_of(images, indices, micro_batch_size)
-        box = draw_box(cutmix_prob, images.shape[-1], seed, state.step)
-        views = [partial(augment, own, state.epoch, own_indices, box) for own, own_indices in parts]
+        views = [partial(augment, own, state.epoch, own_indices) for own, own_indices in parts]
         criterion_now = criterion
+        box = draw_box(cutmix_prob, images.shape[-1], seed, state.step)
         if box:
+            views = [box.pasted(view) for view in views]
             of_boxes = labels[opposite(len(labels), micro_batch_size).to(device, non_blocking=True)]
-            criterion_now = with_boxes(criterion, box.kept, of_boxes)
+            criterion_now = with_boxes(criterion, box, of_boxes)
         texts = sentences.for_step(torch.Generator().manual_seed(seed * 1_000_003 + state.step))
 
         optimizer.zero_grad(set_to_none=True)
@@ -99,7 +100,7 @@ def train_one_epoch(
         predicted = logits.argmax(dim=1)
         correct = (predicted == labels).sum()
         if box:
-            correct = box.kept * correct + (1 - box.kept) * (predicted == of_boxes).sum()
+            correct = box.divided(correct, (predicted == of_boxes).sum())
         n = torch.full_like(loss, len(labels), dtype=torch.float64)
         sums = torch.stack([loss * n, loss_image_to_text * n, correct.double(), n])
         done.sums += torch.where(finite, sums, 0)

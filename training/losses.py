@@ -1,7 +1,5 @@
 """Contrastive losses between B image features and C class-sentence features, averaged over images."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -50,17 +48,3 @@ def contrastive_loss(
         diagonal = torch.arange(len(labels), device=logits.device)
         return (F.cross_entropy(pairs, diagonal) + F.cross_entropy(pairs.T, diagonal)) / 2, over_classes
     raise ValueError(f"unknown loss {kind!r}")
-
-
-def with_boxes(
-    criterion: Callable[..., tuple[torch.Tensor, ...]], kept: float, of_boxes: torch.Tensor
-) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """`criterion` for images of which a share `kept` is of their own label and the rest of `of_boxes` (B,):
-    its values for either, by their shares. The gradient is that of targets so divided between two classes.
-    """
-
-    def of_both(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        pairs = zip(criterion(logits, labels), criterion(logits, of_boxes), strict=True)
-        return tuple(kept * own + (1 - kept) * pasted for own, pasted in pairs)
-
-    return of_both

@@ -63,10 +63,10 @@ def _n_parts(n: int, most: int | None) -> int:
     return parts
 
 
-def opposite(n: int, most: int | None) -> torch.Tensor:
-    """(n,): for each image of a batch the position of the one opposite in its part: the last of the first."""
+def all_parts(n: int, most: int | None) -> list[torch.Tensor]:
+    """The parts of a batch of n images as `parts_of` makes them, of every process in turn, as positions."""
     shares = [torch.arange(n)[share(n, number, n_processes())] for number in range(n_processes())]
-    return torch.cat([part.flip(0) for own in shares for part in own.tensor_split(_n_parts(n, most))])
+    return [part for own in shares for part in own.tensor_split(_n_parts(n, most))]
 
 
 def loss_and_gradients(
