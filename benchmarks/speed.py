@@ -54,6 +54,7 @@ from training.fit import train_one_epoch
 from training.losses import contrastive_loss
 from training.optim import parameter_groups
 from training.state import EarlyStopping, InEpoch, TrainState
+from training.step import StepOptions
 
 TINY = "bert-tiny-bytes"
 
@@ -94,11 +95,12 @@ def own_steps(
 
 def one_epoch(state: TrainState, sentences: ClassSentences, loader: DataLoader, hardware: Hardware) -> None:
     state.in_epoch = InEpoch()
-    train_one_epoch(
-        state, sentences, loader, Augmentation("standard", True, 0), hardware, Requests(0), lambda: None,
+    options = StepOptions(
         micro_batch_size=None, cutmix_prob=0.0, criterion=partial(contrastive_loss, "unicl"), grad_clip=1.0,
         max_nonfinite_steps=1, seed=0,
     )  # fmt: skip
+    augment = Augmentation("standard", True, 0)
+    train_one_epoch(state, sentences, loader, augment, hardware, options, Requests(0), lambda: None)
 
 
 def parts_of_a_step(encoder: str, size: int, batch: int, hardware: Hardware) -> list[tuple[str, float]]:

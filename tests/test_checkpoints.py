@@ -269,10 +269,10 @@ def test_a_run_whose_latest_is_damaged_ends_as_if_it_were_not(
     out = tmp_path / "out"
     one_epoch = fit_module.train_one_epoch
 
-    def killed(state, *args, **options):
+    def killed(state, *args):
         if state.epoch == 3:
             raise KeyboardInterrupt
-        return one_epoch(state, *args, **options)
+        return one_epoch(state, *args)
 
     monkeypatch.setattr(fit_module, "train_one_epoch", killed)
     assert train(class_folder, out, *flags) == 130
@@ -406,8 +406,8 @@ def test_what_is_written_is_the_moment_it_was_taken(
         taken.append(copy.deepcopy(checkpoint_of(state, facts)))
         return checkpoint_of(state, facts)
 
-    def noting(state, *args, **options):
-        row = one_epoch(state, *args, **options)
+    def noting(state, *args):
+        row = one_epoch(state, *args)
         if state.epoch == 1:
             epoch_two.set()
         return row
@@ -482,8 +482,8 @@ def test_a_signal_while_the_last_is_awaited_loses_nothing_that_is_held(
             os.kill(os.getpid(), signal.SIGTERM)
         write_checkpoint(folder, latest, best)
 
-    def noting(state, *args, **options):
-        row = one_epoch(state, *args, **options)
+    def noting(state, *args):
+        row = one_epoch(state, *args)
         if state.epoch == 2:
             threading.Timer(2, training_is_over.set).start()
         return row
@@ -524,10 +524,10 @@ def test_a_failed_write_is_said_also_when_training_fails_meanwhile(
 ):
     one_epoch = fit_module.train_one_epoch
 
-    def failing(state, *args, **options):
+    def failing(state, *args):
         if state.epoch == 1:
             raise RunFailed("the loss is not finite")
-        return one_epoch(state, *args, **options)
+        return one_epoch(state, *args)
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")

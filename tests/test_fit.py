@@ -1,5 +1,6 @@
 """One training step, looked at from outside."""
 
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from training.cutmix import draw_box
 from training.fit import train_one_epoch
 from training.losses import contrastive_loss
 from training.state import EarlyStopping, TrainState
+from training.step import StepOptions
 
 
 def one_step(pixels, labels, watch=lambda model: None, scaled=False, **options):
@@ -38,14 +40,12 @@ def one_step(pixels, labels, watch=lambda model: None, scaled=False, **options):
     loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0)
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
     watch(model)
-    options = {
-        "micro_batch_size": None, "cutmix_prob": 0.0, "criterion": partial(contrastive_loss, "unicl"),
-        "grad_clip": 0.0, "max_nonfinite_steps": 1, "seed": 0, **options,
-    }  # fmt: skip
-    row = train_one_epoch(
-        state, sentences, loader, Augmentation("none", False, 0), hardware, Requests(0), lambda: None,
-        **options,
+    plain = StepOptions(
+        micro_batch_size=None, cutmix_prob=0.0, criterion=partial(contrastive_loss, "unicl"), grad_clip=0.0,
+        max_nonfinite_steps=1, seed=0,
     )  # fmt: skip
+    augment, options = Augmentation("none", False, 0), dataclasses.replace(plain, **options)
+    row = train_one_epoch(state, sentences, loader, augment, hardware, options, Requests(0), lambda: None)
     return state, row
 
 

@@ -228,11 +228,11 @@ def test_what_evens_out_classes_reaches_the_training(lopsided_folder, tmp_path, 
     """Of 30 and 6 images 24 and 5 (here and there one more) train."""
     seen = {}
 
-    def fit(state, sentences, train_loader, *args, criterion, chance_loss, **options):
+    def fit(state, sentences, train_loader, val_loader, augment, hardware, options, *, chance_loss, **_):
         labels = torch.cat([labels for _, labels, _ in train_loader])
         seen.update(shown=torch.bincount(labels).tolist(), chance=chance_loss)
         logits = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
-        seen["loss"] = criterion(logits, torch.tensor([0, 1]))[1].item()
+        seen["loss"] = options.criterion(logits, torch.tensor([0, 1]))[1].item()
         raise RunFailed("seen")
 
     monkeypatch.setattr(run_module, "fit", fit)

@@ -26,7 +26,7 @@ from training.cutmix import draw_box, opposite, with_boxes
 from training.finite import FiniteSteps
 from training.optim import gradient_norm, lr_factor
 from training.state import CheckpointWriter, InEpoch, TrainState, send_statistics
-from training.step import Criterion, loss_and_gradients, parts_of
+from training.step import StepOptions, loss_and_gradients, parts_of
 
 HINT_AFTER_EPOCHS = 5
 
@@ -37,25 +37,19 @@ def train_one_epoch(
     loader: DataLoader,
     augment: Augmentation,
     hardware: Hardware,
+    options: StepOptions,
     requests: Requests,
     save: Callable[[], None],
-    *,
-    micro_batch_size: int | None,
-    cutmix_prob: float,
-    criterion: Criterion,
-    grad_clip: float,
-    max_nonfinite_steps: int,
-    seed: int,
 ) -> dict[str, float]:
     """One pass over the training images, or what is left of a pass that was begun before. Means over images,
     accuracy over classes; of an image with a box of another in it, both by their shares.
 
-    A batch goes through the image tower at once, or in parts of at most `micro_batch_size` images.
-    Raises RunFailed naming the batch's files when `max_nonfinite_steps` in a row had a loss or gradient that
-    is not finite; what was saved before stays. Raises Stopped, after saving, when `requests` ask for it.
+    Raises RunFailed naming the batch's files when as many steps in a row as `options` allow had a loss or
+    gradient that is not finite; what was saved before stays. Raises Stopped, after saving, when `requests`
+    ask for it.
     """
     model, optimizer, device, done = state.model.train(), state.optimizer, hardware.device, state.in_epoch
-    watch = FiniteSteps(state, loader.dataset.files, max_nonfinite_steps)
+    watch = FiniteSteps(state, loader.dataset.files, options.max_nonfinite_steps)
     done.sums = done.sums.to(device)
     started = time.monotonic() - done.seconds
     progress = tqdm(
@@ -70,25 +64,26 @@ def train_one_epoch(
         # of several processes each has its share of the images, and all labels and indices (B,)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if rank():  # else all processes would drop the same units
-            torch.manual_seed(seed + 1_000_003 * (state.total_steps * rank() + state.step))
-        parts = parts_of(images, indices, micro_batch_size)
+            torch.manual_seed(options.seed + 1_000_003 * (state.total_steps * rank() + state.step))
+        parts = parts_of(images, indices, options.micro_batch_size)
         views = [partial(augment, own, state.epoch, own_indices) for own, own_indices in parts]
-        criterion_now = criterion
-        box = draw_box(cutmix_prob, images.shape[-1], seed, state.step)
+        criterion = options.criterion
+        box = draw_box(options.cutmix_prob, images.shape[-1], options.seed, state.step)
         if box:
             views = [box.pasted(view) for view in views]
-            of_boxes = labels[opposite(len(labels), micro_batch_size).to(device, non_blocking=True)]
-            criterion_now = with_boxes(criterion, box, of_boxes)
-        texts = sentences.for_step(torch.Generator().manual_seed(seed * 1_000_003 + state.step))
+            facing = opposite(len(labels), options.micro_batch_size)
+            of_boxes = labels[facing.to(device, non_blocking=True)]
+            criterion = with_boxes(criterion, box, of_boxes)
+        texts = sentences.for_step(torch.Generator().manual_seed(options.seed * 1_000_003 + state.step))
 
         optimizer.zero_grad(set_to_none=True)
         loss, loss_image_to_text, logits = loss_and_gradients(
-            state.step_model, views, texts, labels, criterion_now, state.scaler, hardware.autocast
+            state.step_model, views, texts, labels, criterion, state.scaler, hardware.autocast
         )
         state.scaler.unscale_(optimizer)
         norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if grad_clip:
-            optimizer.grad_scale = (norm / grad_clip).clamp(min=1)  # a fused optimizer divides by it
+        if options.grad_clip:
+            optimizer.grad_scale = (norm / options.grad_clip).clamp(min=1)  # a fused optimizer divides by it
         # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
         finite = torch.isfinite(loss if state.scaler.is_enabled() else loss + norm)
         optimizer.found_inf = (~finite).float()  # a fused optimizer does nothing where it is 1
@@ -162,17 +157,12 @@ def fit(
     val_loader: DataLoader,
     augment: Augmentation,
     hardware: Hardware,
+    options: StepOptions,
     *,
     output_dir: Path,
     facts: Mapping[str, Any],
     epochs: int,
-    micro_batch_size: int | None,
-    cutmix_prob: float,
-    criterion: Criterion,
-    grad_clip: float,
-    max_nonfinite_steps: int,
     chance_loss: float,
-    seed: int,
     save_best: bool,
     save_every_minutes: float,
 ) -> np.ndarray:
@@ -212,11 +202,7 @@ def fit(
         while state.epoch < epochs and not state.stopped_early:
             requests.end_if_asked()
             batches.epoch, batches.start = state.epoch, state.in_epoch.steps
-            row = train_one_epoch(
-                state, sentences, train_loader, augment, hardware, requests, save,
-                micro_batch_size=micro_batch_size, cutmix_prob=cutmix_prob, criterion=criterion,
-                grad_clip=grad_clip, max_nonfinite_steps=max_nonfinite_steps, seed=seed,
-            )  # fmt: skip
+            row = train_one_epoch(state, sentences, train_loader, augment, hardware, options, requests, save)
             validation_started = time.monotonic()
             try:
                 metrics, probs, class_features = validate(state, sentences, val_loader, hardware, requests)

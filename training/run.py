@@ -66,6 +66,7 @@ from training.resume import (
     take_over,
 )
 from training.state import TrainState, keep_frozen_towers, read_to_resume
+from training.step import StepOptions
 
 
 @dataclass(frozen=True)
@@ -325,16 +326,18 @@ def train_on_split(
         val_loader,
         Augmentation(config.augmentation, config.horizontal_flip, seed),
         hardware,
+        StepOptions(
+            micro_batch_size=config.micro_batch_size,
+            cutmix_prob=config.cutmix_prob,
+            criterion=partial(contrastive_loss, config.loss, log_prior=log_prior),
+            grad_clip=config.grad_clip,
+            max_nonfinite_steps=config.max_nonfinite_steps,
+            seed=seed,
+        ),
         output_dir=output_dir,
         facts=facts,
         epochs=config.epochs,
-        micro_batch_size=config.micro_batch_size,
-        cutmix_prob=config.cutmix_prob,
-        criterion=partial(contrastive_loss, config.loss, log_prior=log_prior),
-        grad_clip=config.grad_clip,
-        max_nonfinite_steps=config.max_nonfinite_steps,
         chance_loss=float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()),
-        seed=seed,
         save_best=config.save_best,
         save_every_minutes=config.save_every_minutes,
     )

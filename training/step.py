@@ -17,6 +17,20 @@ Criterion = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 
 
 @dataclass(frozen=True)
+class StepOptions:
+    """How a run trains, the same at every step. micro_batch_size: a batch goes through the image tower in
+    parts of at most so many images (None: at once). max_nonfinite_steps: so many in a row end the run.
+    """
+
+    micro_batch_size: int | None
+    cutmix_prob: float
+    criterion: Criterion
+    grad_clip: float
+    max_nonfinite_steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class StepModel:
     """A model as a step needs it. shared: the same, but with several processes its gradients are the mean of
     theirs. norms: what has running statistics that training changes.
