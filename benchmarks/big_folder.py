@@ -73,10 +73,10 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
         sys.stdout.flush()
         started = time.monotonic()
 
+    import training.run
     from common.device import choose_hardware
     from common.files import write_json
     from data.loader import EpochBatches, ImageDataset, build_loader
-    from training import run as steps
     from training.config import Config
 
     config = Config(
@@ -84,21 +84,21 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
         image_encoder_name="starnet_dual_pyramid_rcf", image_weights="none",
         text_encoder_name="bert-tiny-bytes",
     )  # fmt: skip
-    steps.build_model(config, choose_hardware(-1, True))
+    training.build.build_model(config, choose_hardware(-1, True))
     say("libraries and models")
-    folder, _ = steps.scan(config)
+    folder, _ = training.dataset.scan(config)
     say("scan")
-    patients = steps.patients_of(config, folder, None)
+    patients = training.dataset.patients_of(config, folder, None)
     say("patients")
-    data = steps.read_images(config, folder, None, patients, at_least=2)
+    data = training.dataset.read_images(config, folder, None, patients, at_least=2)
     say("reading")
-    split = steps.split_of(config, data)
+    split = training.dataset.split_of(config, data)
     say("split")
-    steps.findings_of(data, [split])
+    training.dataset.findings_of(data, [split])
     say("findings")
     with tempfile.TemporaryDirectory() as temporary:
-        write_json(Path(temporary) / "splits.json", steps.record_of(config, data, [split]))
-    steps.split_fingerprint(data, split)
+        write_json(Path(temporary) / "splits.json", training.dataset.record_of(config, data, [split]))
+    training.dataset.split_fingerprint(data, split)
     say("splits.json")
     chosen = np.random.default_rng(0).choice(
         split.train, min(n_read, len(split.train)), replace=False

@@ -45,8 +45,8 @@ from evaluation.trained import load_trained
 from training.config import Config
 from training.optim import parameter_groups
 from training.options import make_config, read_config_file
-from training.resume import config_of_resumed_run
-from training.state import EarlyStopping, TrainState, read_to_resume
+from training.resume import config_of_resumed_run, read_to_resume
+from training.state import EarlyStopping, TrainState
 
 SLOWEST_SECONDS, MOST_MEGABYTES = 10, 2000
 HUGE = (0, 1, 7, 65535, 65536, 2**31 - 1, 2**32 - 1)

@@ -75,10 +75,10 @@ def train(what, arguments):
     """train_clip, in which the second process does `what` at its sixth step, once."""
     import evaluation.report
     import train_clip
-    import training.run as run_module
+    import training.one_split as one_split
     from tests.quick import write_nothing
 
-    loss, calls = run_module.contrastive_loss, []
+    loss, calls = one_split.contrastive_loss, []
     happened = Path(arguments[arguments.index("--output-dir") + 1] + " happened")
 
     def at_a_step(*given, **named):
@@ -93,7 +93,7 @@ def train(what, arguments):
                 os.kill(os.getpid(), signal.SIGTERM)
         return loss(*given, **named)
 
-    run_module.contrastive_loss = at_a_step
+    one_split.contrastive_loss = at_a_step
     evaluation.report.write_report = write_nothing  # test_report.py looks at real ones
     if what == "other" and os.environ["RANK"] == "1":
         arguments = [*arguments, "--learning-rate", "0.5"]

@@ -27,7 +27,8 @@ from evaluation.trained import load_trained
 from models.text_encoders import build_text_tower
 from training import fit as fit_module
 from training import state as state_module
-from training.state import CheckpointWriter, TrainState, read_to_resume, write_checkpoint
+from training.resume import read_to_resume
+from training.state import CheckpointWriter, TrainState, write_checkpoint
 
 NAMES = ("checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth")
 

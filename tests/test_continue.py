@@ -358,7 +358,7 @@ def test_an_entry_that_failed_before_anything_was_trained_may_be_mended(two_entr
 
     entries(1e-2)
     assert compare(data, tmp_path / "out", file, "--config-index", 1) == 0
-    monkeypatch.setattr("training.run.fit", diverges)
+    monkeypatch.setattr("training.one_split.fit", diverges)
     assert compare(data, tmp_path / "out", file) == 1
     monkeypatch.undo()
     finished = (tmp_path / "out" / "01_good" / "history.json").read_bytes()

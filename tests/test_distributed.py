@@ -188,7 +188,7 @@ def test_bad_input_is_said_once(tmp_path):
 
 
 def test_a_batch_too_small_for_the_processes_is_refused(class_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("training.run.n_processes", lambda: 8)
+    monkeypatch.setattr("training.begin.n_processes", lambda: 8)
     assert train_clip.main([str(o) for o in options(class_folder, tmp_path / "run")]) == 2
     assert "--batch-size 7 is for all 8 processes together" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quick import train
 
-import training.run as run_module
+import training.one_split as one_split
 from common.errors import RunFailed
 from evaluation.checkpoints import read_checkpoint
 from training.finite import FiniteSteps
@@ -21,7 +21,7 @@ def bad_at(monkeypatch, numbers):
         loss, logged = contrastive_loss(*given, **named)
         return (loss * float("nan"), logged) if next(count) in numbers else (loss, logged)
 
-    monkeypatch.setattr(run_module, "contrastive_loss", loss)
+    monkeypatch.setattr(one_split, "contrastive_loss", loss)
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_guide_names_what_cv_summary_holds(tmp_path):
     from data.splits import Split
     from training.cross_validation import METRICS, PREDICTIONS, fold_result, summarise
     from training.dataset import DataSet
-    from training.run import RunResult
+    from training.one_split import RunResult
 
     labels, probs = np.array([0, 0, 1, 1]), np.full((2, 2), 0.5)
     folder = ImageFolder(tmp_path, ("a", "b"), ("a/0", "a/1", "b/0", "b/1"), labels, ())

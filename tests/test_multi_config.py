@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from quick import quick_clip
 
-import training.run as run_module
+import training.begin as begin
 from common.errors import UserError
 from train_clip import main
 from training.multi_config import METRICS, print_leaderboard, read_entries
@@ -52,7 +52,7 @@ def test_a_typed_preset_wins_over_the_file(tmp_path, capsys):
 def test_an_entry_that_several_processes_cannot_train_is_refused_with_its_number(tmp_path, monkeypatch):
     entries = [{"batch_size": 2}, {"compile": True}, {"preset": "small-data", "batch_size": 3}]
     typed = typed_for(entries, tmp_path)
-    monkeypatch.setattr(run_module, "n_processes", lambda: 2)
+    monkeypatch.setattr(begin, "n_processes", lambda: 2)
     with pytest.raises(UserError) as refused:
         read_entries(make_config(typed), typed)
     second, third = refused.value.problems

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from quick import history_of, train
 
-import training.run as run_module
+import training.one_split as one_split
 from common.errors import RunFailed
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
+from training.begin import say_what_options_do
 from training.options import make_config
 from training.state import HISTORY_KEYS, EarlyStopping
 
@@ -120,7 +121,7 @@ def test_a_compiled_run_is_the_run(class_folder, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_run_says_what_its_preset_sets_and_what_is_done_twice(options, said, capsys):
-    run_module.say_what_options_do(make_config({"data_dir": "d", "output_dir": "o", **options}))
+    say_what_options_do(make_config({"data_dir": "d", "output_dir": "o", **options}))
     assert capsys.readouterr().out == said
 
 
@@ -208,7 +209,7 @@ def test_no_save_best_writes_no_best_checkpoint(class_folder, tmp_path):
 
 def test_a_loss_that_is_never_finite_stops_and_names_the_files(class_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        run_module,
+        one_split,
         "contrastive_loss",
         lambda kind, logits, labels, **named: (logits.sum() * float("nan"), logits.sum()),
     )
@@ -235,7 +236,7 @@ def test_what_evens_out_classes_reaches_the_training(lopsided_folder, tmp_path, 
         seen["loss"] = options.criterion(logits, torch.tensor([0, 1]))[1].item()
         raise RunFailed("seen")
 
-    monkeypatch.setattr(run_module, "fit", fit)
+    monkeypatch.setattr(one_split, "fit", fit)
     flags = ["--use-weighted-sampling"] * weighted
     if tau:
         flags += ["--logit-adjustment", "--logit-adjustment-tau", tau]

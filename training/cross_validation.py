@@ -20,6 +20,7 @@ from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
 from evaluation.metrics import classification_metrics
 from evaluation.results import headline, read_predictions, write_results
+from training.begin import refuse_for_processes, say_what_options_do
 from training.build import build_model, n_parameters, refuse_unfit, tokenise
 from training.config import Config
 from training.dataset import (
@@ -31,25 +32,19 @@ from training.dataset import (
     scan,
     sentences_of,
 )
+from training.one_split import RunResult, refuse_few_images, train_on_split
 from training.options import refuse_missing
 from training.outputs import (
     continues,
     locked,
     prepare_output_folder,
     print_files,
+    print_use,
     refuse_full_disk,
     run_record,
 )
-from training.resume import check_same_classes, check_same_data
-from training.run import (
-    RunResult,
-    print_use,
-    refuse_few_images,
-    refuse_for_processes,
-    say_what_options_do,
-    train_on_split,
-)
-from training.state import keep_frozen_towers, read_to_resume
+from training.resume import check_same_classes, check_same_data, read_to_resume
+from training.state import keep_frozen_towers
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
 PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished

@@ -23,6 +23,7 @@ from data.texts import class_sentences
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
+from training.begin import refuse_for_processes
 from training.build import refuse_unfit
 from training.config import Config, as_typed, of_preset
 from training.cross_validation import METRICS, mean_std
@@ -35,7 +36,7 @@ from training.outputs import (
     locked,
     refuse_other_images,
 )
-from training.run import refuse_for_processes, train
+from training.run import train
 
 _NOT_PER_ENTRY = (
     "data_dir",

@@ -329,6 +329,11 @@ def print_files(output_dir: Path) -> None:
     print(f"to look at the result: {output_dir / 'report.html'}")
 
 
+def print_use(output_dir: Path) -> None:
+    command = ["python", "predict_clip.py", "--checkpoint", str(output_dir)]
+    print(f"to use the model: {shlex.join(command)} --input IMAGES --output FILE.csv")
+
+
 def git_commit() -> str | None:
     """Commit of this program, with "-dirty" when files differ from it; None outside a git checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import BEST, LATEST, PREVIOUS, whole_file
+from common.errors import UserError, did_you_mean
+from common.files import BEST, LATEST, PREVIOUS, saved_in, whole_file
 from data.shards import may_run_a_command
 from data.splits import Split
-from evaluation.checkpoints import DAMAGED, used_up
+from evaluation.checkpoints import DAMAGED, NOT_FOR_USE, read_checkpoint, used_up
 from training.config import FIELDS, Config, as_typed, flag_of, shown, value_of
 from training.dataset import DataSet, split_fingerprint
 from training.options import check_options, contradictions
@@ -20,6 +20,46 @@ from training.options import check_options, contradictions
 _NOT_FROM_CHECKPOINT = ("resume_from", "overwrite", "compile")
 # Of what may change: not how the model is trained.
 _NO_TRAINING = ("skip_unreadable", "gradient_checkpointing", "save_best")
+
+
+def read_to_resume(path: Path, option: str = "--resume-from") -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from and its file: `path`, or the latest in that folder; or where it is damaged
+    or gone, the one before it.
+
+    Raises UserError when neither can be used.
+    """
+    path = saved_in(path) or path
+    if path.is_dir():
+        raise UserError(
+            f"{option} {path} is a folder without a {LATEST}; give a run's folder or that file in it. A "
+            "cross-validation, or several configurations, go on when their own command is given again"
+        )
+    if not path.exists() and (meant := did_you_mean(str(path), ["auto"])):
+        raise UserError(f"{option} {path} does not exist{meant}")
+    previous = path.with_name(PREVIOUS)
+    can_fall_back = path.name == LATEST and previous.exists()
+    anew = "give another one, or start anew in another folder or with --overwrite"
+    best = path.with_name(BEST)
+    if path != best and best.is_file():
+        anew += f"; {best} beside it is a model for use, from which training cannot go on"
+    try:
+        checkpoint = read_checkpoint(path, option, "" if can_fall_back else anew)
+    except UserError as error:
+        if not can_fall_back:
+            raise
+        try:
+            checkpoint = read_checkpoint(previous, option, anew)
+        except UserError as second:
+            raise UserError(*error.problems, *second.problems) from None
+        print(f"warning: {error}; going on from the one before it, {previous}")
+        path = previous
+    missing = [key for key in ("best", *NOT_FOR_USE) if key not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{option} {path} holds a model for use, without {', '.join(missing)}, so training cannot go on "
+            f"from it; give {LATEST}"
+        )
+    return checkpoint, path
 
 
 def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
