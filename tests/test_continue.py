@@ -19,7 +19,7 @@ from common.errors import UserError, all_of
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
 from train_clip import main
-from training import cross_validation, outputs
+from training import begin, cross_validation, outputs
 from training.dataset import patients_of, scan
 from training.options import make_config, options_from_flags, refuse_without_effect
 
@@ -406,14 +406,14 @@ def test_folds_that_start_together_with_other_options_are_not_mixed(
 ):
     """The second job starts, and trains its fold, while the first reads its images."""
     out, flags = tmp_path / "out", ["--epochs", 1, "--use-cv", "--n-splits", 2]
-    read = cross_validation.read_images
+    read = begin.read_images
 
     def meanwhile(*arguments, **options):
         monkeypatch.undo()
         assert train(class_folder, out, *flags, "--fold", 1) == 0
         return read(*arguments, **options)
 
-    monkeypatch.setattr(cross_validation, "read_images", meanwhile)
+    monkeypatch.setattr(begin, "read_images", meanwhile)
     assert train(class_folder, out, *flags, "--fold", 2, *others) == 2
     assert f"{others[0]} " in capsys.readouterr().err
     before = (out / "config.json").read_bytes(), (out / "splits.json").read_bytes()

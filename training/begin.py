@@ -1,8 +1,74 @@
-"""What every run does first."""
+"""What every run does first: look at options and folders, then build the model and read the images."""
 
-from common.distributed import n_processes
-from common.errors import UserError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.device import Hardware, choose_hardware
+from common.distributed import first_here_first, n_processes
+from common.errors import UserError, all_of
+from data.scan import ImageFolder
+from models.clip import ClassSentences, CLIPModel
+from training.build import build_model, refuse_unfit, tokenise
 from training.config import PRESETS, Config, as_typed, named
+from training.dataset import DataSet, patients_of, read_images, scan, sentences_of
+from training.outputs import refuse_full_disk
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known before the images are read."""
+
+    hardware: Hardware
+    folder: ImageFolder
+    val_folder: ImageFolder | None
+    texts: Mapping[str, list[str]]
+    patients: list[str] | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is trained, on what, where."""
+
+    hardware: Hardware
+    model: CLIPModel
+    sentences: ClassSentences
+    data: DataSet
+
+
+def look(config: Config, class_texts: Mapping[str, Any] | None, *checks: Callable[[], object]) -> Found:
+    """Raises UserError for all that can be refused before the images are read, by `checks` too."""
+    refuse_for_processes(config)
+    say_what_options_do(config)
+    hardware = choose_hardware(config.gpu_id, config.use_amp)
+    with first_here_first():  # the others find the shards fetched
+        folder, val_folder = scan(config, *checks, partial(refuse_unfit, config))
+    texts, patients = all_of(
+        partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, val_folder)
+    )
+    return Found(hardware, folder, val_folder, texts, patients)
+
+
+def build_and_read(config: Config, found: Found, checkpoint: Mapping[str, Any] | None = None) -> Ready:
+    """The model, which `checkpoint` will fill where given, and the images."""
+    hardware = found.hardware
+    print(f"device: {hardware.description}")
+    if config.fold and hardware.device.type == "cpu" and torch.get_num_threads() > 1:
+        print(
+            "note: jobs of several folds on one machine's CPU hold each other up; give each its share of the "
+            "cores, such as OMP_NUM_THREADS=1"
+        )
+    model = build_model(config, hardware, checkpoint)
+    refuse_full_disk(Path(config.output_dir), model, config)
+    sentences = tokenise(model, found.texts)
+    at_least = 2 if found.val_folder is None else 1
+    with first_here_first():  # the others find the cache made
+        data = read_images(config, found.folder, found.val_folder, found.patients, at_least)
+    return Ready(hardware, model, sentences, data)
 
 
 def refuse_for_processes(config: Config) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.device import choose_hardware
-from common.distributed import begun, first_here_first, is_main, of_the_first, wait_for_all
-from common.errors import RunFailed, UserError, all_of
+from common.distributed import begun, is_main, of_the_first, wait_for_all
+from common.errors import RunFailed, UserError
 from common.files import MOST_OF_SPLITS, PREVIOUS, check_writable, read_json, saved_in, write_json
 from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
 from evaluation.metrics import classification_metrics
 from evaluation.results import headline, read_predictions, write_results
-from training.begin import refuse_for_processes, say_what_options_do
-from training.build import build_model, n_parameters, refuse_unfit, tokenise
+from training.begin import Ready, build_and_read, look
+from training.build import n_parameters
 from training.config import Config
-from training.dataset import (
-    DataSet,
-    findings_of,
-    patients_of,
-    read_images,
-    record_of,
-    scan,
-    sentences_of,
-)
+from training.dataset import DataSet, findings_of, record_of
 from training.one_split import RunResult, refuse_few_images, train_on_split
 from training.options import refuse_missing
 from training.outputs import (
@@ -50,36 +42,40 @@ METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc",
 PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished
 
 
+@dataclass(frozen=True)
+class Folds:
+    """What the folds of a run share. initial: the weights that each starts from. frozen: checksums of the
+    towers that none changes. begun_as: config.json.
+    """
+
+    splits: list[Split]
+    initial: Mapping[str, torch.Tensor]
+    frozen: Mapping[str, str]
+    begun_as: bytes
+
+
 def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) -> None:
     """Train all folds, or `config.fold` alone, going on where an earlier run of the same command stopped.
 
     Images are read once and weights once; each fold starts from the same initial weights with its own seed.
     The summary is written whenever all folds are there.
     """
-    refuse_for_processes(config)
-    say_what_options_do(config)
     output_dir = Path(config.output_dir)
-    hardware = choose_hardware(config.gpu_id, config.use_amp)
     missing, unwritable = partial(refuse_missing, config, weights=True), partial(check_writable, output_dir)
-    with first_here_first():  # the others find the shards fetched
-        folder, _ = scan(config, missing, unwritable, partial(refuse_unfit, config))
-    texts, patients = all_of(
-        partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, None)
-    )
-    going_on = continues(output_dir, config, texts)
+    found = look(config, class_texts, missing, unwritable)
+    going_on = continues(output_dir, config, found.texts)
+    ready = build_and_read(config, found)
+    folds = begin_folds(config, ready, going_on)
+    for number in range(1, len(folds.splits) + 1):
+        if config.fold in (None, number):
+            train_fold(config, ready, folds, number)
+    if is_main():
+        sum_up(output_dir, len(folds.splits), ready.data)
 
-    print(f"device: {hardware.description}")
-    if config.fold and hardware.device.type == "cpu" and torch.get_num_threads() > 1:
-        print(
-            "note: jobs of several folds on one machine's CPU hold each other up; give each its share of the "
-            "cores, such as OMP_NUM_THREADS=1"
-        )
-    model = build_model(config, hardware)
-    refuse_full_disk(output_dir, model, config)
-    sentences = tokenise(model, texts)
-    initial = copy.deepcopy(model.state_dict())
-    with first_here_first():  # the others find the cache made
-        data = read_images(config, folder, None, patients, at_least=2)
+
+def begin_folds(config: Config, ready: Ready, going_on: bool) -> Folds:
+    """Say what is odd about images and folds, and write what is of all folds into --output-dir."""
+    output_dir, data, texts = Path(config.output_dir), ready.data, ready.sentences.texts
     splits_file = output_dir / "splits.json"
     if going_on and splits_file.exists():
         splits = stored_splits(splits_file, data)
@@ -90,9 +86,9 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
         print(f"note: {note}")
     findings = findings_of(data, splits)
     print_findings(findings)
-    refuse_full_disk(output_dir, model, config)  # once more: decoded images may be kept on the same disk
+    refuse_full_disk(output_dir, ready.model, config)  # once more: decoded images may be on the same disk
     wait_for_all()  # the first process changes the folder, in which the others have looked
-    frozen, begun_as = {}, b""
+    initial, frozen, begun_as = copy.deepcopy(ready.model.state_dict()), {}, b""
     if is_main():
         with locked(output_dir, wait=True):  # jobs of other folds may be starting too
             before, going_on = going_on, continues(output_dir, config, texts)  # or have started since
@@ -101,49 +97,54 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
             prepare_output_folder(output_dir, config.overwrite)
             if not going_on:  # first of all: it is what another fold's job, or a restart, knows the run by
                 of_all_folds = dataclasses.replace(config, fold=None)
-                record = run_record(of_all_folds, data, texts, hardware, n_parameters(model))
+                record = run_record(of_all_folds, data, texts, ready.hardware, n_parameters(ready.model))
                 write_json(output_dir / "config.json", record)
             if not splits_file.exists():
                 write_json(splits_file, record_of(config, data, splits))
             write_json(output_dir / "data_check.json", {"findings": findings})
-            frozen = keep_frozen_towers(output_dir, model)
+            frozen = keep_frozen_towers(output_dir, ready.model)
             begun()
             begun_as = (output_dir / "config.json").read_bytes()
-    for number, split in enumerate(splits, 1):
-        if config.fold not in (None, number):
-            continue
-        fold_dir = output_dir / f"fold_{number}"
-        with contextlib.ExitStack() as until_done:
-            with locked(output_dir, wait=True):  # in which another run may replace what no fold's lock keeps
-                until_done.enter_context(locked(fold_dir))
-                if is_main():
-                    refuse_replaced(output_dir, begun_as)
-            # which may have had to write the fold before, or to wait for the lock
-            if of_the_first((fold_dir / PREDICTIONS).exists()):
-                print(f"fold {number} of {len(splits)} is finished already")
-                continue
-            print(f"\nfold {number} of {len(splits)}")
-            refuse_few_images(config, split)
-            checkpoint, file = None, saved_in(fold_dir)
-            if file:
-                checkpoint, file = read_to_resume(file, "the fold's")
-                check_same_classes(checkpoint, f"the fold's {file}", data.folder.classes, texts)
-                check_same_data(checkpoint, data, split)
-            model.load_state_dict(initial)
-            result = train_on_split(
-                config, hardware, model, data, split, sentences, fold_dir, checkpoint, {},
-                resumed_from=file, frozen=frozen, seed=config.random_state + number,
-            )  # fmt: skip
-            if not is_main():
-                continue
-            write_json(fold_dir / "result.json", fold_result(number, split, result))
-            folds = np.full(len(split.val), number)
-            (fold_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
-            data.predictions(split.val, result.probs, folds).write(fold_dir / PREDICTIONS)
+    return Folds(splits, initial, frozen, begun_as)
 
-    if not is_main():
-        return
-    missing = [k for k in range(1, len(splits) + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
+
+def train_fold(config: Config, ready: Ready, folds: Folds, number: int) -> None:
+    """Unless it is finished already; from its last checkpoint where it has one."""
+    output_dir, data, split = Path(config.output_dir), ready.data, folds.splits[number - 1]
+    fold_dir = output_dir / f"fold_{number}"
+    with contextlib.ExitStack() as until_done:
+        with locked(output_dir, wait=True):  # in which another run may replace what no fold's lock keeps
+            until_done.enter_context(locked(fold_dir))
+            if is_main():
+                refuse_replaced(output_dir, folds.begun_as)
+        # which may have had to write the fold before, or to wait for the lock
+        if of_the_first((fold_dir / PREDICTIONS).exists()):
+            print(f"fold {number} of {len(folds.splits)} is finished already")
+            return
+        print(f"\nfold {number} of {len(folds.splits)}")
+        refuse_few_images(config, split)
+        checkpoint, file = None, saved_in(fold_dir)
+        if file:
+            checkpoint, file = read_to_resume(file, "the fold's")
+            texts = ready.sentences.texts
+            check_same_classes(checkpoint, f"the fold's {file}", data.folder.classes, texts)
+            check_same_data(checkpoint, data, split)
+        ready.model.load_state_dict(folds.initial)
+        result = train_on_split(
+            config, ready, split, fold_dir, checkpoint, {},
+            resumed_from=file, frozen=folds.frozen, seed=config.random_state + number,
+        )  # fmt: skip
+        if not is_main():
+            return
+        write_json(fold_dir / "result.json", fold_result(number, split, result))
+        of_fold = np.full(len(split.val), number)
+        (fold_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
+        data.predictions(split.val, result.probs, of_fold).write(fold_dir / PREDICTIONS)
+
+
+def sum_up(output_dir: Path, n_splits: int, data: DataSet) -> None:
+    """Write and print the results of all folds; while folds are missing, name these."""
+    missing = [k for k in range(1, n_splits + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
     if missing:
         print(f"folds not finished, before the summary: {', '.join(map(str, missing))}")
         return
@@ -151,7 +152,7 @@ def train_folds(config: Config, class_texts: Mapping[str, Any] | None = None) ->
     from evaluation.report import write_report
 
     with locked(output_dir, wait=True):  # jobs that end together each build it, one after the other
-        summary, metrics = summarise(output_dir, len(splits), data)
+        summary, metrics = summarise(output_dir, n_splits, data)
         print_cv_summary(summary)
         print(f"  out of fold, last epoch, {metrics['n_images']} images: {headline(metrics)}")
         write_report(output_dir)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.device import Hardware
 from common.distributed import agree_on, begun, is_main, n_processes
 from common.errors import UserError
 from common.files import write_json
@@ -19,7 +18,7 @@ from data.augment import Augmentation
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
 from evaluation.metrics import majority_baseline
-from models.clip import ClassSentences, CLIPModel
+from training.begin import Ready
 from training.build import build_state, compile_image_tower
 from training.config import FIELDS, Config
 from training.dataset import DataSet, split_fingerprint
@@ -43,11 +42,8 @@ class RunResult:
 
 def train_on_split(
     config: Config,
-    hardware: Hardware,
-    model: CLIPModel,
-    data: DataSet,
+    ready: Ready,
     split: Split,
-    sentences: ClassSentences,
     output_dir: Path,
     checkpoint: Mapping[str, Any] | None,
     records: Mapping[str, Any],
@@ -56,16 +52,16 @@ def train_on_split(
     frozen: Mapping[str, str] | None,
     seed: int,
 ) -> RunResult:
-    """Train `model` on one split, from `checkpoint`, read from `resumed_from`, where given. Its files go to
+    """Train the model on one split, from `checkpoint`, read from `resumed_from`, where given. Its files go to
     `output_dir`; `frozen`: checksums of frozen towers that are kept elsewhere, for all folds.
     """
+    hardware, device, model, data = ready.hardware, ready.hardware.device, ready.model, ready.data
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # nothing here draws from these two, but a timm model might
     random.seed(seed)
     classes = data.labels if config.use_weighted_sampling else None
     train_batches = EpochBatches(split.train, config.batch_size, seed, classes)
     state = build_state(config, hardware, model, len(train_batches))
-    device = hardware.device
     images = ImageDataset(data.files, data.labels, config.img_size, data.squares, device)
     train_loader = build_loader(images, train_batches, config.num_workers)
     val_batches = EpochBatches(split.val, config.batch_size, None)
@@ -74,7 +70,7 @@ def train_on_split(
         state.restore(checkpoint, resumed_from)
         print(f"resuming {_where(state, config.epochs)}")
     refuse_disagreement(config, data, split, state, device)
-    sentences.prepare(device, center=checkpoint is None)
+    ready.sentences.prepare(device, center=checkpoint is None)
     if config.compile:
         compile_image_tower(model, config, train_batches.smallest(), hardware)
 
@@ -83,7 +79,7 @@ def train_on_split(
         f"training on {len(split.train)} images, validating on {len(split.val)}{_grouping(config)}; "
         f"always answering {data.folder.classes[majority]!r} would score {100 * baseline:.1f} %"
     )
-    facts = facts_of(config, model, data, split, sentences, checkpoint)
+    facts = facts_of(config, ready, split, checkpoint)
     if is_main():
         facts["frozen"] = keep_frozen_towers(output_dir, model) if frozen is None else frozen
         if checkpoint:  # which all have read now
@@ -95,7 +91,7 @@ def train_on_split(
     shares = np.bincount(data.labels[split.train], minlength=len(data.folder.classes)) / len(split.train)
     probs = fit(
         state,
-        sentences,
+        ready.sentences,
         train_loader,
         val_loader,
         Augmentation(config.augmentation, config.horizontal_flip, seed),
@@ -131,19 +127,15 @@ def _where(state: TrainState, epochs: int) -> str:
 
 
 def facts_of(
-    config: Config,
-    model: CLIPModel,
-    data: DataSet,
-    split: Split,
-    sentences: ClassSentences,
-    checkpoint: Mapping[str, Any] | None,
+    config: Config, ready: Ready, split: Split, checkpoint: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What checkpoints hold beside the state."""
+    model, data = ready.model, ready.data
     return {
         "config": dataclasses.asdict(config),
         "changed_on_resume": changed_on_resume(config, checkpoint),
         "classes": list(data.folder.classes),
-        "class_texts": {name: list(own) for name, own in sentences.texts.items()},
+        "class_texts": {name: list(own) for name, own in ready.sentences.texts.items()},
         "preprocessing": {"img_size": config.img_size, "resize": "whole image to a square, bicubic"},
         "pretrained": {
             "image": sorted(model.image_tower.pretrained),

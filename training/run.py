@@ -6,30 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.device import choose_hardware
-from common.distributed import first_here_first, is_main, n_processes, wait_for_all
-from common.errors import UserError, all_of
+from common.distributed import is_main, n_processes, wait_for_all
+from common.errors import UserError
 from common.files import PREVIOUS, check_writable
 from data.findings import print_findings
 from evaluation.results import headline, write_results
-from training.begin import refuse_for_processes, say_what_options_do
-from training.build import (
-    build_model,
-    n_parameters,
-    refuse_unfit,
-    tokenise,
-)
+from training.begin import build_and_read, look
+from training.build import n_parameters
 from training.config import Config
 from training.cross_validation import train_folds
-from training.dataset import (
-    findings_of,
-    patients_of,
-    read_images,
-    record_of,
-    scan,
-    sentences_of,
-    split_of,
-)
+from training.dataset import findings_of, record_of, split_of
 from training.one_split import RunResult, refuse_few_images, train_on_split
 from training.options import refuse_missing
 from training.outputs import (
@@ -93,26 +79,13 @@ def train_single(
         checkpoint, file = read_to_resume(Path(config.resume_from))
         config = dataclasses.replace(config, resume_from=str(file))
         config = config_of_resumed_run(config, checkpoint, typed)
-    refuse_for_processes(config)
-    say_what_options_do(config)
     output_dir = Path(config.output_dir)
-    hardware = choose_hardware(config.gpu_id, config.use_amp)
-    with first_here_first():  # the others find the shards fetched
-        taken, unfit = partial(refuse_taken, output_dir, config), partial(refuse_unfit, config)
-        folder, val_folder = scan(config, missing, taken, unfit)
-    texts, patients = all_of(
-        partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, val_folder)
-    )
+    found = look(config, class_texts, missing, partial(refuse_taken, output_dir, config))
     if checkpoint:
-        check_same_classes(checkpoint, f"--resume-from {config.resume_from}", folder.classes, texts)
-
-    print(f"device: {hardware.description}")
-    model = build_model(config, hardware, checkpoint)
-    refuse_full_disk(output_dir, model, config)
-    sentences = tokenise(model, texts)
-    with first_here_first():  # the others find the cache made
-        data = read_images(config, folder, val_folder, patients, at_least=2 if val_folder is None else 1)
-    split = split_of(config, data)
+        where = f"--resume-from {config.resume_from}"
+        check_same_classes(checkpoint, where, found.folder.classes, found.texts)
+    ready = build_and_read(config, found, checkpoint)
+    data, split = ready.data, split_of(config, ready.data)
     refuse_few_images(config, split)
     if checkpoint:
         check_same_data(checkpoint, data, split)
@@ -120,7 +93,7 @@ def train_single(
     findings = findings_of(data, [split])
     print_findings(findings)
 
-    refuse_full_disk(output_dir, model, config)  # once more: decoded images may be kept on the same disk
+    refuse_full_disk(output_dir, ready.model, config)  # once more: decoded images may be on the same disk
     wait_for_all()  # the first process changes the folder, in which the others have looked
     with locked(output_dir):
         if is_main():
@@ -129,26 +102,17 @@ def train_single(
             prepare_output_folder(output_dir, overwrite=not resumes_in(output_dir, config))
         records = {
             "config.json": {
-                **run_record(config, data, texts, hardware, n_parameters(model)),
+                **run_record(config, data, found.texts, ready.hardware, n_parameters(ready.model)),
                 "changed_on_resume": changed_on_resume(config, checkpoint),
             },
             "splits.json": record_of(config, data, [split]),
             "data_check.json": {"findings": findings},
         }
+        resumed_from = Path(config.resume_from) if config.resume_from else None
         result = train_on_split(
-            config,
-            hardware,
-            model,
-            data,
-            split,
-            sentences,
-            output_dir,
-            checkpoint,
-            records,
-            resumed_from=Path(config.resume_from) if config.resume_from else None,
-            frozen=None,
-            seed=config.random_state,
-        )
+            config, ready, split, output_dir, checkpoint, records,
+            resumed_from=resumed_from, frozen=None, seed=config.random_state,
+        )  # fmt: skip
         if not is_main():
             return result
         metrics = write_results(output_dir, data.predictions(split.val, result.probs), "predictions.csv")
