@@ -299,12 +299,12 @@ def mean_probs(ensemble: "Ensemble", data: "DataSet", options: "Config") -> "np.
 
     from data.loader import EpochBatches, ImageDataset, build_loader
     from evaluation.predict import predict_probs
-    from training.dataset import inspect
+    from training.dataset import inspection_of
 
     squares = {options.img_size: data.squares}
     for size in ensemble.sizes:
         if size not in squares:
-            squares[size] = inspect(dataclasses.replace(options, img_size=size), [data.folder]).squares
+            squares[size] = inspection_of(dataclasses.replace(options, img_size=size), [data.folder]).squares
     images = {
         size: ImageDataset(data.files, data.labels, size, own, ensemble.device)
         for size, own in squares.items()

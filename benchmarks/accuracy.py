@@ -46,7 +46,7 @@ from data.splits import Split, k_folds, splits_from_record
 from evaluation.results import read_predictions
 from models.clip import build_image_tower
 from training.config import Config
-from training.dataset import DataSet, patients_of, read_images, record_of, scan
+from training.dataset import DataSet, patients_of, read_images, scan, splits_record_of
 from training.fit import duration
 from training.options import check_options, contradictions, layered
 from training.outputs import FREE_ON_CONTINUE, library_versions, locked
@@ -156,7 +156,7 @@ def folds_of_seed(config: Config, folder: Path) -> tuple[DataSet, list[Split]]:
     if not stored.exists():
         splits = k_folds(data.labels, data.groups, config.n_splits, config.random_state, scanned.classes)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(stored, record_of(config, data, splits))
+        write_json(stored, splits_record_of(config, data, splits))
         return data, splits
     record = read_json(stored, "the comparison's splits.json", MOST_OF_SPLITS)
     return data, splits_from_record(

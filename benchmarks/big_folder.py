@@ -97,7 +97,7 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
     training.dataset.findings_of(data, [split])
     say("findings")
     with tempfile.TemporaryDirectory() as temporary:
-        write_json(Path(temporary) / "splits.json", training.dataset.record_of(config, data, [split]))
+        write_json(Path(temporary) / "splits.json", training.dataset.splits_record_of(config, data, [split]))
     training.dataset.split_fingerprint(data, split)
     say("splits.json")
     chosen = np.random.default_rng(0).choice(

@@ -23,7 +23,7 @@ from evaluation.results import headline, read_predictions, write_results
 from training.begin import Ready, build_and_read, look
 from training.build import n_parameters
 from training.config import Config
-from training.dataset import DataSet, findings_of, record_of
+from training.dataset import DataSet, findings_of, splits_record_of
 from training.one_split import RunResult, refuse_few_images, train_on_split
 from training.options import refuse_missing
 from training.outputs import (
@@ -100,7 +100,7 @@ def begin_folds(config: Config, ready: Ready, going_on: bool) -> Folds:
                 record = run_record(of_all_folds, data, texts, ready.hardware, n_parameters(ready.model))
                 write_json(output_dir / "config.json", record)
             if not splits_file.exists():
-                write_json(splits_file, record_of(config, data, splits))
+                write_json(splits_file, splits_record_of(config, data, splits))
             write_json(output_dir / "data_check.json", {"findings": findings})
             frozen = keep_frozen_towers(output_dir, ready.model)
             begun()

@@ -148,7 +148,7 @@ def patients_of(config: Config, folder: ImageFolder, val_folder: ImageFolder | N
     return own + other
 
 
-def inspect(config: Config, folders: Sequence[ImageFolder]) -> Inspection:
+def inspection_of(config: Config, folders: Sequence[ImageFolder]) -> Inspection:
     """The images of `folders`, one folder after the other, from the cache or the files."""
     if config.use_cache:
         return inspect_cached(folders, config.img_size, cache_dir_of(config.cache_dir))
@@ -171,7 +171,7 @@ def read_images(
         workers = loading_processes(config.num_workers)
         refuse_small_shared_memory(workers, config.batch_size, config.img_size)
     started = time.monotonic()
-    inspection = inspect(config, folders)
+    inspection = inspection_of(config, folders)
     bad, n_own = inspection.errors, len(folder.paths)
     named = files if val_folder else folder.paths  # two folders may have the same paths
     left_out = [f"{named[i]}: {why}" for i, why in bad.items()]
@@ -232,7 +232,7 @@ def split_of(config: Config, data: DataSet) -> Split:
     )
 
 
-def record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> dict[str, Any]:
+def splits_record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> dict[str, Any]:
     """Content of splits.json. Paths are relative to --data-dir, or to --val-dir for its images."""
     made_by = {"n_splits": config.n_splits} if config.use_cv else {"val_ratio": config.val_ratio}
     if data.val_folder is not None:

@@ -15,7 +15,7 @@ from training.begin import build_and_read, look
 from training.build import n_parameters
 from training.config import Config
 from training.cross_validation import train_folds
-from training.dataset import findings_of, record_of, split_of
+from training.dataset import findings_of, split_of, splits_record_of
 from training.one_split import RunResult, refuse_few_images, train_on_split
 from training.options import refuse_missing
 from training.outputs import (
@@ -105,7 +105,7 @@ def train_single(
                 **run_record(config, data, found.texts, ready.hardware, n_parameters(ready.model)),
                 "changed_on_resume": changed_on_resume(config, checkpoint),
             },
-            "splits.json": record_of(config, data, [split]),
+            "splits.json": splits_record_of(config, data, [split]),
             "data_check.json": {"findings": findings},
         }
         resumed_from = Path(config.resume_from) if config.resume_from else None
