@@ -96,13 +96,15 @@ def test_a_run_beside_others_leaves_their_folders_alone(class_folder, finished, 
     assert {path.name for path in finished.iterdir()} <= {path.name for path in other.iterdir()}
 
 
-def test_the_config_json_of_another_program_is_not_taken_for_the_beginning_of_a_run(
-    class_folder, tmp_path, capsys
+@pytest.mark.parametrize("name", ["config.json", "splits.json", "data_check.json"])
+@pytest.mark.parametrize("cross_validation", [[], ["--use-cv", "--n-splits", 2]])
+def test_the_file_of_another_program_is_not_taken_for_the_beginning_of_a_run(
+    class_folder, tmp_path, capsys, name, cross_validation
 ):
-    theirs = tmp_path / "config.json"
+    theirs = tmp_path / name
     theirs.write_text('{"architectures": ["BertModel"]}')
-    assert train(class_folder, tmp_path, "--epochs", 1) == 2
-    assert "holds a run's results (config.json)" in capsys.readouterr().err
+    assert train(class_folder, tmp_path, "--epochs", 1, *cross_validation) == 2
+    assert f"--output-dir {tmp_path} holds" in capsys.readouterr().err
     assert theirs.read_text() == '{"architectures": ["BertModel"]}'
 
 

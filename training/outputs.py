@@ -98,19 +98,21 @@ def _is_of_first_epoch(best: Path) -> bool:
         return False
 
 
-def _is_record_of_run(path: Path) -> bool:
-    """Other programs write a config.json too, and so does export_clip.py."""
+def _has_keys(path: Path, *keys: str) -> bool:
+    """Is it a run's? Other programs write files of these names too, and export_clip.py a config.json."""
     try:
-        return {"data_dir", "dataset_fingerprint"} <= read_json(path, "config.json").keys()
+        return set(keys) <= read_json(path, path.name).keys()
     except (UserError, AttributeError):  # none, or none of a run's form
         return False
 
 
 def _nothing_trained(output_dir: Path, found: Sequence[str]) -> bool:
     """Was what lies there killed before its first checkpoint, or only looked at by data.check?"""
-    of_a_start = {"splits.json", "data_check.json", *map(frozen_file, TOWERS)}
-    if _is_record_of_run(output_dir / "config.json"):
-        of_a_start.add("config.json")
+    of_a_start = set(map(frozen_file, TOWERS))
+    if _has_keys(output_dir / "data_check.json", "findings"):
+        of_a_start.add("data_check.json")
+    if _has_keys(output_dir / "config.json", "data_dir", "dataset_fingerprint"):
+        of_a_start |= {"config.json", "splits.json"}
         if _is_of_first_epoch(output_dir / BEST):
             of_a_start.add(BEST)  # it is written before the first latest
     return set(found) <= of_a_start
@@ -165,7 +167,7 @@ def continues(output_dir: Path, config: Config, texts: Mapping[str, Sequence[str
     """
     check_writable(output_dir)
     found = results_in(output_dir)
-    if set(found) <= {"data_check.json"} or config.overwrite:
+    if config.overwrite or (set(found) <= {"data_check.json"} and _nothing_trained(output_dir, found)):
         return False
     replace = "clear the folder by hand" if config.fold else "--overwrite"
     if "config.json" not in found:
