@@ -73,13 +73,25 @@ def test_finished_entries_of_other_images_or_sentences_are_refused(two_entries, 
         (two_entries / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
-def test_a_finished_entry_that_lost_a_file_does_not_take_the_others_along(two_entries, tmp_path):
+@pytest.mark.parametrize(
+    ("left", "error"),
+    [
+        (None, "history.json"),
+        ('{"train_loss": [1.0], "train_acc": [50.0]}', "its results are damaged (KeyError: 'val_loss')"),
+    ],
+)
+def test_a_finished_entry_that_lost_something_does_not_take_the_others_along(
+    two_entries, tmp_path, left, error
+):
     shutil.copytree(two_entries / "out", tmp_path / "out")
-    (tmp_path / "out" / "02_unnamed" / "history.json").unlink()
+    history = tmp_path / "out" / "02_unnamed" / "history.json"
+    history.unlink()
+    if left:
+        history.write_text(left)
     assert compare(two_entries / "data", tmp_path / "out", two_entries / "entries.json") == 0
     rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))
     assert [row["status"] for row in rows] == ["finished", "failed"]
-    assert "history.json" in rows[1]["error"]
+    assert error in rows[1]["error"]
 
 
 def test_stopped_before_its_first_epoch_ended_the_same_command_works(class_folder, finished, tmp_path):

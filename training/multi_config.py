@@ -254,6 +254,10 @@ def leaderboard_row(entry: Entry) -> tuple[dict[str, Any], Predictions | None]:
             row["error"] = read_json(entry.folder / FAILURE, "the entry's failure.json")["error"]
     except UserError as error:
         row |= {"status": "failed", "error": first_line(error)}
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        what = f"its results are damaged ({type(error).__name__}: {first_line(error)})"
+        mend = f"restore them, or --overwrite with --config-index {entry.number}"
+        row |= {"status": "failed", "error": f"{what}; {mend}"}
     return row, None
 
 
