@@ -89,7 +89,7 @@ def stored_sentences(path: Path, classes: Sequence[str]) -> dict[str, list[str]]
     if not isinstance(stored, dict):
         raise UserError(f"--output {path} exists and holds no JSON object of class sentences")
     try:
-        sentences, _ = class_sentences(classes, given=stored)
+        sentences, _ = class_sentences(classes, stored)
     except UserError as error:
         mend = "mend the file, or start anew with --overwrite"
         raise UserError(*(f"--output {path}: {problem}; {mend}" for problem in error.problems)) from None

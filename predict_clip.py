@@ -109,22 +109,19 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 def new_sentences(path: Path) -> dict[str, list[str]]:
     """Class -> sentences of --class-texts-file; its keys are the classes. Raises UserError."""
-    from common.files import MOST_WRITTEN_BY_HAND, read_json
     from data.scan import nfc
-    from data.texts import class_sentences
+    from data.texts import class_sentences, read_texts
 
-    stored = read_json(path, "--class-texts-file", MOST_WRITTEN_BY_HAND)
-    if not isinstance(stored, dict) or len(stored) < 2 or not all(name.strip() for name in stored):
+    texts, source = read_texts(path)
+    if len(texts) < 2 or not all(name.strip() for name in texts):
         raise UserError(
-            f"--class-texts-file {path} must hold one JSON object with at least two named classes, such as "
+            f"{source} must hold one JSON object with at least two named classes, such as "
             '{"类别1": "描述1", "类别2": "描述2"}'
         )
-    if len(stored) > MOST_NEW_CLASSES:
-        raise UserError(
-            f"--class-texts-file {path} names {len(stored)} classes; at most {MOST_NEW_CLASSES} are scored"
-        )
-    classes = list(dict.fromkeys(nfc(name) for name in stored))
-    return class_sentences(classes, texts_file=path)[0]
+    if len(texts) > MOST_NEW_CLASSES:
+        raise UserError(f"{source} names {len(texts)} classes; at most {MOST_NEW_CLASSES} are scored")
+    classes = list(dict.fromkeys(nfc(name) for name in texts))
+    return class_sentences(classes, texts, source)[0]
 
 
 def warn_of_training_images(source: Path, images: "ImageList", models: Sequence["TrainedModel"]) -> None:

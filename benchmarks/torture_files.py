@@ -39,7 +39,7 @@ from common.cli import Parser, exit_code_of
 from common.errors import RunFailed, UserError
 from data.images import read_image
 from data.pixels import UnreadableImage
-from data.texts import class_sentences
+from data.texts import class_sentences, read_texts
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
 from training.config import Config
@@ -244,8 +244,8 @@ def jsons(times: int, draw: random.Random, folder: Path) -> Iterator[Callable[[]
     texts = {"正常": "一张正常的胸片", "肺炎": ["一张肺炎的胸片", "肺炎"], "气胸": "气胸"}
     entries = [{"name": "a", "image_encoder_name": "resnet18", "epochs": 3, "use_cv": True}, {"img_size": 64}]
 
-    def read_texts(path: Path) -> None:
-        class_sentences(tuple(texts), texts_file=path)
+    def read_sentences(path: Path) -> None:
+        class_sentences(tuple(texts), *read_texts(path))
 
     def read_entries(path: Path) -> None:
         for entry in read_config_file(path):
@@ -257,7 +257,7 @@ def jsons(times: int, draw: random.Random, folder: Path) -> Iterator[Callable[[]
             )
 
     for i in range(times):
-        value, read = draw.choice(((texts, read_texts), (entries, read_entries)))
+        value, read = draw.choice(((texts, read_sentences), (entries, read_entries)))
         path = folder / f"{i}.json"
         path.write_bytes(mutated_json(value, draw))
         yield lambda path=path, read=read: read(path)

@@ -48,41 +48,36 @@ def _sentences_of(name: str, value: Any, source: str, problems: list[str]) -> li
     return [s.strip() for s in sentences]
 
 
-def read_texts(texts_file: Path) -> dict[str, Any]:
-    """What --class-texts-file holds. Raises UserError where that is no JSON object."""
+def read_texts(texts_file: Path) -> tuple[dict[str, Any], str]:
+    """What --class-texts-file holds, and its name for messages. Raises UserError where that is no JSON
+    object. It may be a pipe, which can be read only once.
+    """
     texts = read_json(texts_file, "--class-texts-file", MOST_WRITTEN_BY_HAND)
+    source = f"--class-texts-file {texts_file}"
     if not isinstance(texts, dict):
-        raise UserError(
-            f'--class-texts-file {texts_file} must hold one JSON object such as {{"类别1": "描述1"}}'
-        )
-    return texts
+        raise UserError(f'{source} must hold one JSON object such as {{"类别1": "描述1"}}')
+    return texts, source
 
 
 def class_sentences(
     classes: Sequence[str],
+    texts: Mapping[str, Any] | None = None,
+    source: str = "class texts",
     *,
-    texts_file: Path | None = None,
-    given: Mapping[str, Any] | None = None,
     template: str | None = None,
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Sentences for every class, and notes for the user.
 
-    Priority: `texts_file` > `given` (a dictionary from Python) > `template` > the class name itself.
+    Priority: `texts`, which messages call `source` > `template` > the class name itself.
     Raises UserError when a name is no class, a sentence is empty, or two classes share a sentence.
     """
     problems: list[str] = []
     notes: list[str] = []
     if template is not None:
         check_template(template)
-    texts: Mapping[str, Any] = given or {}
-    source = "class texts"
-    if texts_file is not None:
-        source = f"--class-texts-file {texts_file}"
-        texts = read_texts(texts_file)
-
     by_name: dict[str, Any] = {}
     known, unknown = frozenset(classes), []
-    for key, value in texts.items():
+    for key, value in (texts or {}).items():
         name = nfc(str(key))
         if not _is_text(name) or "\0" in name:
             problems.append(f"{source}: {name!r} is no text (half a character, or a zero byte)")
@@ -105,7 +100,7 @@ def class_sentences(
             sentences[name] = _sentences_of(name, by_name[name], source, problems)
         else:
             sentences[name] = [template.format(class_name=name) if template else name]
-            if texts or texts_file is not None:
+            if texts is not None:
                 notes.append(f"class {name!r} is not in the class texts and uses {sentences[name][0]!r}")
 
     owner: dict[str, str] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import generate_class_texts as program
-from data.texts import class_sentences
+from data.texts import class_sentences, read_texts
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("正常", "气胸", "肺炎")  # in the order of code points, as the program asks
@@ -69,7 +69,7 @@ def test_template(images, output):
 
 def test_default_template_gives_what_train_clip_takes(images, output):
     assert program.main(["--data-dir", str(images), "--output", str(output)]) == 0
-    assert class_sentences(CLASSES, texts_file=output) == ({k: [v] for k, v in DEFAULT.items()}, [])
+    assert class_sentences(CLASSES, *read_texts(output)) == ({k: [v] for k, v in DEFAULT.items()}, [])
 
 
 def test_starts_without_torch():

@@ -325,7 +325,7 @@ def test_json_blocks(path):
         entries = value if isinstance(value, list) else [value]
         for entry in entries:
             if not entry.keys() & FIELDS.keys():
-                class_sentences(tuple(entry), given=entry)  # an example of class texts
+                class_sentences(tuple(entry), entry)  # an example of class texts
                 continue
             options = {key: option for key, option in entry.items() if key != "name"}
             assert check_options(options, "") == []

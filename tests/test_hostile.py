@@ -173,7 +173,7 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
 def test_very_many_unknown_keys_are_a_few_messages(tmp_path):
     many = {f"key {i}": "x" for i in range(100_000)}
     with pytest.raises(UserError) as refused:
-        class_sentences(("正常", "肺炎"), given=many)
+        class_sentences(("正常", "肺炎"), many)
     assert len(refused.value.problems) == 11 and "99990 more keys" in refused.value.problems[-1]
     (tmp_path / "c.json").write_text(json.dumps([many]), encoding="utf-8")
     with pytest.raises(UserError) as refused:
@@ -187,7 +187,7 @@ def test_very_many_unknown_keys_are_a_few_messages(tmp_path):
 @pytest.mark.parametrize("name", ["\ud800", "a\0b"])
 def test_a_class_name_that_no_file_can_hold_is_refused(name):
     with pytest.raises(UserError, match="is no text"):
-        class_sentences(("正常", "肺炎"), given={name: "x"})
+        class_sentences(("正常", "肺炎"), {name: "x"})
 
 
 def test_postscript_called_png_runs_no_program(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Several configurations in one command: what is typed and what the file says, the leaderboard, failures."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
                "--config-file", str(tmp_path / "c.json"), *flags.split()]  # fmt: skip
     assert main([*command, "--image-encoder", "nothing"]) == 2  # a typed flag wins; refused before any starts
     capsys.readouterr()
+    os.mkfifo(tmp_path / "texts.json")
+    assert main([*command, "--class-texts-file", str(tmp_path / "texts.json")]) == 2
+    assert "is a pipe, which can be read only once" in capsys.readouterr().err
     assert main(command) == 0  # the typed --img-size 32 wins over the broken entry's 40
     assert "--img-size 32 on the command line wins over 40" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "out" / "01_坏-的")

@@ -124,10 +124,13 @@ def test_new_sentences_are_scored_without_training(folds, class_folder, tmp_path
 
     trained = load_trained(folds / "fold_1" / "checkpoint_latest.pth", torch.device("cpu"), with_text=True)
     texts = {"积液": ["胸腔积液", "大量积液"], "=好": "肺野清晰"}
-    path = tmp_path / "texts.json"
-    path.write_text(json.dumps(texts), encoding="utf-8")
+    end, other_end = os.pipe()  # as <(command) gives
+    with open(other_end, "w", encoding="utf-8") as file:
+        json.dump(texts, file)
     output = tmp_path / "zero.csv"
-    assert predict(folds / "fold_1", class_folder / "肺炎", output, "--class-texts-file", path) == 0
+    flags = ["--class-texts-file", f"/dev/fd/{end}"]
+    assert predict(folds / "fold_1", class_folder / "肺炎", output, *flags) == 0
+    os.close(end)
     assert "zero-shot" in capsys.readouterr().out
     rows = rows_of(output)
 

@@ -28,7 +28,7 @@ from data.scan import (
 )
 from data.shards import scan_and_check
 from data.splits import Split, hold_out, splits_record
-from data.texts import class_sentences
+from data.texts import class_sentences, read_texts
 from evaluation.results import Predictions
 from training.config import Config
 
@@ -116,13 +116,18 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
 def sentences_of(
     config: Config, folder: ImageFolder, class_texts: Mapping[str, Any] | None
 ) -> dict[str, list[str]]:
-    texts_file = Path(config.class_texts_file) if config.class_texts_file else None
-    sentences, notes = class_sentences(
-        folder.classes, texts_file=texts_file, given=class_texts, template=config.text_template
-    )
+    sentences, notes = sentences_and_notes(config, folder, class_texts)
     for note in notes:
         print(f"note: {note}")
     return sentences
+
+
+def sentences_and_notes(
+    config: Config, folder: ImageFolder, class_texts: Mapping[str, Any] | None = None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """See `class_sentences`; --class-texts-file goes before `class_texts`, a dictionary from Python."""
+    given = read_texts(Path(config.class_texts_file)) if config.class_texts_file else (class_texts,)
+    return class_sentences(folder.classes, *given, template=config.text_template)
 
 
 def patients_of(config: Config, folder: ImageFolder, val_folder: ImageFolder | None) -> list[str] | None:

@@ -17,9 +17,7 @@ import torch
 from common.distributed import first_here_first, is_main, n_processes, of_the_first
 from common.errors import UserError, all_of, cut, first_line
 from common.files import check_writable, read_json, saved_in, text_cell, write_csv, write_json
-from data.scan import ImageFolder
 from data.shards import may_run_a_command, scan_images
-from data.texts import class_sentences
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
 from evaluation.tables import tabular, write_latex
@@ -27,6 +25,7 @@ from training.begin import refuse_for_processes
 from training.build import refuse_unfit
 from training.config import Config, as_typed, of_preset
 from training.cross_validation import METRICS, mean_std
+from training.dataset import sentences_and_notes
 from training.failures import explain_failure
 from training.options import in_json, layered, make_config, read_config_file, refuse_missing
 from training.outputs import (
@@ -132,7 +131,11 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     after every entry, so that entries may also run as separate jobs.
     """
     output_dir = Path(config.output_dir)
-    all_of(partial(check_writable, output_dir), partial(refuse_missing, config, weights=False))
+    all_of(
+        partial(check_writable, output_dir),
+        partial(refuse_missing, config, weights=False),
+        partial(_refuse_pipe, config),
+    )
     entries = read_entries(config, typed)
     if config.config_index is not None and config.config_index > len(entries):
         raise UserError(
@@ -142,7 +145,7 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     # every folder is looked at before the first entry starts
     with first_here_first():  # the others find the shards fetched
         images = scan_images(config.data_dir, cache_dir=config.cache_dir)
-    texts = [_texts(entry, images) for entry in chosen]
+    texts = [sentences_and_notes(entry.config, images)[0] for entry in chosen]
     begun, problems = [], []
     for entry, own in zip(chosen, texts, strict=True):
         try:
@@ -176,10 +179,12 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     return 1 if failed else 0
 
 
-def _texts(entry: Entry, images: ImageFolder) -> dict[str, list[str]]:
-    texts_file, template = entry.config.class_texts_file, entry.config.text_template
-    texts_file = Path(texts_file) if texts_file else None
-    return class_sentences(images.classes, texts_file=texts_file, template=template)[0]
+def _refuse_pipe(config: Config) -> None:
+    if config.class_texts_file and Path(config.class_texts_file).is_fifo():
+        raise UserError(
+            f"--class-texts-file {config.class_texts_file} is a pipe, which can be read only once, and every "
+            "configuration reads it; save it as a file"
+        )
 
 
 def is_finished(entry: Entry) -> bool:
