@@ -6,11 +6,13 @@ Prints the findings and writes them to data_check.json. The exit code is 0 whate
 """
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,8 +35,15 @@ with imports():
     )
     from data.images import Facts, inspect_images
     from data.looks import Look, look_at, near_pairs
-    from data.scan import ImageFolder, groups_by_pattern, groups_from_file, merge_groups, nfc
-    from data.shards import scan_images
+    from data.scan import (
+        ImageFolder,
+        groups_by_pattern,
+        groups_from_file,
+        merge_groups,
+        nfc,
+        patient_pattern,
+    )
+    from data.shards import scan_and_check
     from data.shortcuts import FOLDS, Audit, audit_shortcuts
     from data.splits import Split
 
@@ -360,17 +369,26 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     add("--group-pattern", help="regular expression on the file name whose first group is the patient")
     add("--splits", type=Path, help="splits.json of a run, to look for leaks between its sides")
     add("--output", type=Path, default=Path("data_check.json"), help="file to write (default: %(default)s)")
-    found = parser.read(typed, required=("--data-dir",))
-    if found.group_pattern is not None and found.groups_file:
-        raise UserError("--group-pattern and --groups-file exclude each other: both name the patient")
-    folder = found.output.absolute().parent
-    if found.output.is_dir() or not folder.is_dir() or unwritable(folder):
-        raise UserError(f"--output {found.output} cannot be written; give a file in a folder that exists")
-    if found.output.exists() and not _is_of_check(found.output):
-        raise UserError(
-            f"--output {found.output} exists and was not written by this program; give another file"
+    return parser.read(typed, required=("--data-dir",))
+
+
+def _refuse_unfit(args: argparse.Namespace) -> None:
+    """Raises UserError naming what is wrong with the options whatever the images."""
+    problems = []
+    if args.group_pattern is not None and args.groups_file:
+        problems.append("--group-pattern and --groups-file exclude each other: both name the patient")
+    for flag, path in (("--groups-file", args.groups_file), ("--splits", args.splits)):
+        if path and not os.path.exists(path):
+            problems.append(f"{flag} {path} does not exist")
+    folder = args.output.absolute().parent
+    if args.output.is_dir() or not folder.is_dir() or unwritable(folder):
+        problems.append(f"--output {args.output} cannot be written; give a file in a folder that exists")
+    elif args.output.exists() and not _is_of_check(args.output):
+        problems.append(
+            f"--output {args.output} exists and was not written by this program; give another file"
         )
-    return found
+    if problems:
+        raise UserError(*problems)
 
 
 def _is_of_check(path: Path) -> bool:
@@ -384,7 +402,10 @@ def _is_of_check(path: Path) -> bool:
 def run(typed: Sequence[str]) -> int:
     args = read_arguments(typed)
     started = time.monotonic()
-    folder = scan_images(args.data_dir)
+    checks = [partial(_refuse_unfit, args)]
+    if args.group_pattern is not None:
+        checks.append(partial(patient_pattern, args.group_pattern))
+    (folder,) = scan_and_check({"--data-dir": args.data_dir}, *checks)
     patients = None
     if args.groups_file:
         patients = groups_from_file(folder, args.groups_file)

@@ -406,7 +406,6 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory)
         (["--data-dir", folder, "--splits", out / "both.json"], "1 image that trains and validates in"),
         (["--data-dir", folder, "--output", out / "none" / "x.json"], "cannot be written"),
         *((["--data-dir", folder, "--output", file], "was not written by this program") for file in kept),
-        (["--data-dir", folder, "--groups-file", "x.csv", "--group-pattern", "x"], "exclude each other"),
         (["--group-patern", "x"], "did you mean '--group-pattern'"),
         ([], "--data-dir is required"),
     ):
@@ -415,6 +414,12 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory)
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and not (out / "x.json").exists()
     assert {file: file.read_text() for file in kept} == kept
+    flags = ["--data-dir", "none", "--groups-file", "x.csv", "--splits", "s.json", "--group-pattern", "("]
+    assert main([*flags, "--output", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    parts = ("none is not a folder", "exclude each other", "x.csv does not", "s.json does not",
+             "cannot be written", "not a regular expression")  # fmt: skip
+    assert len(said) == 6 and all(part in line for part, line in zip(parts, said, strict=True))
 
 
 def test_the_splits_of_a_run_are_read_by_path(folder, tmp_path_factory):
