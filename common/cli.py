@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(arguments)
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         problems = problems_with_unknown(unknown, flags)
+        problems += _blank_values(arguments)
         problems += [f"{flag} is required" for flag in required if getattr(found, _dest(flag)) is None]
         for flag, (low, high) in (numbers or {}).items():
             text = getattr(found, _dest(flag))
@@ -59,6 +60,17 @@ class Parser(argparse.ArgumentParser):
 
 def _dest(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
+
+
+def _blank_values(arguments: Sequence[str]) -> list[str]:
+    """A sentence for each value that holds nothing, such as that of "$UNSET": as a path it would be "."."""
+    problems, flag = [], ""
+    for word in arguments:
+        name, sign, value = word.partition("=") if word.startswith("--") else (flag, "=", word)
+        flag = name
+        if flag and sign and not value.strip():
+            problems.append(f"{flag} must be a non-empty text, not {value!r}")
+    return problems
 
 
 def problems_with_unknown(words: Sequence[str], flags: Sequence[str]) -> list[str]:

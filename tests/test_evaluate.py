@@ -246,13 +246,13 @@ def test_bad_options_are_all_named(tmp_path, capsys):
         "--groups-file",
         "y",
     ]
-    typed += ["--gpu-id", "-5", "--num-workers", "two", "--checkpoint", "c", "--heat"]
+    typed += ["--gpu-id", "-5", "--num-workers", "two", "--checkpoint", "c", "--heat", "--cache-dir", ""]
     assert evaluate_clip.main(typed) == 2
     said = capsys.readouterr().err
     for words in (
         "unknown option --heat", "--output-dir is required", "THEIRS=OURS", "exclude each other",
         "--batch-size must be a whole number, 1 to 65536, not '0'", "--num-workers must be a whole number",
-        "--gpu-id must be a whole number",
+        "--gpu-id must be a whole number", "--cache-dir must be a non-empty text, not ''",
     ):  # fmt: skip
         assert words in said
     flags = ["--groups-file", str(tmp_path / "g.csv"), "--cache-dir", f"{__file__}/c"]

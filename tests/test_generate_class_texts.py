@@ -108,7 +108,7 @@ def test_an_unedited_file_is_replaced_and_an_edited_one_is_not(images, output):
 
 
 @pytest.mark.parametrize(
-    "template", ["没有类别", "{class}", "{class_name", "{class_name!r}", "{class_name} {x}", ""]
+    "template", ["没有类别", "{class}", "{class_name", "{class_name!r}", "{class_name} {x}"]
 )
 def test_wrong_template(images, output, template):
     refused(run(images, output, "--template", template), "--template", "{class_name}")
@@ -124,6 +124,10 @@ def test_wrong_options(images, output, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert [line.startswith("error: ") for line in errors] == [True, True]
     assert "'--overwrite'" in errors[0] and "--output is required" in errors[1]
+    assert program.main(["--data-dir", "", "--template=", "--output", " "]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    wanted = [f"error: --{name} must be a non-empty text" for name in ("data-dir", "template", "output")]
+    assert [line.split(",")[0] for line in errors] == wanted
     assert program.main(["--data-dir"]) == 2
     assert capsys.readouterr().err.startswith("error: argument --data-dir")
 
