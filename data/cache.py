@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -32,11 +32,9 @@ from tqdm import tqdm
 from common.errors import number
 from common.files import write_whole
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
+from data.members import Member, stamp_of
 from data.names import Names
 from data.scan import Files, ImageFolder
-
-if TYPE_CHECKING:
-    from data.shards import Member
 
 # What makes a square besides the file itself: another way of making it must not find the old ones.
 MADE_BY = "whole image to a square, bicubic; 6; " + ", ".join(
@@ -58,11 +56,6 @@ def default_cache_dir() -> Path:
 def cache_dir_of(given: str | Path | None) -> Path:
     """The folder for caches: what --cache-dir gives, or the default."""
     return Path(given) if given else default_cache_dir()
-
-
-def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
-    """What changes when a file does: bytes; time of the last change of the content, of anything, in ns."""
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,7 @@ def _drop_damaged(stored: _Stored | None, rows: np.ndarray) -> int:
     return int(damaged.sum())
 
 
-def _stamps(files: Sequence["Path | Member"]) -> np.ndarray:
+def _stamps(files: Sequence[Path | Member]) -> np.ndarray:
     """(N, 3) int64, `stamp_of` each; -1 where a file is not there."""
     stamps = np.full((len(files), 3), -1, np.int64)
     for stamp, file in zip(stamps, files, strict=True):

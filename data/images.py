@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,11 +15,9 @@ from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from tqdm import tqdm
 
 from data.dicom import is_dicom, read_dicom
+from data.members import Member
 from data.names import all_but
 from data.pixels import Stored, UnreadableImage, grey_if_grey, refuse_too_many_pixels, scale_to_8_bit
-
-if TYPE_CHECKING:
-    from data.shards import Member
 
 # Images decoded once and kept in memory, at most this much; larger sets are read again every epoch.
 MEMORY_FOR_IMAGES = 2 * 2**30
@@ -58,7 +56,7 @@ def _stored_bits(mode: str) -> int:
     return 16 if ";16" in mode else {"1": 1, "I": 32, "F": 32}.get(mode, 8)
 
 
-def read_image(path: "Path | Member") -> Image.Image:
+def read_image(path: Path | Member) -> Image.Image:
     """Read JPEG, PNG, BMP, TIFF, WebP or DICOM as an upright 8-bit image: L where it is grey, else RGB.
 
     16-bit and float images are scaled by their own range, DICOM by its window or table where it has one; EXIF
@@ -67,7 +65,7 @@ def read_image(path: "Path | Member") -> Image.Image:
     return _read(path)[0]
 
 
-def _read(path: "Path | Member") -> tuple[Image.Image, Stored]:
+def _read(path: Path | Member) -> tuple[Image.Image, Stored]:
     opened = path
     try:
         status = path.stat()

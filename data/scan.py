@@ -13,16 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from common.errors import UserError, number, shorten
 from common.files import csv_rows, lines_of
+from data.members import Member, Members
 from data.names import Names, all_but
-
-if TYPE_CHECKING:
-    from data.shards import Member, Members
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"))
 _PARTS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))  # of a data set
@@ -36,7 +34,7 @@ class ImageFolder:
     classes: C names in NFC, sorted by code point. paths: N POSIX paths relative to root, sorted within a
     class (Names, as `scan_folder` makes them). labels: (N,) int64 indices into classes. notes: what was
     passed over, for the user to read. members: where the images lie, if not in files of their own (see
-    data/shards.py).
+    data/members.py).
     """
 
     root: Path
@@ -44,9 +42,9 @@ class ImageFolder:
     paths: Sequence[str]
     labels: np.ndarray
     notes: tuple[str, ...]
-    members: "Members | None" = None
+    members: Members | None = None
 
-    def file(self, index: int) -> "Path | Member":
+    def file(self, index: int) -> Path | Member:
         path = self.paths[index]
         return self.root / path if self.members is None else self.members.member(index, path)
 
@@ -62,7 +60,7 @@ class ImageFolder:
         return self.take(all_but(dropped, len(self.paths)))
 
 
-class Files(Sequence["Path | Member"]):
+class Files(Sequence[Path | Member]):
     """The files of the images of `folders`, one folder after the other, each made when it is asked for."""
 
     def __init__(self, folders: Sequence[ImageFolder]):
@@ -71,7 +69,7 @@ class Files(Sequence["Path | Member"]):
     def __len__(self) -> int:
         return sum(len(folder.paths) for folder in self.folders)
 
-    def __getitem__(self, index: int | slice) -> "Path | Member | list[Path | Member]":
+    def __getitem__(self, index: int | slice) -> Path | Member | list[Path | Member]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = index + len(self) if index < 0 else index

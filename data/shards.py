@@ -10,7 +10,6 @@ webdataset's readers are not used for the members: they take one of any size int
 """
 
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -18,24 +17,23 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import tarfile
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError, all_of, first_line, shorten
 from common.files import whole_file
-from data.cache import FREE_DISK, cache_dir_of, stamp_of
+from data.cache import FREE_DISK, cache_dir_of
+from data.members import Member, Members, stamp_of
 from data.names import Names
 from data.scan import (
     ImageFolder,
@@ -56,60 +54,6 @@ MOST_HEADER = 2**20  # bytes of a long name or of pax records: tarfile takes the
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 PIECE = 2**22  # bytes fetched at a time
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-
-
-@dataclass(frozen=True)
-class Member:
-    """One image in a shard; what `data.images` asks of a Path it answers too.
-
-    path: class/key.jpg. offset, size: bytes. stamp: the shard's size and times of change.
-    """
-
-    shard: Path
-    path: str
-    offset: int
-    size: int
-    stamp: tuple[int, int, int]
-
-    def __str__(self) -> str:
-        return f"{self.shard}: {self.path}"
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self.path).name
-
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.path).suffix
-
-    def stat(self) -> SimpleNamespace:
-        _, changed, touched = self.stamp
-        return SimpleNamespace(
-            st_mode=stat.S_IFREG, st_size=self.size, st_mtime_ns=changed, st_ctime_ns=touched
-        )
-
-    def open(self, mode: str = "rb") -> io.BytesIO:
-        with open(self.shard, mode) as file:
-            if stamp_of(os.fstat(file.fileno())) != self.stamp:
-                raise OSError(f"{self.shard.name} has changed since the run began")
-            file.seek(self.offset)
-            return io.BytesIO(file.read(self.size))
-
-
-@dataclass(frozen=True)
-class Members:
-    """Where N images lie: places (N, 3) int64 of shard, offset and size. stamps: of each shard."""
-
-    shards: tuple[Path, ...]
-    stamps: tuple[tuple[int, int, int], ...]
-    places: np.ndarray
-
-    def member(self, index: int, path: str) -> Member:
-        shard, offset, size = self.places[index].tolist()
-        return Member(self.shards[shard], path, offset, size, self.stamps[shard])
-
-    def take(self, indices: np.ndarray) -> "Members":
-        return replace(self, places=self.places[indices])
 
 
 def may_run_a_command(source: str | None) -> bool:

@@ -26,6 +26,7 @@ from data.cache import cache_file, inspect_cached
 from data.check import main as check_main
 from data.images import inspect_images, read_image
 from data.inputs import list_images
+from data.members import Member
 from data.pixels import UnreadableImage
 from data.scan import fingerprint, groups_by_pattern, groups_from_file, scan_folder
 from data.shards import finder, is_shards, scan_images
@@ -352,7 +353,7 @@ def test_unreadable_members_are_named(tmp_path):
 def test_a_member_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     folder = scan_images(tar_of(tmp_path / "s.tar", ("a/1.png", picture()), ("b/1.png", picture())))
     monkeypatch.setattr(images, "MOST_BYTES", 10)
-    monkeypatch.setattr(shards.Member, "open", None)
+    monkeypatch.setattr(Member, "open", None)
     assert "more than 10" in inspect_images(folder.files(), 8).errors[0]
 
 
