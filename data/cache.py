@@ -60,7 +60,7 @@ def cache_dir_of(given: str | Path | None) -> Path:
 
 @dataclass(frozen=True)
 class _Stored:
-    """An open cache of M images.
+    """An open cache of M images, none where there is no file.
 
     array (M, S, S, 3): the squares. keys: of the files they were made from; stamps (M, 3) int64: what those
     were then. crcs (M,) uint32: of the squares. found: what reading the files found, without squares.
@@ -94,8 +94,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     rows = _fitting(stored, places, stamps)
     if n_damaged := _drop_damaged(stored, rows):
         print(f"note: {number(n_damaged, 'image', 'images')} damaged in the cache {path}, decoded anew")
-    errors = stored.found.errors if stored else {}
-    unread = np.array([i for i, row in enumerate(rows) if row in errors], np.int64)
+    unread = np.array([i for i, row in enumerate(rows) if row in stored.found.errors], np.int64)
     # whatever kept them from being read may be over
     for i, reading in zip(unread, read_all(files.take(unread), None), strict=True):
         if not reading.error:
@@ -133,27 +132,24 @@ def cache_file(cache_dir: Path, size: int, roots: Sequence[Path]) -> Path:
     return cache_dir / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}_{size}px.npy"
 
 
-def _places(stored: _Stored | None, keys: Names) -> np.ndarray:
+def _places(stored: _Stored, keys: Names) -> np.ndarray:
     """(N,) the row of each file, whatever it was then; NONE where it has none."""
-    if stored is None:
-        return np.full(len(keys), NONE)
     if stored.keys == keys:  # as nearly always; a million keys in a dictionary take 200 MB
         return np.arange(len(keys))
     row_of = {key: row for row, key in enumerate(stored.keys)}
     return np.fromiter((row_of.get(key, NONE) for key in keys), np.int64, len(keys))
 
 
-def _fitting(stored: _Stored | None, places: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+def _fitting(stored: _Stored, places: np.ndarray, stamps: np.ndarray) -> np.ndarray:
     """(N,) the row of each file that has not changed since, NONE for the others."""
     rows = places.copy()
     known = np.flatnonzero(places != NONE)
-    if len(known):
-        changed = (stored.stamps[places[known]] != stamps[known]).any(axis=1)
-        rows[known[changed]] = NONE
+    changed = (stored.stamps[places[known]] != stamps[known]).any(axis=1)
+    rows[known[changed]] = NONE
     return rows
 
 
-def _drop_damaged(stored: _Stored | None, rows: np.ndarray) -> int:
+def _drop_damaged(stored: _Stored, rows: np.ndarray) -> int:
     """Put NONE in place of rows whose squares are not what was written; how many there were."""
 
     def is_damaged(row: int) -> bool:
@@ -179,12 +175,10 @@ def _stamps(files: Sequence[Path | Member]) -> np.ndarray:
     return stamps
 
 
-def _still_there(stored: _Stored | None, folders: Sequence[ImageFolder], places: np.ndarray) -> np.ndarray:
+def _still_there(stored: _Stored, folders: Sequence[ImageFolder], places: np.ndarray) -> np.ndarray:
     """Rows that this run does not need but another may: of files that are there as they were (of shards
     none).
     """
-    if stored is None:
-        return np.zeros(0, np.int64)
     others = np.setdiff1d(np.arange(len(stored.keys)), places)
     split = [stored.keys[row].split("/", 1) for row in others]
     now = _stamps([folders[int(number)].root / path for number, path in split])
@@ -219,7 +213,7 @@ def _build(
     stamps: np.ndarray,
     rows: np.ndarray,
     others: np.ndarray,
-    stored: _Stored | None,
+    stored: _Stored,
     size: int,
 ) -> None:
     """Write the file: a row for each of `files`, black where one cannot be read, then the rows `others`."""
@@ -266,8 +260,8 @@ def _packed(keys: Names, stamps: np.ndarray, crcs: np.ndarray, found: Inspection
     return record.getbuffer()
 
 
-def _open(path: Path, size: int) -> _Stored | None:
-    """The cache in the file, or None where there is none that can be used. Raises PermissionError."""
+def _open(path: Path, size: int) -> _Stored:
+    """The cache in the file, empty where there is none that can be used. Raises PermissionError."""
     try:
         with open(path, "rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
@@ -290,11 +284,12 @@ def _open(path: Path, size: int) -> _Stored | None:
         found = Inspection(dict(words["errors"]), digests, None, [facts[i] for i in which])
         if not len(ends) == len(stamps) == len(crcs) == len(digests) == len(which) == shape[0]:
             raise ValueError("not every row has its file")
+        return _Stored(array, Names.of(text, ends), stamps, crcs, found)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        pass
     except PermissionError:
         raise
     except (OSError, ValueError, TypeError, LookupError) as error:
         print(f"note: the cache {path} is damaged ({type(error).__name__}) and is made anew")
-        return None
-    return _Stored(array, Names.of(text, ends), stamps, crcs, found)
+    none = np.zeros(0, np.int64)
+    return _Stored(none, Names(), none.reshape(0, 3), none, Inspection.of((), 0, None))
