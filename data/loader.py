@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,28 +126,39 @@ class EpochBatches(Sampler[list[int]]):
         return np.concatenate(drawn)
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
 def build_loader(dataset: ImageDataset, batches: EpochBatches, num_workers: int) -> DataLoader:
     """A loader of `dataset`'s batches; `num_workers` processes where files must be read or squares fetched
     from disk, none where they only have to be gathered in memory.
     """
     workers = 0 if dataset.in_memory else loading_processes(num_workers)
     refuse_small_shared_memory(workers, batches.batch_size, dataset.size)
+    return read_ahead(dataset, batches, workers, dataset.pin_memory, keep=True)
+
+
+def read_ahead(
+    dataset: Dataset, batches: Iterable[Sequence[Any]], workers: int, pin_memory: bool, keep: bool = False
+) -> DataLoader:
+    """What `dataset` gives for each of `batches`, prepared by `workers` processes: two each, ahead of time.
+    With `keep` they wait for the next epoch.
+    """
+    # on Linux, processes that start at once and share what is loaded; elsewhere the platform decides
+    context = multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,
-        pin_memory=dataset.pin_memory,
-        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        persistent_workers=keep and workers > 0,
         worker_init_fn=stop_after_the_parent,
-        multiprocessing_context=fork_context(workers),
+        multiprocessing_context=context,
         # its own: a new iterator would draw from the global stream, and dropout would differ after a resume
         generator=torch.Generator(),
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def loading_processes(asked: int) -> int:
@@ -169,8 +181,3 @@ def refuse_small_shared_memory(workers: int, batch_size: int, *sizes: int) -> No
             f"memory, and {SHARED_MEMORY} has {free / 1e6:.0f} MB free; lower --num-workers (0: no such "
             "processes) or --batch-size, or make it larger (in Docker: --shm-size)"
         )
-
-
-def fork_context(workers: int):
-    """On Linux, processes that start at once and share what is loaded; elsewhere the platform decides."""
-    return multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None

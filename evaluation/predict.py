@@ -20,16 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.distributed import gathered
 from common.errors import UserError, first_line
 from common.files import path_cell, text_cell, writable, write_whole
-from common.stopping import stop_after_the_parent
 from data.images import read_image, to_square
 from data.inputs import ImageList
-from data.loader import fork_context, loading_processes, refuse_small_shared_memory
+from data.loader import loading_processes, read_ahead, refuse_small_shared_memory
 from data.pixels import UnreadableImage
 from evaluation.trained import TrainedModel
 from models.clip import CLIPModel
@@ -126,10 +125,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     )
 
 
-def _same(batch: Decoded) -> Decoded:
-    return batch
-
-
 def decode(
     images: ImageList, sizes: Sequence[int], batch_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Decoded]:
@@ -139,17 +134,8 @@ def decode(
     batch_size = min(batch_size, math.ceil(len(images.names) / max(1, workers)))
     starts = range(0, len(images.names), batch_size)
     refuse_small_shared_memory(workers, batch_size, *sizes)
-    return iter(
-        DataLoader(
-            _Decoder(images.root, sizes),
-            batch_sampler=(images.names[i : i + batch_size] for i in starts),
-            collate_fn=_same,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            multiprocessing_context=fork_context(workers),
-            worker_init_fn=stop_after_the_parent,
-        )
-    )
+    batches = (images.names[i : i + batch_size] for i in starts)
+    return iter(read_ahead(_Decoder(images.root, sizes), batches, workers, pin_memory))
 
 
 class Ensemble:
