@@ -63,8 +63,8 @@ def sides_of(splits: Sequence[Split] | None, n: int) -> np.ndarray:
     return sides
 
 
-def _shared(keys: Sequence[str | None] | np.ndarray) -> dict[Any, list[int]]:
-    """Key -> indices that have it, for keys of more than one; None and "" are no key."""
+def _shared(keys: Sequence[str] | np.ndarray) -> dict[Any, list[int]]:
+    """Key -> indices that have it, for keys of more than one; an empty one is none."""
     first = first_alike(keys)
     members: dict[Any, list[int]] = defaultdict(list)
     for i in np.flatnonzero(np.bincount(first, minlength=len(first))[first] > 1).tolist():
@@ -150,11 +150,9 @@ def _identical_findings(folder: ImageFolder, digests: np.ndarray, sides: np.ndar
     return findings
 
 
-def _patient_findings(
-    folder: ImageFolder, patients: Sequence[str | None], sides: np.ndarray
-) -> list[Finding]:
+def _patient_findings(folder: ImageFolder, patients: Sequence[str], sides: np.ndarray) -> list[Finding]:
     members = _shared(patients)
-    n_patients = len({patient for patient in patients if patient})
+    n_patients = len(set(patients))
     findings = []
     leaks = _leaks(members, sides)
     if leaks:
@@ -181,13 +179,13 @@ def _patient_findings(
 
 
 def _class_findings(
-    folder: ImageFolder, digests: np.ndarray, patients: Sequence[str | None] | None
+    folder: ImageFolder, digests: np.ndarray, patients: Sequence[str] | None
 ) -> list[Finding]:
     """Sizes as the splits count them: patients where known, identical images as one, unreadable as none."""
     readable = np.flatnonzero(digests != b"")
     labels = folder.labels[readable]
-    known = None if patients is None else [patients[i] or f"\0{i}" for i in readable]
-    groups = merge_groups(digests[readable], known) if len(readable) else None
+    known = None if patients is None else [patients[i] for i in readable]
+    groups = merge_groups(digests[readable], known)
     images = np.bincount(labels, minlength=len(folder.classes))
     counts = images if groups is None else groups_per_class(labels, groups, len(folder.classes))
     unit = "different images" if patients is None else "patients"
@@ -221,7 +219,7 @@ def _class_findings(
 def quick_findings(
     folder: ImageFolder,
     inspection: Inspection,
-    patients: Sequence[str | None] | None = None,
+    patients: Sequence[str] | None = None,
     splits: Sequence[Split] | None = None,
     for_training: bool = True,
 ) -> list[Finding]:
@@ -229,7 +227,7 @@ def quick_findings(
 
     Without `for_training` nothing is said of how many images the classes have.
 
-    inspection: of `folder.files()`, in that order. patients: of each image, None where unknown. splits:
+    inspection: of `folder.files()`, in that order. patients: of each image. splits:
     indices into the folder's images; those of a separate validation folder are one Split over both.
     """
     sides = sides_of(splits, len(folder.paths))

@@ -394,12 +394,12 @@ def groups_from_file(folder: ImageFolder, csv_path: Path, beside: ImageFolder | 
     return [group_of[key] for key in keys]
 
 
-def first_alike(keys: Sequence[str | None] | np.ndarray) -> np.ndarray:
+def first_alike(keys: Sequence[str] | np.ndarray) -> np.ndarray:
     """(N,) of each key the index of the first that equals it."""
     if isinstance(keys, np.ndarray):  # many different ones would take more memory in a dictionary
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         return first[which]
-    first_of: dict[str | None, int] = {}
+    first_of: dict[str, int] = {}
     return np.fromiter((first_of.setdefault(key, i) for i, key in enumerate(keys)), np.int64, len(keys))
 
 

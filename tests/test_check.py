@@ -232,7 +232,7 @@ def test_the_quick_part_reads_no_file_again(folder):
     inspection = inspect_images(images.files(), 8)
     for file in images.files():
         file.unlink()
-    patients = [None if path.startswith("气胸") else "one" for path in images.paths]
+    patients = [path if path.startswith("气胸") else "one" for path in images.paths]
     splits = [Split(np.flatnonzero(images.labels < 2), np.flatnonzero(images.labels == 2))]
     found = quick_findings(images, inspection, patients, splits)
     order = [KINDS.index(f["kind"]) for f in found if f["level"] == "danger"]
