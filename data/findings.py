@@ -13,8 +13,7 @@ import numpy as np
 
 from common.errors import number
 from data.images import Inspection
-from data.scan import ImageFolder, first_alike, merge_groups
-from data.shortcuts import groups_per_class
+from data.scan import ImageFolder, first_alike, groups_per_class, merge_groups
 from data.splits import Split
 
 Finding = dict[str, Any]
@@ -187,7 +186,7 @@ def _class_findings(
     known = None if patients is None else [patients[i] for i in readable]
     groups = merge_groups(digests[readable], known)
     images = np.bincount(labels, minlength=len(folder.classes))
-    counts = images if groups is None else groups_per_class(labels, groups, len(folder.classes))
+    counts = groups_per_class(labels, groups, len(folder.classes))
     unit = "different images" if patients is None else "patients"
     sizes = dict(zip(folder.classes, map(int, counts), strict=True))
     findings = []

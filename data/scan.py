@@ -423,3 +423,10 @@ def merge_groups(digests: np.ndarray, patients: Sequence[str] | None) -> np.ndar
         for i in np.flatnonzero(first != np.arange(len(first))).tolist():
             parent[root_of(i)] = root_of(int(first[i]))
     return np.unique([root_of(i) for i in range(len(digests))], return_inverse=True)[1]
+
+
+def groups_per_class(labels: np.ndarray, groups: np.ndarray | None, n_classes: int) -> np.ndarray:
+    """(C,) how many different groups have images of each class; images where `groups` is None."""
+    if groups is None:
+        return np.bincount(labels, minlength=n_classes)
+    return np.array([len(np.unique(groups[labels == c])) for c in range(n_classes)])

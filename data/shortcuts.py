@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from data.scan import groups_per_class
+
 FEATURE_SETS = {
     "shape": ("width", "height", "aspect"),
     "format": ("format", "mode", "bits"),
@@ -49,22 +51,16 @@ class Audit:
         return self.balanced_accuracy > self.luck
 
 
-def groups_per_class(labels: np.ndarray, groups: np.ndarray | None, n_classes: int) -> np.ndarray:
-    """(C,) how many different groups have images of each class; images where `groups` is None."""
-    own = np.arange(len(labels)) if groups is None else groups
-    return np.array([len(np.unique(own[labels == c])) for c in range(n_classes)])
-
-
-def luck(predictions: np.ndarray, groups_per_class: np.ndarray) -> float:
+def luck(predictions: np.ndarray, n_groups: np.ndarray) -> float:
     """The balanced accuracy that predictions (N,) made without knowing the class hardly ever exceed.
 
     Such predictions name class c at the same rate p_c whatever the true class, so the recalls have mean p_c
     and their average has mean 1 / C. Each recall is a share of independent draws, one per patient at least:
-    its variance is at most p_c (1 - p_c) / groups_c. That is a binomial interval around chance.
+    its variance is at most p_c (1 - p_c) / n_groups_c. That is a binomial interval around chance.
     """
-    n_classes = len(groups_per_class)
+    n_classes = len(n_groups)
     rates = (np.bincount(predictions, minlength=n_classes) + 1) / (len(predictions) + n_classes)
-    variance = (rates * (1 - rates) / groups_per_class).sum() / n_classes**2
+    variance = (rates * (1 - rates) / n_groups).sum() / n_classes**2
     return float(1 / n_classes + LUCK_Z * np.sqrt(variance))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import UserError, shorten
 from data.names import Names
-from data.scan import ImageFolder, nfc
+from data.scan import ImageFolder, groups_per_class, nfc
 
 ATTEMPTS = 20  # a division that leaves a class in one part is tried again, so often at most
 ANEW = "or start anew in another --output-dir (or with --overwrite)"
@@ -124,7 +124,7 @@ def _spread(
     return bool((np.count_nonzero(n_groups, axis=1) != 1).all())
 
 
-def _check_groups(n_groups: Sequence[int], classes: Sequence[str], at_least: int, or_else: str = "") -> None:
+def _check_groups(n_groups: np.ndarray, classes: Sequence[str], at_least: int, or_else: str = "") -> None:
     few = [
         f"{name!r} has images of only {n} patient{'s' if n != 1 else ''}"
         for name, n in zip(classes, n_groups, strict=True)
@@ -137,10 +137,6 @@ def _check_groups(n_groups: Sequence[int], classes: Sequence[str], at_least: int
         )
 
 
-def _groups_per_class(labels: np.ndarray, groups: np.ndarray, classes: Sequence[str]) -> list[int]:
-    return [len(np.unique(groups[labels == c])) for c in range(len(classes))]
-
-
 def k_folds(
     labels: np.ndarray, groups: np.ndarray | None, n_splits: int, random_state: int, classes: Sequence[str]
 ) -> list[Split]:
@@ -150,7 +146,7 @@ def k_folds(
     class has fewer images (groups, when grouped) than folds, or no folds were found that train on it.
     """
     of_image = np.arange(len(labels)) if groups is None else groups
-    n_groups = _groups_per_class(labels, of_image, classes)
+    n_groups = groups_per_class(labels, groups, len(classes))
     fewer = f", or use --n-splits {min(n_groups)}" if min(n_groups) >= 2 else ""
     counts = np.bincount(labels, minlength=len(classes))
     small = [f"{classes[c]!r} has {n}" for c, n in enumerate(counts) if n < n_splits]
@@ -206,7 +202,7 @@ def hold_out(
         held = np.sort(np.concatenate(val))
         return Split(np.setdiff1d(np.arange(len(labels)), held), held)
 
-    _check_groups(_groups_per_class(labels, groups, classes), classes, 2)
+    _check_groups(groups_per_class(labels, groups, len(classes)), classes, 2)
     millionths = min(max(round(val_ratio * 10**6), 1), 10**6 - 1)
     held = _divide(labels, groups, [10**6 - millionths, millionths], random_state)
     split = Split(np.flatnonzero(held == 0), np.flatnonzero(held == 1))
