@@ -36,6 +36,7 @@ with imports():
     from data.images import Facts, inspect_images
     from data.looks import Look, look_at, near_pairs
     from data.scan import (
+        FORMAT_OF_SUFFIX,
         ImageFolder,
         groups_by_pattern,
         groups_from_file,
@@ -48,10 +49,6 @@ with imports():
     from data.splits import Split
 
 NEARLY_CONSTANT = 2.0  # grey levels of standard deviation; real films have more than 10
-FORMAT_OF_SUFFIX = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
-    ".webp": "WEBP", ".dcm": "DICOM", ".dicom": "DICOM",
-}  # fmt: skip
 ELSEWHERE = "and test on images from another source"
 MENDS = {
     "shape": "a model can learn the frame instead of the disease, so crop or pad all classes alike",

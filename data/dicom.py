@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from data.pixels import Stored, UnreadableImage, grey_if_grey, refuse_too_many_pixels, scale_to_8_bit
-from data.scan import has_dicom_magic
+from data.scan import FORMAT_OF_SUFFIX, has_dicom_magic
 
 if TYPE_CHECKING:
     import pydicom
 
 
 def is_dicom(suffix: str, file: Path | io.BytesIO) -> bool:
-    if suffix.lower() in (".dcm", ".dicom"):
+    if FORMAT_OF_SUFFIX.get(suffix.lower()) == "DICOM":
         return True
     if isinstance(file, io.BytesIO):
         return has_dicom_magic(file)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, number
+from common.errors import UserError
 from common.files import csv_rows, lines_of
-from data.scan import images_below
+from data.scan import images_below, passed_over
 
 LIST_SUFFIXES = (".txt", ".csv")
 
@@ -57,12 +57,8 @@ def _of_folder(folder: Path) -> ImageList:
     if not found:
         tars = "; tar files are read for training only: unpack them" if ignored[".tar"] else ""
         raise UserError(f"--input {folder} holds no images, nor do the folders below it{tars}")
-    notes = []
-    if ignored:
-        kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
-        are = number(sum(ignored.values()), "file that is no image is", "files that are no images are")
-        notes.append(f"{are} passed over ({kinds})")
-    return ImageList(folder, [name[len(real.name) + 1 :] for name in found], tuple(notes))
+    names = [name[len(real.name) + 1 :] for name in found]
+    return ImageList(folder, names, tuple(passed_over(ignored)))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,10 @@ from common.files import csv_rows, lines_of
 from data.members import Member, Members
 from data.names import Names, all_but
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom"))
+FORMAT_OF_SUFFIX = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
+    ".webp": "WEBP", ".dcm": "DICOM", ".dicom": "DICOM",
+}  # fmt: skip
 _PARTS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))  # of a data set
 _LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 
@@ -134,7 +137,7 @@ def not_an_image(name: str, is_dicom: Callable[[], bool]) -> str:
     if name.lower() == "dicomdir":  # a list of images that is DICOM by its mark; as a folder it may hold some
         return "DICOMDIR"
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in IMAGE_SUFFIXES or (not suffix.strip(".0123456789") and is_dicom()):
+    if suffix in FORMAT_OF_SUFFIX or (not suffix.strip(".0123456789") and is_dicom()):
         return ""
     return suffix or "no suffix"
 
@@ -178,6 +181,15 @@ def images_below(folder: Path, ignored: Counter[str]) -> list[str]:
                     found.append(f"{prefix}/{entry.name}")
     found.sort(key=spelling)
     return found
+
+
+def passed_over(ignored: Counter[str]) -> list[str]:
+    """A note on the files that are no images, counted by suffix; none where there are none."""
+    if not ignored:
+        return []
+    kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
+    are = number(ignored.total(), "file that is no image is", "files that are no images are")
+    return [f"{are} passed over ({kinds})"]
 
 
 def refuse_no_folder(root: Path, option: str) -> None:
@@ -250,10 +262,7 @@ def folder_of_classes(
     empty = [name for name, n in counts.items() if not n]
     if empty:
         notes.append(f"folders without images are no classes: {', '.join(empty)}")
-    if ignored:
-        kinds = ", ".join(f"{suffix} x {times}" for suffix, times in ignored.most_common(8))
-        are = number(sum(ignored.values()), "file that is no image is", "files that are no images are")
-        notes.append(f"{are} passed over ({kinds})")
+    notes += passed_over(ignored)
 
     used = [name for name, n in counts.items() if n]
     # to evaluate on, one class is enough, whatever it is called
@@ -273,7 +282,7 @@ def folder_of_classes(
         wanted = "two class folders" if at_least == 2 else "one class folder"
         raise UserError(
             f"{option} {root} needs at least {wanted} with images, found {have}{hint}; "
-            f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"images end in {', '.join(sorted(FORMAT_OF_SUFFIX))}"
         )
     labels = np.repeat(np.arange(len(used), dtype=np.int64), [counts[name] for name in used])
     return ImageFolder(root, tuple(nfc(name) for name in used), paths, labels, tuple(notes))
