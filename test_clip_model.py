@@ -122,7 +122,7 @@ def _check_clip(model) -> None:
     for _ in range(10):
         features = model.encode_image(images)
         text = model.encode_text(sentences.for_step(torch.Generator()))
-        logits = model.logit_scale.exp() * features @ text.T
+        logits = model.logits(features, text)
         loss, _ = contrastive_loss("unicl", logits, labels)
         optimizer.zero_grad()
         loss.backward()

@@ -154,8 +154,7 @@ class _Graph(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         image_features = self.model.encode_image(images)
-        logits = self.model.logit_scale.exp() * image_features @ self.class_features.T
-        return logits.softmax(dim=1), image_features
+        return self.model.logits(image_features, self.class_features).softmax(dim=1), image_features
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def coarse_maps(
         last, pooled = _last_map(backbone, model.image_tower.normalise(images.to(device)))
         with torch.enable_grad():
             image_features = F.normalize(model.image_projection(pooled), dim=-1)  # (B, D)
-            logits = model.logit_scale.exp() * image_features @ class_features.T  # (B, C)
+            logits = model.logits(image_features, class_features)  # (B, C)
             score = log_odds(logits, targets).sum()  # over images: in evaluation mode none touches another
         (gradient,) = torch.autograd.grad(score, last)
         maps, gradient = (_as_grid(backbone, values) for values in (last.detach(), gradient))

@@ -37,13 +37,13 @@ from models.clip import CLIPModel
 def class_logits(
     model: CLIPModel, class_features: torch.Tensor, images: torch.Tensor, autocast: torch.autocast
 ) -> torch.Tensor:
-    """logit_scale * cosine: (B, 3, S, S) on the model's device and (C, D) -> (B, C).
+    """`CLIPModel.logits` of images (B, 3, S, S), on the model's device, and class features (C, D): (B, C).
 
     The model is left in the mode it was given in; give it in evaluation mode.
     """
     with autocast:
         image_features = model.encode_image(images)  # (B, D)
-    return model.logit_scale.exp() * image_features @ class_features.T
+    return model.logits(image_features, class_features)
 
 
 @torch.no_grad()

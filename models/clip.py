@@ -95,6 +95,10 @@ class CLIPModel(nn.Module):
             return (image_features,)
         return image_features, self.encode_text(texts), self.logit_scale.exp()
 
+    def logits(self, image_features: torch.Tensor, class_features: torch.Tensor) -> torch.Tensor:
+        """Cosine over temperature: (B, D) and (C, D) of unit length -> (B, C)."""
+        return self.logit_scale.exp() * image_features @ class_features.T
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -186,7 +186,7 @@ def build_hugging_face(
             )  # fmt: skip
             if loading["missing_keys"]:
                 raise UserError(
-                    f"--text-encoder {name}: its weights lack {shortest(loading['missing_keys'])}"
+                    f"--text-encoder {name}: its weights lack {_first_three(loading['missing_keys'])}"
                 )
         else:
             encoder = _random_encoder(config)
@@ -208,7 +208,7 @@ def _with_todays_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return state
 
 
-def shortest(names: Sequence[str]) -> str:
+def _first_three(names: Sequence[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
