@@ -66,9 +66,10 @@ def _blank_values(arguments: Sequence[str]) -> list[str]:
     """A sentence for each value that holds nothing, such as that of "$UNSET": as a path it would be "."."""
     problems, flag = [], ""
     for word in arguments:
-        name, sign, value = word.partition("=") if word.startswith("--") else (flag, "=", word)
-        flag = name
-        if flag and sign and not value.strip():
+        given, value = "=", word
+        if word.startswith("--"):
+            flag, given, value = word.partition("=")
+        if flag and given and not value.strip():
             problems.append(f"{flag} must be a non-empty text, not {value!r}")
     return problems
 

@@ -372,7 +372,7 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
 def _refuse_unfit(args: argparse.Namespace) -> None:
     """Raises UserError naming what is wrong with the options whatever the images."""
     problems = []
-    if args.group_pattern is not None and args.groups_file:
+    if args.group_pattern and args.groups_file:
         problems.append("--group-pattern and --groups-file exclude each other: both name the patient")
     for flag, path in (("--groups-file", args.groups_file), ("--splits", args.splits)):
         if path and not os.path.exists(path):
@@ -400,13 +400,13 @@ def run(typed: Sequence[str]) -> int:
     args = read_arguments(typed)
     started = time.monotonic()
     checks = [partial(_refuse_unfit, args)]
-    if args.group_pattern is not None:
+    if args.group_pattern:
         checks.append(partial(patient_pattern, args.group_pattern))
     (folder,) = scan_and_check({"--data-dir": args.data_dir}, *checks)
     patients = None
     if args.groups_file:
         patients = groups_from_file(folder, args.groups_file)
-    elif args.group_pattern is not None:
+    elif args.group_pattern:
         patients = groups_by_pattern(folder, args.group_pattern)
     splits = read_splits(args.splits, folder) if args.splits else None
     result = check_data(folder, patients, splits)
