@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import os
 import re
 import traceback
 import unicodedata
@@ -180,9 +181,10 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
 
 
 def _refuse_pipe(config: Config) -> None:
-    if config.class_texts_file and Path(config.class_texts_file).is_fifo():
+    path = config.class_texts_file
+    if path and os.path.exists(path) and Path(path).is_fifo():
         raise UserError(
-            f"--class-texts-file {config.class_texts_file} is a pipe, which can be read only once, and every "
+            f"--class-texts-file {path} is a pipe, which can be read only once, and every "
             "configuration reads it; save it as a file"
         )
 
