@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ def match_classes(
         splits = [(nfc(theirs.strip()), nfc(ours.strip())) for theirs, ours in splits]
         return next((s for s in splits if s[0] in folder.classes and s[1] in classes), splits[0])
 
-    pairs = [sides_of(pair) for pair in renames]
+    pairs = list(dict.fromkeys(map(sides_of, renames)))
     problems = [
         f"--rename {theirs}={ours}: {wrong!r} is no {what}{did_you_mean(wrong, known)}"
         for theirs, ours in pairs
@@ -122,6 +122,10 @@ def match_classes(
         )
         if wrong not in known
     ]
+    for name, times in Counter(theirs for theirs, _ in pairs).items():
+        if times > 1:
+            several = " and ".join(repr(ours) for theirs, ours in pairs if theirs == name)
+            problems.append(f"--rename: the folder {name!r} cannot be {several} at once; give it one class")
     ours_of = {name: name for name in folder.classes} | dict(pairs)
     extra = [name for name in folder.classes if ours_of[name] not in classes]
     if extra and not skip_extra:

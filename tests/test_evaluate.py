@@ -227,8 +227,14 @@ def test_results_are_not_overwritten_without_being_told(finished, class_folder, 
 def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):
     folder = scan_folder(elsewhere)
     with pytest.raises(UserError) as refused:
-        evaluate_clip.match_classes(folder, ("正常", "气胸", "肺炎"), ["pneumona=肺炎", "骨折=肺"], False)
+        evaluate_clip.match_classes(
+            folder,
+            ("正常", "气胸", "肺炎"),
+            ["pneumona=肺炎", "骨折=肺", "正常=肺炎"] + ["正常=气胸"] * 2,
+            False,
+        )
     text = str(refused.value)
+    assert "--rename: the folder '正常' cannot be '肺炎' and '气胸' at once" in text
     assert "'pneumona' is no folder of --data-dir (did you mean 'pneumonia'" in text
     assert "'肺' is no class of the model" in text and "'pneumonia' is no class of the model" in text
 
