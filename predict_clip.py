@@ -87,6 +87,10 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         inside = arguments.input.is_dir() and heat_maps.resolve().is_relative_to(arguments.input.resolve())
         if heat_maps.exists() and not heat_maps.is_dir():
             problems.append(f"--heatmaps {heat_maps} is a file; give a folder")
+        elif heat_maps.resolve().is_relative_to(output.resolve()):
+            problems.append(
+                f"--heatmaps {heat_maps} stands where --output will be a file; give another folder"
+            )
         elif inside:
             problems.append(
                 f"--heatmaps {heat_maps} lies in --input, where the next run would take the heat maps for "

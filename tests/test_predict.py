@@ -405,6 +405,8 @@ def test_every_mistake_is_said_at_once(tmp_path, capsys):
         ({"--input": "good.csv", "--output": "good.csv"}, "is the list given as --input"),
         ({"--heatmaps": "丙.png"}, "is a file"),
         ({"--heatmaps": "pictures"}, "lies in --input"),
+        ({"--output": "m.csv", "--heatmaps": "m.csv"}, "stands where --output will be a file"),
+        ({"--output": "m.csv", "--heatmaps": "empty/../m.csv/maps"}, "stands where --output will be a file"),
         ({"--heatmaps": "full", "--input": "empty.txt"}, "is not empty"),
         ({"--class-texts-file": "nowhere.json"}, "does not exist"),
         ({"--class-texts-file": "one.json"}, "at least two"),
