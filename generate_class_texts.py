@@ -19,6 +19,7 @@ from pathlib import Path
 from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError
 from common.files import MOST_WRITTEN_BY_HAND, read_json, unwritable, write_json
+from common.stopping import exit_code
 
 with imports():
     from data.scan import ImageFolder, nfc
@@ -220,7 +221,7 @@ def interactive(arguments: argparse.Namespace, folder: ImageFolder) -> int:
         session.ask_all()
     except (EOFError, KeyboardInterrupt) as leaving:
         print()
-        code = 130 if isinstance(leaving, KeyboardInterrupt) else 0
+        code = exit_code(leaving) if isinstance(leaving, KeyboardInterrupt) else 0
     missing = [name for name in folder.classes if name not in session.answers]
     if not missing:
         report(arguments, session.answers)

@@ -4,6 +4,7 @@ import codecs
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -269,6 +270,12 @@ class Terminal:
 
 
 at_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+
+def test_a_session_that_sigterm_ends_has_its_exit_code(images, output, monkeypatch, capsys):
+    monkeypatch.setattr(program.Session, "ask", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert program.main(["--data-dir", str(images), "--output", str(output), "--interactive"]) == 143
+    assert "To continue: " in capsys.readouterr().out
 
 
 @at_a_terminal
