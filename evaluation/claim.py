@@ -158,10 +158,14 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
     else:
         share = 100 * config["val_ratio"]
         how = f"About {share:g} % of each class held out at random, seed {config['random_state']}."
-    answers[10] = (ANSWERED, "None: all images of the class folders.")
+    readable = " that can be read" if config.get("skip_unreadable") else ""
+    answers[10] = (ANSWERED, f"None: all images of the class folders{readable}.")
     answers[19] = (ANSWERED, f"{how} The lists of files are in splits.json.")
     where = "out of fold" if run.kind == CROSS_VALIDATION else "on held-out images"
     answers[32] = (ANSWERED, f"{tested}, {where}.")
+    if config.get("val_dir"):
+        words = f"{tested} of that folder; whether its data are internal or external is for the authors."
+        answers[32] = (PARTLY, words)
     return answers
 
 
@@ -264,7 +268,11 @@ def _of_results(run: RunFolder, n_mistakes: int) -> dict[int, tuple[str, str]]:
             "means over classes without those that lack a class), Wilson's for proportions where they "
             "cannot be resampled by patient.",
         ),
-        31: (PARTLY, "Heat maps of the similarity to a class's sentences against the others' (HiResCAM)."),
+        31: (
+            PARTLY,
+            "Heat maps of the similarity to a class's sentences against the others': HiResCAM, or "
+            "Grad-CAM where the image encoder is a ViT.",
+        ),
         37: (ANSWERED, f"{headline(metrics)}."),
         38: (ANSWERED, f"{by_class}{more}."),
         39: (

@@ -5,7 +5,7 @@ text is in model_card.md.jinja.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,22 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
 
     fold: its number in a cross-validation, or None. epoch_is: of `TrainedModel.facts`. val: the validation
     figures of the checkpoint's epoch. pretrained: did training start from published weights.
-    apart, by_image: how the validation images were set apart. record, split: config.json, the fold in
-    splits.json; None where they are not known. metrics: metrics.json; None also where it is of another epoch.
+    val_dir, by_patient: were the validation images a folder of their own, and did an option name patients.
+    record, split: config.json, the fold in splits.json; None where they are not known. apart: how that set
+    the validation images apart. metrics: metrics.json; None also where it is of another epoch.
     """
     folder = trained.path.resolve().parent
     number = re.fullmatch(r"fold_(\d+)", folder.name)
     in_fold = number is not None and (folder.parent / "config.json").exists()
     run, fold = (folder.parent, int(number[1])) if in_fold else (folder, None)
-    history, epoch = trained.facts["history"], trained.facts["epoch"]
+    history, epoch, config = (trained.facts[key] for key in ("history", "epoch", "config"))
     facts: dict[str, Any] = {
         "fold": fold,
         "epoch_is": trained.facts["epoch_is"],
         "val": {key: values[epoch - 1] for key, values in history.items() if key.startswith("val_")},
         "pretrained": bool(trained.facts["pretrained"]["image"]),
+        "val_dir": bool(config.get("val_dir")),
+        "by_patient": bool(config.get("group_pattern") or config.get("groups_file")),
     }
     record, splits, metrics = (
         read_optional(run / f"{name}.json") for name in ("config", "splits", "metrics")
@@ -49,14 +52,13 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
         "metrics": metrics if facts["epoch_is"] == "last" else None,
         "split": None,
         "apart": "in a way not known",
-        "by_image": False,
     }
     if splits:
         facts["split"] = splits["folds"][(fold or 1) - 1]
-        facts["by_image"] = not splits["grouped_by"] and not record["val_dir"]
-        facts["apart"] = "by image" if facts["by_image"] else "as a folder of their own"
-        if splits["grouped_by"]:
-            facts["apart"] = f"by patient ({splits['n_groups']} of them, none on both sides)"
+        ways = ["as a folder of their own"] if facts["val_dir"] else []
+        if facts["by_patient"]:
+            ways.append(f"by patient ({splits['n_groups']} of them, none on both sides)")
+        facts["apart"] = ", ".join(ways) or "by image"
     return facts
 
 
@@ -66,10 +68,8 @@ def model_card(
     """Markdown with a YAML header. about: `evaluation.export.description`; run: `run_facts`; files: names of
     the exported files; difference: of the ONNX file's answers from PyTorch's, None without one.
     """
-    counts = {"all": run["record"]["images_per_class"] if run["record"] else {}}
-    for side in ("train", "val"):
-        paths = run["split"][side] if run["split"] else []
-        counts[side] = Counter(nfc(path.split("/")[0]) for path in paths)
+    split = run["split"] or {"train": (), "val": ()}
+    train, val = (Counter(nfc(path.split("/")[0]) for path in split[side]) for side in ("train", "val"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -91,7 +91,7 @@ def model_card(
         missing=why_missing(shown)[0],
         loss=loss_words(about["training_options"]),
         evened=weight_for_rare_classes(about["training_options"]),
-        counts={side: defaultdict(lambda: "–", own) for side, own in counts.items()},
+        counts={name: (train[name] + val[name], train[name], val[name]) for name in about["classes"]},
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 

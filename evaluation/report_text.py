@@ -13,7 +13,7 @@ Text = dict[str, str]  # "en" and "zh"
 KINDS = {
     SINGLE: {"en": "One training run, one validation split", "zh": "单次训练与验证划分"},
     CROSS_VALIDATION: {"en": "Cross-validation", "zh": "交叉验证"},
-    EVALUATION: {"en": "Evaluation of finished models on other images", "zh": "已训练模型在其他图像上的评估"},
+    EVALUATION: {"en": "Evaluation of models on labelled images", "zh": "模型在标注图像上的评估"},
 }
 CARDS = (
     ("accuracy", "Accuracy", "准确率"),

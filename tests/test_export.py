@@ -249,6 +249,7 @@ def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
         assert words in card
     assert "| `use_amp` | false |" in card
     assert "separated by image" not in card and "\n\n\n" not in card
+    assert "- The validation images come from the source of the training images." in card
 
 
 def test_the_card_says_what_frequencies_the_probabilities_suppose_and_in_what_precision(
@@ -258,11 +259,14 @@ def test_the_card_says_what_frequencies_the_probabilities_suppose_and_in_what_pr
     assert "classes as frequent as in training" in card and "compute in bfloat16" not in card
     evened = read_checkpoint(run / "checkpoint_latest.pth")
     evened["config"] |= {"logit_adjustment": True, "logit_adjustment_tau": 0.5, "use_amp": True}
+    evened["config"] |= {"group_pattern": None, "val_dir": "elsewhere"}
     write_file(tmp_path / "evened.pth", evened)
     assert export(tmp_path / "evened.pth", tmp_path / "out", "--format", "onnx") == 0
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "as frequent as in training" not in card and "logit adjustment with tau 0.5" in card
     assert "compute in bfloat16" in card
+    unknown = "come from the source of the training images, or from their patients, is not known"
+    assert unknown in card and "separated by image" not in card
 
 
 def test_the_card_of_the_best_epoch_names_the_bias(run, tmp_path):
@@ -301,17 +305,25 @@ def test_a_chosen_model_is_called_one_whatever_its_file_is_called(stopped, tmp_p
     shutil.copy(stopped / "checkpoint_latest.pth", own / "checkpoint_best.pth")
     card = card_of(own / "checkpoint_best.pth", tmp_path / "last")
     metrics = json.loads((stopped / "metrics.json").read_text("utf-8"))
-    assert "The last epoch is exported: it was not chosen" in card and "epoch 2 is exported" in card
+    assert "measured on, though early stopping looked at them." in card and "epoch 2 is exported" in card
     assert f"| Accuracy (%) | {100 * metrics['accuracy']['value']:.1f} (" in card  # with its interval
 
 
 def test_an_epoch_of_an_unfinished_training_is_not_called_its_last(run, tmp_path):
     own = Path(shutil.copytree(run, tmp_path / "run"))
     begun = read_checkpoint(own / "checkpoint_latest.pth")
-    begun["config"] |= {"epochs": 9, "early_stopping_patience": 3}
+    begun["config"] |= {"epochs": 9, "early_stopping_patience": 3, "val_dir": "elsewhere"}
     begun["early_stopping"]["epochs_without"] = 2
     write_file(own / "checkpoint_latest.pth", begun)
+    splits = json.loads((own / "splits.json").read_text("utf-8"))
+    (split,) = splits["folds"]
+    split["val"] = [path for path in split["val"] if not path.startswith("肺炎")]
+    (own / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
     card = card_of(own, tmp_path / "out")
+    n = sum(path.startswith("肺炎") for path in split["train"])
+    assert f"图 | {n} | {n} | 0 |" in card  # --val-dir may lack a class
+    assert "set apart as a folder of their own, by patient (36 of them, none on both sides)." in card
+    assert "come from the source of the training images is not known" in card
     assert "Epoch 2 of a training that was not finished" in card and "last epoch" not in card
     # without an interval: metrics.json is of another end
     assert f"| Loss (nats) | {history_of(run)['val_loss'][-1]:.4f} |" in card

@@ -484,6 +484,9 @@ def test_the_checklist_has_44_items_and_answers_with_the_runs_facts(runs):
     assert answers["single"][33] == "" and "24 images" in answers["evaluation"][33]
     assert answers["evaluation"][25] == ""  # no checkpoint, so nothing is known of the training
     assert answers["single"][34] == answers["single"][44] == ""
+    folder = dataclasses.replace(folder, kind="single", config={**folder.config, "val_dir": "elsewhere"})
+    (internal,) = (item for item in claim_items(folder, None, 3) if item.number == 32)
+    assert internal.status == "partly" and "internal or external is for the authors" in internal.answer
 
 
 @pytest.mark.parametrize(("kind", "count", "words"), [
