@@ -87,13 +87,13 @@ def classification_metrics(probs: np.ndarray, labels: np.ndarray) -> dict[str, f
     Macro-F1 is over the classes that have images or were predicted.
     """
     confusion = confusion_matrix(labels, probs.argmax(1), probs.shape[1])
-    right, of_class, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    present, seen = of_class > 0, of_class + predicted > 0
+    present, predicted = confusion.any(1), confusion.any(0)
+    found = _of_confusion(confusion[None].astype(np.float64), present, predicted & ~present)
     return {
         "loss": float(nll_of_images(probs, labels).mean()),
-        "acc": float(right.sum() / len(labels)),
-        "balanced_acc": float((right[present] / of_class[present]).mean()),
-        "macro_f1": float((2 * right[seen] / (of_class + predicted)[seen]).mean()),
+        "acc": float(found["accuracy"][0]),
+        "balanced_acc": float(found["balanced_accuracy"][0]),
+        "macro_f1": float(found["macro_f1"][0]),
     }
 
 
