@@ -223,8 +223,8 @@ def evaluate(typed: Sequence[str]) -> int:
     from training.outputs import prepare_output_folder, print_files, refuse_results
 
     refuse_results(arguments.output_dir, options)
-    models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
-    ensemble = Ensemble(models, autocasts)
+    models = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
+    ensemble = Ensemble(models)
     folder, left_out = match_classes(folder, ensemble.classes, arguments.rename, arguments.skip_extra)
     options = dataclasses.replace(options, img_size=ensemble.sizes[0])
     data = read_images(options, folder, None, patients_of(options, folder, None), at_least=0)
@@ -315,9 +315,9 @@ def mean_probs(ensemble: "Ensemble", data: "DataSet", options: "Config") -> "np.
     }
     batches = EpochBatches(np.arange(len(data.files)), options.batch_size, None)
     each = []
-    for model, features, autocast in zip(ensemble.models, ensemble.features, ensemble.autocasts, strict=True):
+    for model, features in zip(ensemble.models, ensemble.features, strict=True):
         loader = build_loader(images[model.img_size], batches, options.num_workers)
-        each.append(predict_probs(model.model, features, loader, autocast, model.device)[0])
+        each.append(predict_probs(model.model, features, loader, model.autocast, model.device)[0])
     return np.mean(each, axis=0)
 
 

@@ -194,8 +194,8 @@ def predict(arguments: argparse.Namespace) -> int:
     from evaluation.trained import load_models
     from training.failures import failures_explained
 
-    models, autocasts = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp, texts)
-    ensemble = Ensemble(models, autocasts)
+    models = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp, texts)
+    ensemble = Ensemble(models)
     if len(models) > 1:
         print(f"ensemble: the mean of {len(models)} models")
     if texts is not None:

@@ -141,12 +141,11 @@ def decode(
 class Ensemble:
     """One or several models that score the same C classes; their probabilities are averaged.
 
-    autocasts: the precision of each model. classes: in the first model's order. Raises UserError when the
-    models do not have the same classes.
+    classes: in the first model's order. Raises UserError when the models do not have the same classes.
     """
 
-    def __init__(self, models: Sequence[TrainedModel], autocasts: Sequence[torch.autocast]):
-        self.models, self.autocasts = models, autocasts
+    def __init__(self, models: Sequence[TrainedModel]):
+        self.models = models
         self.classes = models[0].classes
         for other in models[1:]:
             _refuse_other_classes(models[0], other)
@@ -160,8 +159,8 @@ class Ensemble:
         """Size -> (B, 3, size, size) uint8, to (M, B, C) float64, one (B, C) per model."""
         images = {size: batch.to(self.device, non_blocking=True) for size, batch in images.items()}
         each = [
-            class_logits(m.model, features, images[m.img_size], autocast).double().softmax(dim=1)
-            for m, features, autocast in zip(self.models, self.features, self.autocasts, strict=True)
+            class_logits(m.model, features, images[m.img_size], m.autocast).double().softmax(dim=1)
+            for m, features in zip(self.models, self.features, strict=True)
         ]
         return torch.stack(each).cpu().numpy()
 

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class TrainedModel:
     model: in evaluation mode on `device`; its text tower is None unless asked for. class_features (C, D): of
     unit length, on `device`. facts: the checkpoint without its weights (config, history, epoch, best, ...),
     and "epoch_is": "chosen" as the best by its validation images, "last", or "unfinished": of a training that
-    was to go on.
+    was to go on. autocast: the precision to use it in; float32, but where `load_models` chose it.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class TrainedModel:
     class_features: torch.Tensor
     img_size: int
     facts: dict[str, Any]
+    autocast: torch.autocast = field(default_factory=partial(torch.autocast, "cpu", enabled=False))
 
     @property
     def folders(self) -> set[Path]:
@@ -41,11 +43,13 @@ class TrainedModel:
         config = self.facts["config"]
         return {Path(os.path.realpath(config[n])) for n in ("data_dir", "val_dir") if config.get(n)}
 
-    def features_of(self, texts: Mapping[str, Sequence[str]]) -> torch.Tensor:
-        """(C, D) for other sentences, class name -> sentences; needs the text tower."""
+    def features_of(self, texts: Mapping[str, Sequence[str]]) -> tuple[torch.Tensor, list[str]]:
+        """(C, D) for other sentences, class name -> sentences, and what the user should know of these; needs
+        the text tower.
+        """
         sentences = ClassSentences(self.model, texts)
         sentences.prepare(self.device, center=False)
-        return sentences.features()
+        return sentences.features(), sentences.notes
 
 
 def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -> TrainedModel:
@@ -102,16 +106,16 @@ def _which_epoch(checkpoint: Mapping[str, Any]) -> str:
 
 def load_models(
     checkpoints: Sequence[Path], gpu_id: int, use_amp: bool, texts: Mapping[str, Sequence[str]] | None = None
-) -> tuple[list[TrainedModel], list[torch.autocast]]:
-    """The models `checkpoints` stand for, and the precision of each: the one it was validated in, float32
-    unless `use_amp`. With `texts` (class -> sentences) their classes are these. What they are is printed.
+) -> list[TrainedModel]:
+    """The models `checkpoints` stand for, each in the precision it was validated in, float32 unless
+    `use_amp`. With `texts` (class -> sentences) their classes are these. What they are is printed.
     """
     found = [file for path in checkpoints for file in find_checkpoints(path)]
     files = list({file.resolve(): file for file in found}.values())
     if len(files) < len(found):
         twice = number(len(found) - len(files), "checkpoint is", "checkpoints are")
         print(f"note: {twice} given twice and counted once")
-    models, autocasts, told = [], [], set()
+    models, told = [], set()
     for file in files:
         trained = load_trained(file, choose_hardware(gpu_id, False).device, with_text=texts is not None)
         config = trained.facts["config"]
@@ -119,16 +123,15 @@ def load_models(
         if hardware.description not in told:
             print(f"device: {hardware.description}")
             told.add(hardware.description)
+        trained = dataclasses.replace(trained, autocast=hardware.autocast())
         if texts is not None:
-            sentences = [sentence for own in texts.values() for sentence in own]
-            for note in () if models else trained.model.text_tower.tokenize(sentences)[1]:
+            with trained.autocast:
+                features, notes = trained.features_of(texts)
+            for note in () if models else notes:
                 print(f"note: {note}")
-            with hardware.autocast():
-                features = trained.features_of(texts)
             trained.model.text_tower = None  # it has done its work
             trained = dataclasses.replace(trained, classes=tuple(texts), class_features=features)
         epoch = f"epoch {trained.facts['epoch']}"
         print(f"model: {file}, {config['image_encoder_name']}, {trained.img_size} px, {epoch}")
         models.append(trained)
-        autocasts.append(hardware.autocast())
-    return models, autocasts
+    return models

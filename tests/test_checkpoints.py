@@ -336,7 +336,7 @@ def test_a_frozen_tower_is_stored_once_and_comes_back_whole(frozen_run):
         assert len(stored) == sum(name.startswith("text_tower") for name in weights)
         assert all(torch.equal(weights[name], value) for name, value in stored.items())
         # the sentences encoded anew are those that training used
-        features = trained.features_of(trained.class_texts)
+        features, _ = trained.features_of(trained.class_texts)
         assert torch.allclose(features, trained.class_features, atol=1e-6)
 
 

@@ -388,10 +388,10 @@ def test_a_nonsense_sentence_changes_the_map():
         images[labels == 0],
         [q for q, label in zip(quarters, labels, strict=True) if label == 0],
     )
-    bright = heat_maps(model, images, trained.features_of(texts), [0] * len(images))
+    bright = heat_maps(model, images, trained.features_of(texts)[0], [0] * len(images))
     assert hits(bright, quarters) >= 0.75
     texts = {**texts, "胡言": ["qwx 0000 zzz, zzz: kjh"]}
-    nonsense = heat_maps(model, images, trained.features_of(texts), [2] * len(images))
+    nonsense = heat_maps(model, images, trained.features_of(texts)[0], [2] * len(images))
     assert hits(nonsense, quarters) <= 0.5 and likeness(bright, nonsense) < 0.5
 
 

@@ -355,11 +355,10 @@ def test_an_ensembles_heat_map_is_the_mean_of_its_models_maps(folds, class_folde
     from evaluation.trained import load_trained
 
     models = [load_trained(path, torch.device("cpu")) for path in find_checkpoints(folds)]
-    off = torch.autocast("cpu", enabled=False)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     targets = torch.tensor([0, 1, 2])
     expected = np.mean([heat_maps(m.model, images, m.class_features, targets) for m in models], axis=0)
-    found = Ensemble(models, [off, off]).heat_maps({32: images}, targets)
+    found = Ensemble(models).heat_maps({32: images}, targets)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
