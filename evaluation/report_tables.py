@@ -193,14 +193,15 @@ def sentences_table(run: RunFolder) -> Table:
 def epochs_table(run: RunFolder) -> tuple[Table, str]:
     """Last beside best epoch, and what to know of it."""
     if run.kind == CROSS_VALIDATION:
+        best = {fold: run.best_epoch(fold) for fold in run.histories}
+        last = dict.fromkeys(run.histories, 0)
         rows = [
-            [title, *(_mean_std(key, *_of_folds(run, key, side)) for side in ("last_epoch", "best_epoch"))]
+            [title, *(_mean_std(run, key, epochs) for epochs in (last, best))]
             for key, title in _HISTORY.items()
         ]
-        best = ", ".join(str(run.best_epoch(fold)) for fold in run.histories)
         caption = (
             f"Mean ± sample standard deviation over {len(run.histories)} folds. Best epochs by "
-            f"{run.config['early_stopping_monitor']}: {best}."
+            f"{run.config['early_stopping_monitor']}: {', '.join(map(str, best.values()))}."
         )
         return {
             "header": ["", "Last epoch 最后", "Best epoch 最佳 (optimistic 偏乐观)"],
@@ -220,17 +221,10 @@ def _of_epoch(key: str, value: float) -> str:
     return f"{value:.4f}" if "loss" in key else f"{value:.2f}"
 
 
-def _of_folds(run: RunFolder, key: str, side: str) -> tuple[float, float]:
-    """Mean and sample standard deviation, of what the summary lacks from the histories."""
-    if entry := run.summary[side].get(key):
-        return entry["mean"], entry["std_sample"]
-    epochs = {fold: run.best_epoch(fold) - 1 if side == "best_epoch" else -1 for fold in run.histories}
-    values = [run.histories[fold][key][epoch] for fold, epoch in epochs.items()]
-    return float(np.mean(values)), float(np.std(values, ddof=1))
-
-
-def _mean_std(key: str, mean: float, std: float) -> str:
-    return f"{_of_epoch(key, mean)} ± {_of_epoch(key, std)}"
+def _mean_std(run: RunFolder, key: str, epochs: Mapping[int, int]) -> str:
+    """Over the folds, each at its own epoch (from 1; 0 is the last)."""
+    values = [run.histories[fold][key][epoch - 1] for fold, epoch in epochs.items()]
+    return f"{_of_epoch(key, np.mean(values))} ± {_of_epoch(key, np.std(values, ddof=1))}"
 
 
 def confusion_table(run: RunFolder) -> Table:

@@ -4,7 +4,6 @@ from typing import Any
 
 from common.errors import number
 from evaluation.model_views import Views
-from evaluation.report_tables import plain
 from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder
 from evaluation.tables import OVERALL, value_and_interval, why_missing
 
@@ -221,18 +220,10 @@ def map_caption(run: RunFolder, views: Views) -> str:
 
 
 def findings(run: RunFolder) -> list[dict[str, Any]] | None:
-    """The data check's findings, the most dangerous first; None without a check."""
+    """The data check's findings; None without a check."""
     if run.check is None:
         return None
-    order = list(LEVELS)
-    known = [
-        {
-            "level": f["level"] if f["level"] in LEVELS else "note",
-            "message": f["message"],
-            "examples": [plain(example) for example in (f.get("examples") or [])[:_MOST_EXAMPLES]],
-        }
-        for f in run.check["findings"]
+    return [
+        {**found, "word": LEVELS[found["level"]], "examples": found["examples"][:_MOST_EXAMPLES]}
+        for found in run.check["findings"]
     ]
-    for finding in known:
-        finding["word"] = LEVELS[finding["level"]]
-    return sorted(known, key=lambda finding: order.index(finding["level"]))

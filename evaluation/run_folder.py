@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import LATEST, read_json
 from data.scan import nfc
 from data.shards import Member, finder
-from evaluation.results import Predictions, read_predictions
+from evaluation.results import Predictions, read_run_predictions
 
 SINGLE, CROSS_VALIDATION, EVALUATION = "single", "cross-validation", "evaluation"
 
@@ -20,8 +20,8 @@ SINGLE, CROSS_VALIDATION, EVALUATION = "single", "cross-validation", "evaluation
 class RunFolder:
     """kind: SINGLE, CROSS_VALIDATION or EVALUATION (of finished models on another folder).
 
-    histories: fold -> history.json, with 0 for a single run; empty for an evaluation. splits, summary, check:
-    splits.json, cv_summary.json, data_check.json, None where they are not there.
+    histories: fold -> history.json, with 0 for a single run; empty for an evaluation. splits, check:
+    splits.json, data_check.json, None where they are not there.
     """
 
     path: Path
@@ -31,7 +31,6 @@ class RunFolder:
     predictions: Predictions
     histories: Mapping[int, Mapping[str, list[float]]]
     splits: Mapping[str, Any] | None
-    summary: Mapping[str, Any] | None
     check: Mapping[str, Any] | None
 
     @property
@@ -112,22 +111,21 @@ def read_run_folder(path: Path) -> RunFolder:
     summary = read_optional(path / "cv_summary.json")
     if summary:
         folds = {fold["fold"]: path / f"fold_{fold['fold']}" for fold in summary["folds"]}
-        kind, predictions = CROSS_VALIDATION, "oof_predictions.csv"
+        kind = CROSS_VALIDATION
     elif "checkpoints" in config:
-        folds, kind, predictions = {}, EVALUATION, "predictions.csv"
+        folds, kind = {}, EVALUATION
     else:
-        folds, kind, predictions = {0: path}, SINGLE, "predictions.csv"
+        folds, kind = {0: path}, SINGLE
     return RunFolder(
         path=path,
         kind=kind,
         config=config,
         metrics=read_json(path / "metrics.json", "the run's metrics.json"),
-        predictions=read_predictions(path / predictions),
+        predictions=read_run_predictions(path),
         histories={
             fold: read_json(own / "history.json", "the run's history.json") for fold, own in folds.items()
         },
         splits=read_optional(path / "splits.json"),
-        summary=summary,
         check=read_optional(path / "data_check.json"),
     )
 
