@@ -86,8 +86,6 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     problems += [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if "=" not in pair]
     if found.cache_dir and found.no_cache:
         problems.append("--cache-dir and --no-cache exclude each other")
-    if found.group_pattern and found.groups_file:
-        problems.append("--group-pattern and --groups-file exclude each other: both name the patient")
     if problems:
         raise UserError(*problems)
     return found
@@ -168,7 +166,7 @@ def match_classes(
     return dataclasses.replace(folder.take(order), classes=tuple(classes), labels=new[order]), findings
 
 
-def check_options(options: "Config") -> None:
+def refuse_contradictions(options: "Config") -> None:
     """Raises UserError naming every pair of options that exclude each other."""
     from training.options import contradictions
 
@@ -199,7 +197,7 @@ def evaluate(typed: Sequence[str]) -> int:
     )
     (folder,) = scan_and_check(
         {"--data-dir": arguments.data_dir},
-        partial(check_options, options),
+        partial(refuse_contradictions, options),
         partial(refuse_missing, options, weights=False),
         partial(refuse_output_dir, arguments.output_dir),
         *([partial(patient_pattern, options.group_pattern)] if options.group_pattern else []),

@@ -251,8 +251,8 @@ def reliability(probs: np.ndarray, labels: np.ndarray, bins: Sequence[Mapping[st
     x, y = ([b[key] for b in bins] for key in ("mean_confidence", "accuracy"))
     ends = np.array([wilson_interval(b["accuracy"], int(b["count"])) for b in bins]).T  # (2, B)
     axes.vlines(x, *ends, color=BLUE, linewidth=1, alpha=0.6)
-    few = min(b["count"] for b in bins), max(b["count"] for b in bins)
-    size = f"{few[0]}" if few[0] == few[1] else f"{few[0]} to {few[1]}"
+    least, most = min(b["count"] for b in bins), max(b["count"] for b in bins)
+    size = f"{least}" if least == most else f"{least} to {most}"
     label = f"{'bins' if len(bins) > 1 else 'one bin'} of {size} images, 95 % interval"
     axes.plot(x, y, "o-", color=BLUE, markersize=4.5, label=label)
     axes.set(ylabel="Accuracy", ylim=(-0.02, 1.02), xlim=(0, 1.01))

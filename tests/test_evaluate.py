@@ -240,33 +240,24 @@ def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):
 
 
 def test_bad_options_are_all_named(tmp_path, capsys):
-    typed = [
-        "--data-dir",
-        "d",
-        "--rename",
-        "a",
-        "--batch-size",
-        "0",
-        "--group-pattern",
-        "x",
-        "--groups-file",
-        "y",
-    ]
+    typed = ["--data-dir", "d", "--rename", "a", "--batch-size", "0"]
     typed += ["--gpu-id", "-5", "--num-workers", "two", "--checkpoint", "c", "--heat", "--cache-dir", ""]
     assert evaluate_clip.main(typed) == 2
     said = capsys.readouterr().err
     for words in (
-        "unknown option --heat", "--output-dir is required", "THEIRS=OURS", "exclude each other",
+        "unknown option --heat", "--output-dir is required", "THEIRS=OURS",
         "--batch-size must be a whole number, 1 to 65536, not '0'", "--num-workers must be a whole number",
         "--gpu-id must be a whole number", "--cache-dir must be a non-empty text, not ''",
     ):  # fmt: skip
         assert words in said
-    flags = ["--groups-file", str(tmp_path / "g.csv"), "--cache-dir", f"{__file__}/c"]
+    flags = ["--groups-file", str(tmp_path / "g.csv"), "--group-pattern", "(P)"]
+    flags += ["--cache-dir", f"{__file__}/c"]
     assert evaluate([tmp_path / "a", tmp_path / "b"], __file__, __file__, *flags) == 2
     said = capsys.readouterr().err
     for words in (
         "a does not exist", "b does not exist", f"{__file__} is not a folder", "is a file",
-        "g.csv does not exist", f"--cache-dir {__file__}/c lies in", f"--cache-dir {__file__}/c cannot be",
+        "g.csv does not exist", "exclude each other",
+        f"--cache-dir {__file__}/c lies in", f"--cache-dir {__file__}/c cannot be",
     ):  # fmt: skip
         assert words in said
     pipe = f"pipe:touch '{tmp_path}/fetched'"
