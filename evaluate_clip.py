@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, did_you_mean, number
-from common.files import KNOWN_IMAGES, find_checkpoints, refuse_output_dir
+from common.run_files import KNOWN_IMAGES, find_checkpoints, refuse_output_dir
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError, all_of, did_you_mean
-from common.files import find_checkpoints, refuse_output_dir
+from common.run_files import find_checkpoints, refuse_output_dir
 
 FORMATS = ("onnx", "safetensors")
 EPILOG = """\

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, all_of, shorten
-from common.files import find_checkpoints, unwritable
+from common.files import unwritable
+from common.run_files import find_checkpoints
 
 if TYPE_CHECKING:
     from data.inputs import ImageList

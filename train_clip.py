@@ -12,7 +12,7 @@ from typing import Any
 
 from common.cli import as_program, not_installed, say
 from common.errors import RunFailed, UserError
-from common.files import LATEST
+from common.run_files import LATEST
 from common.stopping import exit_code
 from training.config import Config
 from training.options import make_config, options_from_flags, refuse_without_effect, resolve_auto

@@ -12,7 +12,6 @@ peak at their centres, and a small box may hold none: "best possible" is the sha
 Zhang et al. 2018, "Top-down Neural Attention by Excitation Backprop", arXiv 1608.00507.
 """
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from PIL import Image
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError
-from common.files import find_checkpoints, read_json
+from common.files import read_json
+from common.run_files import find_checkpoints, fold_number
 from data.demo import read_rows
 from data.images import inspect_images
 from data.scan import fingerprint, scan_folder
@@ -108,14 +108,14 @@ def play(cells: np.ndarray, lesion: Lesion, right: bool) -> Game:
 def held_out(checkpoint: Path, facts: dict, data_fingerprint: str, data_dir: Path) -> frozenset[str]:
     """Paths of the images that validated this model. Raises UserError when they are not of `data_dir`."""
     folder = checkpoint.parent
-    fold = re.fullmatch(r"fold_(\d+)", folder.name)
+    fold = fold_number(folder)
     record = read_json((folder.parent if fold else folder) / "splits.json", "the run's splits.json")
     if not facts["dataset_fingerprint"] == record["dataset_fingerprint"] == data_fingerprint:
         raise UserError(
             f"--checkpoint {checkpoint} was not trained on the images of --data-dir {data_dir}, so which of "
             "them it knows cannot be said; give the folder it was trained on"
         )
-    return frozenset(record["folds"][int(fold[1]) - 1 if fold else 0]["val"])
+    return frozenset(record["folds"][fold - 1 if fold else 0]["val"])
 
 
 def games_of(trained: TrainedModel, lesions: Sequence[Lesion], squares: np.ndarray) -> Iterator[Game]:

@@ -16,8 +16,6 @@ from typing import Any, BinaryIO, TextIO
 
 from common.errors import UserError, did_you_mean
 
-LATEST, PREVIOUS, BEST = "checkpoint_latest.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
-KNOWN_IMAGES = "known_images.csv"  # of an evaluation: the images that the model was made with
 # What Python makes of JSON can take twenty times as much memory.
 MOST_JSON_BYTES = 64 * 2**20
 MOST_WRITTEN_BY_HAND = 8 * 2**20
@@ -104,65 +102,6 @@ def write_json(path: Path, value: Any) -> None:
         file.write(b"\n")
 
     write_whole(path, write)
-
-
-def saved_in(run_dir: Path) -> Path | None:
-    """The checkpoint to go on from, though it may be gone and only the one before it be there; None where
-    nothing was saved.
-    """
-    return run_dir / LATEST if any((run_dir / name).exists() for name in (LATEST, PREVIOUS)) else None
-
-
-def frozen_file(tower: str) -> str:
-    """The name of the file of a tower that does not change: one for a run, or for all folds together."""
-    return f"frozen_{tower}.pth"
-
-
-def frozen_beside(checkpoint: Path, tower: str) -> Path:
-    """That file of a checkpoint: beside it, or one folder above; it need not exist."""
-    beside, above = (folder / frozen_file(tower) for folder in (checkpoint.parent, checkpoint.parent.parent))
-    return beside if beside.is_file() or not above.is_file() else above
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that `path` stands for: the file itself, a run's checkpoint_latest.pth (the last
-    epoch, whose numbers were not chosen), or one of each fold of a cross-validation, in the folds' order.
-
-    Raises UserError when there is none, or when a fold is not finished.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"--checkpoint {path} does not exist; give a run's folder or a checkpoint file")
-    folds = [(int(p.name[5:]), p) for p in path.iterdir() if re.fullmatch(r"fold_\d+", p.name)]
-    if folds:
-        unfinished = [p.name for _, p in sorted(folds) if not (p / "predictions.csv").exists()]
-        if unfinished or not (path / "cv_summary.json").exists():
-            raise UserError(
-                f"--checkpoint {path} is a cross-validation that is not finished "
-                f"({', '.join(unfinished) or 'folds are missing'}); finish it with the same command, or give "
-                "the folders of single folds"
-            )
-        return [p / LATEST for _, p in sorted(folds)]
-    if (path / LATEST).exists():
-        return [path / LATEST]
-    runs = sorted(p.name for p in path.iterdir() if (p / "config.json").exists())
-    hint = f"one of its runs: {', '.join(runs[:10])}" if runs else "the folder of a finished run"
-    raise UserError(f"--checkpoint {path} holds no {LATEST}; give {hint}")
-
-
-def refuse_output_dir(folder: Path) -> None:
-    """Raises UserError where nothing can be written, and where a run or a cross-validation has written: other
-    programs would replace its config.json, or remove its model.
-    """
-    check_writable(folder)
-    of_runs = ("checkpoint_*", "frozen_*", "history.json", "splits.json", "cv_summary.json")
-    found = [path.name for name in of_runs for part in ("", "fold_*/") for path in folder.glob(part + name)]
-    if found:
-        raise UserError(
-            f"--output-dir {folder} is the folder of a run (it holds {found[0]}), whose files are not "
-            "replaced; give a folder of its own"
-        )
 
 
 def writable(text: str) -> str:

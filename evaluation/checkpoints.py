@@ -22,7 +22,8 @@ import torch
 from common.checksum import checksum
 from common.direct_file import DirectFile
 from common.errors import UserError, why_not_loaded
-from common.files import LATEST, frozen_beside, frozen_file, whole_file
+from common.files import whole_file
+from common.run_files import LATEST, frozen_beside, frozen_file
 
 FORMAT = 3  # 3 added the checksum and put frozen towers into files of their own
 DAMAGED = "checkpoint_latest.pth.damaged"  # what a run found as its latest and could not read

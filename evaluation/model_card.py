@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from common.files import printable
+from common.run_files import fold_number
 from data.scan import nfc
 from evaluation.report_tables import plain
 from evaluation.run_folder import loss_words, read_optional, weight_for_rare_classes
@@ -30,9 +31,9 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
     the validation images apart. metrics: metrics.json; None also where it is of another epoch.
     """
     folder = trained.path.resolve().parent
-    number = re.fullmatch(r"fold_(\d+)", folder.name)
+    number = fold_number(folder)
     in_fold = number is not None and (folder.parent / "config.json").exists()
-    run, fold = (folder.parent, int(number[1])) if in_fold else (folder, None)
+    run, fold = (folder.parent, number) if in_fold else (folder, None)
     history, epoch, config = (trained.facts[key] for key in ("history", "epoch", "config"))
     facts: dict[str, Any] = {
         "fold": fold,

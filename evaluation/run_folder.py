@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import LATEST, read_json
+from common.files import read_json
+from common.run_files import LATEST, fold_dir
 from data.scan import nfc
 from data.shards import Member, finder
 from evaluation.results import Predictions, read_run_predictions
@@ -69,7 +70,7 @@ class RunFolder:
             return {0: Path(self.config["checkpoints"][0])}
         if self.kind == SINGLE:
             return {0: self.path / LATEST}
-        return {fold: self.path / f"fold_{fold}" / LATEST for fold in self.histories}
+        return {fold: fold_dir(self.path, fold) / LATEST for fold in self.histories}
 
     def best_epoch(self, fold: int) -> int:
         """The epoch (from 1) that is best by what the run monitored: the first of equals."""
@@ -110,7 +111,7 @@ def read_run_folder(path: Path) -> RunFolder:
     config = read_json(path / "config.json", "the run's config.json")
     summary = read_optional(path / "cv_summary.json")
     if summary:
-        folds = {fold["fold"]: path / f"fold_{fold['fold']}" for fold in summary["folds"]}
+        folds = {fold["fold"]: fold_dir(path, fold["fold"]) for fold in summary["folds"]}
         kind = CROSS_VALIDATION
     elif "checkpoints" in config:
         folds, kind = {}, EVALUATION

@@ -12,7 +12,7 @@ import torch
 
 from common.device import choose_hardware
 from common.errors import UserError, first_line, number
-from common.files import BEST, LATEST, PREVIOUS, find_checkpoints
+from common.run_files import BEST, LATEST, PREVIOUS, find_checkpoints
 from evaluation.checkpoints import NOT_FOR_USE, read_checkpoint, used_up
 from models.clip import ClassSentences, CLIPModel, build_clip
 

@@ -15,7 +15,7 @@ import torch
 
 from common.checksum import checksum
 from common.errors import UserError, first_line, why_not_loaded
-from common.files import frozen_beside
+from common.run_files import frozen_beside
 
 MIRROR = "https://hf-mirror.com"
 CONNECT_SECONDS = 3  # per endpoint, so that without a network the run stops well within 10 seconds

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 
 import evaluate_clip
 from common.errors import UserError
-from common.files import find_checkpoints
+from common.run_files import find_checkpoints
 from data.scan import ImageFolder, scan_folder
 from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items

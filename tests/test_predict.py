@@ -349,7 +349,7 @@ def test_names_of_heat_maps_are_unique_short_and_safe():
 
 
 def test_an_ensembles_heat_map_is_the_mean_of_its_models_maps(folds, class_folder):
-    from common.files import find_checkpoints
+    from common.run_files import find_checkpoints
     from evaluation.heatmaps import heat_maps
     from evaluation.predict import Ensemble
     from evaluation.trained import load_trained

@@ -16,7 +16,7 @@ from quick import train
 
 import export_clip
 import training.fit as fit_module
-from common.files import find_checkpoints
+from common.run_files import find_checkpoints
 from common.stopping import (
     Requests,
     Stoppable,

@@ -14,7 +14,8 @@ import torch
 
 from common.distributed import begun, is_main, of_the_first, wait_for_all
 from common.errors import RunFailed, UserError
-from common.files import MOST_OF_SPLITS, PREVIOUS, check_writable, read_json, saved_in, write_json
+from common.files import MOST_OF_SPLITS, check_writable, read_json, write_json
+from common.run_files import PREDICTIONS, PREVIOUS, fold_dir, saved_in
 from data.findings import print_findings
 from data.scan import nfc
 from data.splits import Split, k_folds, missing_in_validation, splits_from_record
@@ -39,7 +40,6 @@ from training.resume import check_same_classes, check_same_data, read_to_resume
 from training.state import keep_frozen_towers
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
-PREDICTIONS = "predictions.csv"  # written last in a fold's folder: where it is, the fold is finished
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,19 @@ def begin_folds(config: Config, ready: Ready, going_on: bool) -> Folds:
 def train_fold(config: Config, ready: Ready, folds: Folds, number: int) -> None:
     """Unless it is finished already; from its last checkpoint where it has one."""
     output_dir, data, split = Path(config.output_dir), ready.data, folds.splits[number - 1]
-    fold_dir = output_dir / f"fold_{number}"
+    folder = fold_dir(output_dir, number)
     with contextlib.ExitStack() as until_done:
         with locked(output_dir, wait=True):  # in which another run may replace what no fold's lock keeps
-            until_done.enter_context(locked(fold_dir))
+            until_done.enter_context(locked(folder))
             if is_main():
                 refuse_replaced(output_dir, folds.begun_as)
         # which may have had to write the fold before, or to wait for the lock
-        if of_the_first((fold_dir / PREDICTIONS).exists()):
+        if of_the_first((folder / PREDICTIONS).exists()):
             print(f"fold {number} of {len(folds.splits)} is finished already")
             return
         print(f"\nfold {number} of {len(folds.splits)}")
         refuse_few_images(config, split)
-        checkpoint, file = None, saved_in(fold_dir)
+        checkpoint, file = None, saved_in(folder)
         if file:
             checkpoint, file = read_to_resume(file, "the fold's")
             texts = ready.sentences.texts
@@ -131,20 +131,20 @@ def train_fold(config: Config, ready: Ready, folds: Folds, number: int) -> None:
             check_same_data(checkpoint, data, split)
         ready.model.load_state_dict(folds.initial)
         result = train_on_split(
-            config, ready, split, fold_dir, checkpoint, {},
+            config, ready, split, folder, checkpoint, {},
             resumed_from=file, frozen=folds.frozen, seed=config.random_state + number,
         )  # fmt: skip
         if not is_main():
             return
-        write_json(fold_dir / "result.json", fold_result(number, split, result))
+        write_json(folder / "result.json", fold_result(number, split, result))
         of_fold = np.full(len(split.val), number)
-        (fold_dir / PREVIOUS).unlink(missing_ok=True)  # it has done its work
-        data.predictions(split.val, result.probs, of_fold).write(fold_dir / PREDICTIONS)
+        (folder / PREVIOUS).unlink(missing_ok=True)  # it has done its work
+        data.predictions(split.val, result.probs, of_fold).write(folder / PREDICTIONS)
 
 
 def sum_up(output_dir: Path, n_splits: int, data: DataSet) -> None:
     """Write and print the results of all folds; while folds are missing, name these."""
-    missing = [k for k in range(1, n_splits + 1) if not (output_dir / f"fold_{k}" / PREDICTIONS).exists()]
+    missing = [k for k in range(1, n_splits + 1) if not (fold_dir(output_dir, k) / PREDICTIONS).exists()]
     if missing:
         print(f"folds not finished, before the summary: {', '.join(map(str, missing))}")
         return
@@ -212,9 +212,9 @@ def summarise(output_dir: Path, n_splits: int, data: DataSet) -> tuple[dict[str,
 
     Returns the content of the first and the last.
     """
-    fold_dirs = [output_dir / f"fold_{number}" for number in range(1, n_splits + 1)]
-    folds = [read_json(fold_dir / "result.json", "the fold's result") for fold_dir in fold_dirs]
-    parts = [read_predictions(fold_dir / PREDICTIONS) for fold_dir in fold_dirs]
+    folders = [fold_dir(output_dir, number) for number in range(1, n_splits + 1)]
+    folds = [read_json(folder / "result.json", "the fold's result") for folder in folders]
+    parts = [read_predictions(folder / PREDICTIONS) for folder in folders]
     position = {nfc(path): i for i, path in enumerate(data.folder.paths)}
     indices = np.array([position[nfc(path)] for part in parts for path in part.paths])
     order = indices.argsort()

@@ -17,7 +17,8 @@ import torch
 
 from common.distributed import first_here_first, is_main, n_processes, of_the_first
 from common.errors import UserError, all_of, cut, first_line
-from common.files import check_writable, read_json, saved_in, text_cell, write_csv, write_json
+from common.files import check_writable, read_json, text_cell, write_csv, write_json
+from common.run_files import fold_dir, saved_in
 from data.shards import may_run_a_command, scan_images
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
@@ -271,7 +272,7 @@ def leaderboard_row(entry: Entry) -> tuple[dict[str, Any], Predictions | None]:
 def _results(entry: Entry) -> dict[str, Any]:
     """Last-epoch results as mean and sample std over folds (null for a single run), and what they cost."""
     folders = (
-        [entry.folder / f"fold_{k}" for k in range(1, entry.config.n_splits + 1)]
+        [fold_dir(entry.folder, k) for k in range(1, entry.config.n_splits + 1)]
         if entry.config.use_cv
         else [entry.folder]
     )

@@ -16,7 +16,8 @@ from typing import Any
 
 from common.cli import Parser, problems_with_unknown
 from common.errors import UserError, did_you_mean
-from common.files import MOST_WRITTEN_BY_HAND, problems_of_cache_dir, read_json, saved_in
+from common.files import MOST_WRITTEN_BY_HAND, problems_of_cache_dir, read_json
+from common.run_files import saved_in
 from training.config import FIELDS, Config, flag_of, named, of_preset
 
 MOST_UNKNOWN = 20

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -17,16 +16,8 @@ from typing import Any, TextIO
 from common.device import Hardware
 from common.distributed import is_main
 from common.errors import UserError
-from common.files import (
-    BEST,
-    KNOWN_IMAGES,
-    LATEST,
-    MOST_OF_SPLITS,
-    PREVIOUS,
-    check_writable,
-    frozen_file,
-    read_json,
-)
+from common.files import MOST_OF_SPLITS, check_writable, read_json
+from common.run_files import BEST, KNOWN_IMAGES, LATEST, PREVIOUS, fold_dir, fold_number, frozen_file
 from data.scan import ImageFolder, nfc
 from evaluation.checkpoints import DAMAGED, TOWERS, read_checkpoint
 from models.clip import CLIPModel
@@ -79,9 +70,10 @@ def results_in(output_dir: Path) -> list[str]:
 
 
 def _folds_with(names: Sequence[str], output_dir: Path) -> list[Path]:
-    """The folders of folds that hold one of the files `names`, sorted."""
-    folds = [folder for folder in output_dir.iterdir() if re.fullmatch(r"fold_\d+", folder.name)]
-    return sorted(folder for folder in folds if any((folder / name).exists() for name in names))
+    """The folders of folds that hold one of the files `names`, by their numbers."""
+    folds = [folder for folder in output_dir.iterdir() if fold_number(folder) is not None]
+    folds = [folder for folder in folds if any((folder / name).exists() for name in names)]
+    return sorted(folds, key=fold_number)
 
 
 def resumes_in(output_dir: Path, config: Config) -> bool:
@@ -146,7 +138,7 @@ def refuse_full_disk(output_dir: Path, model: CLIPModel, config: Config) -> None
     # the last of the folds, at its peak: the latest, the one before, the next, and the next best
     needed = once + n_runs * left_behind + 2 * whole + of_use * config.save_best
     folds = range(1, config.n_splits + 1) if config.fold is None else [config.fold]
-    folders = [output_dir / f"fold_{number}" for number in folds] if config.use_cv else [output_dir]
+    folders = [fold_dir(output_dir, number) for number in folds] if config.use_cv else [output_dir]
     replaced = [folder / name for folder in folders for name in CHECKPOINTS]
     replaced += [output_dir / frozen_file(tower) for tower in frozen]
     stats = [path.stat() for path in replaced if path.exists()]

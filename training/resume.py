@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from common.files import BEST, LATEST, PREVIOUS, saved_in, whole_file
+from common.files import whole_file
+from common.run_files import BEST, LATEST, PREVIOUS, saved_in
 from data.shards import may_run_a_command
 from data.splits import Split
 from evaluation.checkpoints import DAMAGED, NOT_FOR_USE, read_checkpoint, used_up

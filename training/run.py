@@ -8,7 +8,8 @@ from typing import Any
 
 from common.distributed import is_main, n_processes, wait_for_all
 from common.errors import UserError
-from common.files import PREVIOUS, check_writable
+from common.files import check_writable
+from common.run_files import PREVIOUS
 from data.findings import print_findings
 from evaluation.results import headline, write_results
 from training.begin import build_and_read, look

@@ -28,7 +28,8 @@ import torch.distributed as dist
 
 from common.distributed import n_processes
 from common.errors import UserError, first_line
-from common.files import BEST, LATEST, PREVIOUS, whole_file, write_json
+from common.files import whole_file, write_json
+from common.run_files import BEST, LATEST, PREVIOUS
 from evaluation.checkpoints import (
     FORMAT,
     NOT_FOR_USE,
