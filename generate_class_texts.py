@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError
-from common.files import MOST_WRITTEN_BY_HAND, read_json, unwritable, write_json
+from common.files import MOST_WRITTEN_BY_HAND, read_json, why_unwritable, write_json
 from common.stopping import exit_code
 
 with imports():
@@ -67,9 +67,8 @@ def check_output(output: Path, interactive: bool) -> None:
     """Raises UserError when the file cannot be written, or when there is nobody to ask."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; give a file such as {output / 'class_texts.json'}")
-    blocking = unwritable(output.absolute().parent)
-    if blocking:
-        raise UserError(f"--output {output} cannot be written: {blocking} is no folder that may be written")
+    if problem := why_unwritable(f"--output {output}", output.absolute().parent):
+        raise UserError(problem)
     if interactive and sys.stdin is None:
         raise UserError("--interactive needs a terminal or piped input, and standard input is closed")
 

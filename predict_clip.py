@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import NUMBERS, Parser, exit_code_of
 from common.errors import UserError, all_of, shorten
-from common.files import unwritable
+from common.files import why_unwritable
 from common.run_files import find_checkpoints
 
 if TYPE_CHECKING:
@@ -102,12 +102,8 @@ def check_outputs(arguments: argparse.Namespace) -> None:
                 f"--heatmaps {heat_maps} is not empty; give another folder, or --overwrite to write into it"
             )
     for flag, path in (("--output", output), ("--heatmaps", heat_maps)):
-        if path is not None:
-            blocking = unwritable(path.absolute().parent)
-            if blocking:
-                problems.append(
-                    f"{flag} {path} cannot be written: {blocking} is no folder that may be written"
-                )
+        if path is not None and (problem := why_unwritable(f"{flag} {path}", path.absolute().parent)):
+            problems.append(problem)
     if problems:
         raise UserError(*problems)
 

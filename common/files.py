@@ -68,28 +68,30 @@ def unwritable(folder: Path) -> Path | None:
     return nearest
 
 
+def why_unwritable(named: str, folder: Path) -> str | None:
+    """The sentence that refuses `named`, an option with its value, where nothing can be written into
+    `folder`, which need not exist yet; None where something can.
+    """
+    blocking = unwritable(folder)
+    return f"{named} cannot be written: {blocking} is no folder that may be written" if blocking else None
+
+
 def check_writable(output_dir: Path) -> None:
     """Raises UserError when the folder is a file or cannot be written to."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir} is a file; give a folder")
-    blocking = unwritable(output_dir)
-    if blocking:
-        raise UserError(
-            f"--output-dir {output_dir} cannot be written: {blocking} is no folder that may be written"
-        )
+    if problem := why_unwritable(f"--output-dir {output_dir}", output_dir):
+        raise UserError(problem)
 
 
 def problems_of_cache_dir(given: str | Path | None) -> list[str]:
     """What keeps the folder that --cache-dir names from being used. One filled before may be on a read-only
     disk; where none is given, a run does without when it must.
     """
-    blocking = unwritable(Path(given)) if given else None
-    if blocking is None or any(glob.glob(kept, root_dir=given) for kept in ("*.npy", "shards/*")):
+    problem = why_unwritable(f"--cache-dir {given}", Path(given)) if given else None
+    if problem is None or any(glob.glob(kept, root_dir=given) for kept in ("*.npy", "shards/*")):
         return []
-    return [
-        f"--cache-dir {given} cannot be written: {blocking} is no folder that may be written; give another "
-        "one, or --no-cache instead"
-    ]
+    return [f"{problem}; give another one, or --no-cache instead"]
 
 
 def write_json(path: Path, value: Any) -> None:

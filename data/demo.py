@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError
-from common.files import read_json, unwritable, write_json
+from common.files import read_json, why_unwritable, write_json
 
 with imports():
     import numpy as np
@@ -365,8 +365,8 @@ def make_demo(output: Path, patients: int = 120, size: int = 256, seed: int = 42
             return output
         problem = "exists and is not a complete demo set with these parameters"
         raise UserError(f"--output {output} {problem}; remove it or choose another folder")
-    if blocking := unwritable(output.parent):
-        raise UserError(f"--output {output} cannot be made: {blocking} is no folder that may be written")
+    if problem := why_unwritable(f"--output {output}", output.parent):
+        raise UserError(problem)
     output.parent.mkdir(parents=True, exist_ok=True)
     # Drawn beside its place and renamed at the end: a killed run leaves no half set under the real name.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent) as beside:
