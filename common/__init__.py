@@ -1,4 +1,1 @@
-"""The leaf every package may import: errors, whole-file writing, the torchvision workaround.
-
-Imports none of them.
-"""
+"""What every package may import; it imports none of them."""
