@@ -218,7 +218,7 @@ def evaluate(typed: Sequence[str]) -> int:
     from evaluation.trained import load_models
     from training.dataset import findings_of, patients_of, read_images
     from training.failures import failures_explained
-    from training.outputs import prepare_output_folder, print_files, refuse_results
+    from training.outputs import locked, prepare_output_folder, print_files, refuse_results
 
     refuse_results(arguments.output_dir, options)
     models = load_models(arguments.checkpoint, arguments.gpu_id, not arguments.no_amp)
@@ -235,17 +235,19 @@ def evaluate(typed: Sequence[str]) -> int:
     predictions = data.predictions(np.arange(len(data.files)), probs)
 
     output_dir = arguments.output_dir
-    prepare_output_folder(output_dir, arguments.overwrite)
-    n_known = len(known) if known or not silent else None
-    write_json(output_dir / "config.json", record_of(arguments, data, models, n_known))
-    write_json(output_dir / "data_check.json", {"findings": findings})
-    if known:
-        write_csv(output_dir / KNOWN_IMAGES, ["path"], [[path_cell(path)] for path in known])
-    metrics = write_results(output_dir, predictions, "predictions.csv")
-    share = 100 * np.bincount(predictions.labels).max() / len(predictions.labels)
-    n = number(len(predictions.paths), "image", "images")
-    print(f"{n}, {share:.1f} % of the most frequent class: {headline(metrics)}")
-    write_report(output_dir)
+    with locked(output_dir, wait=True):
+        refuse_results(output_dir, options)  # of an evaluation that ended while this one computed
+        prepare_output_folder(output_dir, arguments.overwrite)
+        n_known = len(known) if known or not silent else None
+        write_json(output_dir / "config.json", record_of(arguments, data, models, n_known))
+        write_json(output_dir / "data_check.json", {"findings": findings})
+        if known:
+            write_csv(output_dir / KNOWN_IMAGES, ["path"], [[path_cell(path)] for path in known])
+        metrics = write_results(output_dir, predictions, "predictions.csv")
+        share = 100 * np.bincount(predictions.labels).max() / len(predictions.labels)
+        n = number(len(predictions.paths), "image", "images")
+        print(f"{n}, {share:.1f} % of the most frequent class: {headline(metrics)}")
+        write_report(output_dir)
     print_files(output_dir)
     return 0
 

@@ -224,6 +224,22 @@ def test_results_are_not_overwritten_without_being_told(finished, class_folder, 
     assert "lies in --data-dir" in capsys.readouterr().err
 
 
+def test_results_of_another_evaluation_that_came_meanwhile_stay(
+    finished, class_folder, tmp_path, capsys, monkeypatch
+):
+    mean_probs = evaluate_clip.mean_probs
+
+    def beside_another(*given):
+        (tmp_path / "metrics.json").write_text("another's")
+        return mean_probs(*given)
+
+    monkeypatch.setattr(evaluate_clip, "mean_probs", beside_another)
+    assert evaluate([finished], class_folder, tmp_path) == 2
+    assert "holds a run's results (metrics.json)" in capsys.readouterr().err
+    assert (tmp_path / "metrics.json").read_text() == "another's"
+    assert not (tmp_path / "predictions.csv").exists()
+
+
 def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):
     folder = scan_folder(elsewhere)
     with pytest.raises(UserError) as refused:
