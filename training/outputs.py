@@ -237,7 +237,7 @@ def _lock(file: TextIO, folder: Path, wait: bool) -> None:
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Make `folder` and keep it for this process; what killed writers left there and in its figures/ is
-    removed, so all that is written there is written within such a block.
+    removed, so all that is written there, but a remade report, is written within such a block.
 
     The lock is the system's, which lets go of it however the process ends (Linux, macOS; elsewhere there is
     none). Raises InUse when another process keeps the folder. With `wait` this one waits instead: that is
