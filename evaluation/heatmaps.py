@@ -44,14 +44,14 @@ def coarse_maps(
 
     images (B, 3, S, S) uint8 or 0..255 float; class_features (C, D) of unit length; targets (B,) indices of
     classes. Gradient times activation, summed over channels. In a backbone with stages this is done cell by
-    cell (HiResCAM) and smoothed, in the map that enters the last stage: cells of the map that
-    the head pools, twice as coarse, may each have seen the whole image, and their peaks fell on lesions less
-    often, in some encoders as seldom as by chance (benchmarks/RESULTS.md). Patch tokens have no stages: there
-    the gradient's mean over them weights each channel (Grad-CAM), in the final tokens of a ViT that averages
-    them. A ViT that reads only its class token has no use for those; there it is the tokens that enter the
-    last attention. Class and register tokens are left out. A ViT may have mixed what it saw into tokens of
-    the background by then, small ones trained from scratch often do, and the map says where it is, not where
-    it came from.
+    cell (HiResCAM) and smoothed, in the map that enters the last stage (of the dual pyramid the local one,
+    not F_3): cells of the map that the head pools, twice as coarse, may each have seen the whole image, and
+    their peaks fell on lesions less often, in some encoders as seldom as by chance (benchmarks/RESULTS.md).
+    Patch tokens have no stages: there the gradient's mean over them weights each channel (Grad-CAM), in the
+    final tokens of a ViT that averages them. A ViT that reads only its class token has no use for those;
+    there it is the tokens that enter the last attention. Class and register tokens are left out. A ViT may
+    have mixed what it saw into tokens of the background by then, small ones trained from scratch often do,
+    and the map says where it is, not where it came from.
 
     It costs one forward pass and a backward pass from the score to the map, in float32. The model stays as it
     was: mode, weights, gradients. Raises UserError for backbones that have no such map.
