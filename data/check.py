@@ -294,7 +294,7 @@ def check_data(
         found += _near_findings(folder, inspection.digests, looks, patients, sides)
         found += _mixed_findings(folder, facts)
         features = _features(facts, looks)
-        groups = merge_groups(inspection.digests, patients)
+        groups = merge_groups(inspection.digests, patients, folder.paths)
         audits, left_out = audit_shortcuts(features, folder.labels, groups, folder.classes)
         found += _shortcut_findings(audits, features, folder, patients is not None)
         if left_out:

@@ -90,7 +90,7 @@ def _file_findings(paths: Sequence[str], inspection: Inspection) -> list[Finding
             "training stops at them or leaves them out"
         )
         unreadable = [f"{paths[i]}: {why}" for i, why in inspection.errors.items()]
-        findings.append(finding("warning", "unreadable", message, unreadable))
+        findings.append(finding("warning", "unreadable", message, unreadable, most=None))
     facts = inspection.facts
     constant = [i for i, f in enumerate(facts) if f and f.constant]
     if constant:
@@ -184,7 +184,7 @@ def _class_findings(
     readable = np.flatnonzero(digests != b"")
     labels = folder.labels[readable]
     known = None if patients is None else [patients[i] for i in readable]
-    groups = merge_groups(digests[readable], known)
+    groups = merge_groups(digests[readable], known, (folder.paths[i] for i in readable))
     images = np.bincount(labels, minlength=len(folder.classes))
     counts = groups_per_class(labels, groups, len(folder.classes))
     unit = "different images" if patients is None else "patients"

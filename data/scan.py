@@ -8,7 +8,7 @@ import re
 import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -263,6 +263,15 @@ def folder_of_classes(
     if empty:
         notes.append(f"folders without images are no classes: {', '.join(empty)}")
     notes += passed_over(ignored)
+    alike = first_of_name(paths)
+    again = np.flatnonzero(alike != np.arange(len(alike)))
+    if len(again):
+        have = number(len(again), "image has", "images have")
+        notes.append(
+            f"{have} the name of another in the folder but for the format ({paths[alike[again[0]]]} and "
+            f"{paths[again[0]]}): kept on one side of a split, but counted twice; remove one if both show "
+            "the same"
+        )
 
     used = [name for name, n in counts.items() if n]
     # to evaluate on, one class is enough, whatever it is called
@@ -412,13 +421,30 @@ def first_alike(keys: Sequence[str] | np.ndarray) -> np.ndarray:
     return np.fromiter((first_of.setdefault(key, i) for i, key in enumerate(keys)), np.int64, len(keys))
 
 
-def merge_groups(digests: np.ndarray, patients: Sequence[str] | None) -> np.ndarray | None:
-    """(N,) group index per image: images of one patient, or with identical pixels, share a group.
+def first_of_name(paths: Iterable[str]) -> np.ndarray:
+    """(N,) of each image the index of the first in its folder whose name differs in the format alone, such as
+    Y92.jpg beside Y92.png.
+    """
+
+    def name(path: str) -> str:
+        stem, _, suffix = path.rpartition(".")
+        return stem if f".{suffix.lower()}" in FORMAT_OF_SUFFIX else path
+
+    return first_alike(np.array([hash(name(path)) for path in paths], np.int64))  # less memory than names
+
+
+def merge_groups(
+    digests: np.ndarray, patients: Sequence[str] | None, paths: Iterable[str]
+) -> np.ndarray | None:
+    """(N,) group index per image: images of one patient, with identical pixels, or of one name in two formats
+    share a group.
 
     digests (N,): a hash of each image's pixels. Returns None when nothing is known that ties images together.
     """
-    same_pixels = first_alike(digests)
-    if patients is None and (same_pixels == np.arange(len(digests))).all():
+    ties = [first_alike(digests), first_of_name(paths)]
+    if patients is not None:
+        ties.append(first_alike(patients))
+    elif all((first == np.arange(len(first))).all() for first in ties):
         return None
     parent = list(range(len(digests)))
 
@@ -428,7 +454,7 @@ def merge_groups(digests: np.ndarray, patients: Sequence[str] | None) -> np.ndar
             i = parent[i]
         return i
 
-    for first in (same_pixels, first_alike(patients or ())):
+    for first in ties:
         for i in np.flatnonzero(first != np.arange(len(first))).tolist():
             parent[root_of(i)] = root_of(int(first[i]))
     return np.unique([root_of(i) for i in range(len(digests))], return_inverse=True)[1]

@@ -449,32 +449,41 @@ def test_csv_that_is_missing_is_refused(tmp_path):
 
 def test_groups_join_patients_through_equal_pixels():
     #                       0    1    2    3    4    5
-    groups = merge_groups(["x", "y", "x", "z", "w", "y"], ["P1", "P2", "P3", "P3", "P4", "P2"])
+    patients = ["P1", "P2", "P3", "P3", "P4", "P2"]
+    groups = merge_groups(["x", "y", "x", "z", "w", "y"], patients, "abcdef")
     first, second, third = {groups[i] for i in (0, 2, 3)}, {groups[i] for i in (1, 5)}, {groups[4]}
     assert len(first) == len(second) == len(third) == 1 and len(first | second | third) == 3
 
 
 def test_no_groups_where_nothing_ties_images():
-    assert merge_groups(np.array([b"x", b"y", b"z"]), None) is None
-    assert merge_groups(np.array([b"x", b"y"]), ["P1", "P2"]).tolist() == [0, 1]
-    assert merge_groups(np.array([b"x", b"y", b"x"]), None).tolist() == [0, 1, 0]
+    assert merge_groups(np.array([b"x", b"y", b"z"]), None, "abc") is None
+    assert merge_groups(np.array([b"x", b"y"]), ["P1", "P2"], "ab").tolist() == [0, 1]
+    assert merge_groups(np.array([b"x", b"y", b"x"]), None, "abc").tolist() == [0, 1, 0]
+
+
+def test_a_name_in_two_formats_ties_images_of_one_folder():
+    paths = ["甲/Y92.jpg", "甲/Y92.PNG", "乙/Y92.png", "甲/1.2.840", "甲/1.2.841", "甲/Y92"]
+    assert merge_groups(np.arange(6), None, paths).tolist() == [0, 0, 1, 2, 3, 0]
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=16),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=16),
     st.booleans(),
 )
 def test_groups_equal_the_brute_force_closure(pairs, with_patients):
-    digests, patients = [f"d{d}" for d, _ in pairs], [f"P{p}" for _, p in pairs]
+    digests, patients = [f"d{d}" for d, _, _ in pairs], [f"P{p}" for _, p, _ in pairs]
+    names = [name for _, _, name in pairs]
     n = len(pairs)
     tied = np.eye(n, dtype=bool)
     for i in range(n):
         for j in range(n):
             tied[i, j] |= digests[i] == digests[j] or (with_patients and patients[i] == patients[j])
+            tied[i, j] |= names[i] == names[j]
     for k in range(n):  # Warshall's transitive closure
         tied |= tied[:, k, None] & tied[None, k]
-    groups = merge_groups(np.array(digests, "S"), patients if with_patients else None)
+    paths = [f"甲/{name}{('.png', '.jpg')[i % 2]}" for i, name in enumerate(names)]
+    groups = merge_groups(np.array(digests, "S"), patients if with_patients else None, paths)
     if groups is None:
         assert not with_patients and np.array_equal(tied, np.eye(n, dtype=bool))
     else:

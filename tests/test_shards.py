@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydicom.data import get_testdata_file
 from quick import train
 from webdataset import ShardWriter
@@ -279,13 +279,24 @@ def test_shards_are_not_fetched_onto_a_full_disk(packed, tmp_path, monkeypatch):
     assert not list((tmp_path / "c" / "shards").iterdir())
 
 
-def test_no_command_of_a_checkpoint_is_run(packed, tmp_path, quick_report, capsys):
+def test_no_command_of_a_checkpoint_is_run(class_folder, packed, tmp_path, quick_report, capsys):
+    for path in class_folder.rglob("*.png"):  # other pictures than those to validate on
+        own = tmp_path / "own" / path.relative_to(class_folder)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.mirror(Image.open(path)).save(own)
     source, cache_dir = f"pipe:echo >> {tmp_path}/ran; cat {packed}/s-{{000000..000007}}.tar", tmp_path / "c"
     run, flags = tmp_path / "run", ("--epochs", 1, "--cache-dir", cache_dir)
-    assert train(packed, run, "--val-dir", source, *flags) == 0 and (tmp_path / "ran").exists()
+    assert train(tmp_path / "own", run, "--val-dir", source, *flags) == 0 and (tmp_path / "ran").exists()
     shutil.rmtree(cache_dir)
     (tmp_path / "ran").unlink()
-    typed = ["--data-dir", packed, "--output-dir", run, "--resume-from", run / "checkpoint_latest.pth"]
+    typed = [
+        "--data-dir",
+        tmp_path / "own",
+        "--output-dir",
+        run,
+        "--resume-from",
+        run / "checkpoint_latest.pth",
+    ]
     assert main([*map(str, typed), "--epochs", "2"]) == 2
     assert "may be a command to run" in capsys.readouterr().err
     write_report(run)

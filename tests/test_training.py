@@ -1,6 +1,7 @@
 """Training through the command line's own main(), on a small made-up folder."""
 
 import json
+import shutil
 from importlib import metadata
 
 import numpy as np
@@ -270,6 +271,28 @@ def test_val_dir_is_used_as_it_is(class_folder, tmp_path):
     assert train(class_folder, tmp_path / "run", "--epochs", 1, "--val-dir", val) == 0
     (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["folds"]
     assert len(fold["train"]) == 72 and sorted(p.split("/")[1] for p in fold["val"])[0].startswith("正常")
+
+
+def test_val_dir_with_pictures_of_data_dir_is_refused(class_folder, tmp_path, capsys):
+    for name in ("正常", "肺炎"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("L", (20, 20), 77).save(tmp_path / "val" / name / "0.png")
+    Image.open(class_folder / "正常" / "P000_0.png").save(tmp_path / "val" / "正常" / "new name.bmp")
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--val-dir", tmp_path / "val") == 2
+    error = capsys.readouterr().err
+    assert "1 picture is both in --data-dir and, pixel by pixel, in --val-dir" in error
+    assert "P000_0.png = " in error and "new name.bmp" in error and not (tmp_path / "run").exists()
+
+
+def test_a_picture_in_two_formats_is_on_one_side(class_folder, tmp_path, capsys):
+    shutil.copytree(class_folder, tmp_path / "data")
+    for path in sorted((tmp_path / "data").rglob("*.png")):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=60)
+    assert train(tmp_path / "data", tmp_path / "run", "--epochs", 1) == 0
+    assert "72 images have the name of another in the folder but for the format" in capsys.readouterr().out
+    (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["folds"]
+    names = [{path.rsplit(".", 1)[0] for path in fold[side]} for side in ("train", "val")]
+    assert len(fold["train"]) + len(fold["val"]) == 144 and not names[0] & names[1]
 
 
 def test_one_batch_can_be_overfitted(tmp_path):

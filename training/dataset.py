@@ -185,7 +185,8 @@ def read_images(
         if not config.skip_unreadable:
             raise UserError(
                 f"{len(bad)} of {len(files)} images cannot be read:\n{listing}\n"
-                "mend or remove them, or leave them out with --skip-unreadable"
+                "mend or remove them, or leave them out with --skip-unreadable (python -m data.check "
+                "--output FILE.json names every one)"
             )
         if patients is not None:
             patients = [p for i, p in enumerate(patients) if i not in bad]
@@ -203,13 +204,22 @@ def read_images(
         files = Files([folder] + ([val_folder] if val_folder else []))
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
+    both = np.intersect1d(own, other)
+    if len(both):
+        copies = [f"{files[list(own).index(d)]} = {files[n_own + list(other).index(d)]}" for d in both[:50]]
+        raise UserError(
+            f"{number(len(both), 'picture is', 'pictures are')} both in --data-dir and, pixel by pixel, in "
+            f"--val-dir, so validation would be too good; remove them from one side:\n{shorten(copies)}"
+        )
+    paths = itertools.chain(folder.paths, (f"/{path}" for path in val_folder.paths) if val_folder else ())
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])
     held = "read again every epoch"
     if inspection.squares is not None:
         held = "in the cache" if isinstance(inspection.squares.array, np.memmap) else "kept in memory"
     print(f"read {number(len(files), 'image', 'images')} in {time.monotonic() - started:.1f} s, {held}")
     return DataSet(
-        folder, val_folder, files, labels, inspection, patients, merge_groups(inspection.digests, patients),
+        folder, val_folder, files, labels, inspection, patients,
+        merge_groups(inspection.digests, patients, paths),
         fingerprint(folder, own) + (fingerprint(val_folder, other) if val_folder else ""), left_out,
     )  # fmt: skip
 
