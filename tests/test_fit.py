@@ -22,22 +22,25 @@ from training.state import EarlyStopping, TrainState
 from training.step import StepOptions
 
 
-def one_step(pixels, labels, watch=lambda model: None, scaled=False, **options):
-    """The state after a step without learning rate on all images, and the epoch's row of the history."""
+def one_step(pixels, labels, watch=lambda model: None, scaled=False, batch_size=8, **options):
+    """The state after an epoch without learning rate, of one step with all images if they are no more
+    than `batch_size`, and the epoch's row of the history.
+    """
     torch.manual_seed(0)
     model = build_clip(
         "resnet18", "bert-tiny-bytes", img_size=32, embed_dim=16, temperature=0.07, image_weights="none"
     )
     sentences = ClassSentences(model, {"a": ["one"], "b": ["two"]})
     sentences.prepare(torch.device("cpu"), center=True)
-    images = ImageDataset([Path("unused")] * 8, labels, 32, Squares(pixels))
+    images = ImageDataset([Path("unused")] * len(labels), labels, 32, Squares(pixels))
+    batches = EpochBatches(np.arange(len(labels)), batch_size, 0)
     state = TrainState(
         model, torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler("cpu", enabled=scaled),
-        EarlyStopping("val_acc", None, 0), 1, 1, 0,
+        EarlyStopping("val_acc", None, 0), len(batches), len(batches), 0,
     )  # fmt: skip
     for group in state.optimizer.param_groups:
         group["peak_lr"] = 0.0
-    loader = build_loader(images, EpochBatches(np.arange(8), 8, 0), 0)
+    loader = build_loader(images, batches, 0)
     hardware = Hardware(torch.device("cpu"), torch.float32, "CPU")
     watch(model)
     plain = StepOptions(
@@ -63,6 +66,28 @@ def test_the_gradient_is_clipped_to_its_norm(scaled):
     assert whole > 0.1
     assert norm(1e6) == pytest.approx(whole, rel=1e-5)
     assert norm(0.01) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_temperature_stays_at_a_hundredth_or_above():
+    pixels = np.zeros((8, 32, 32, 3), np.uint8)
+    state, _ = one_step(pixels, np.arange(8) % 2, lambda model: torch.nn.init.constant_(model.logit_scale, 9))
+    assert state.model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_means_are_over_images_whatever_the_batches():
+    """Of three and of four images, whose losses are here their numbers of images."""
+    shown, right = [], []
+
+    def criterion(logits, labels):
+        shown.append(len(labels))
+        right.append((logits.argmax(1) == labels).sum().item())
+        return 0 * logits.sum() + len(labels), 0 * logits.sum() + 10 * len(labels)
+
+    pixels = np.random.RandomState(0).randint(0, 256, (7, 32, 32, 3)).astype(np.uint8)
+    _, row = one_step(pixels, np.array([0, 1, 0, 0, 1, 0, 1]), batch_size=4, criterion=criterion)
+    assert sorted(shown) == [3, 4] and right[0] / shown[0] != right[1] / shown[1]
+    expected = {"loss": 25 / 7, "loss_image_to_text": 250 / 7, "acc": 100 * sum(right) / 7}
+    assert row == pytest.approx({f"train_{key}": value for key, value in expected.items()})
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
