@@ -216,4 +216,7 @@ def test_a_run_without_a_scaler_can_be_resumed_with_one(finished):
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     state = TrainState(model, optimizer, scaler, EarlyStopping("val_acc", None, 0.0), 4, 16, 1)
     state.restore(checkpoint, "x")
-    assert (state.epoch, state.step) == (4, 16)
+    assert (state.epoch, state.step) == (4, 16) and scaler.get_scale() == 2**16
+    used = torch.amp.GradScaler("cpu", init_scale=8.0)  # a scaler begins anew at 65536 and finds its way down
+    state.restore({**checkpoint, "scaler": used.state_dict()}, "x")
+    assert scaler.get_scale() == 8

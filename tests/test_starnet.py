@@ -35,6 +35,12 @@ def test_maps_have_the_published_strides_and_channels(images):
     assert model.forward_features(images).shape == (3, 192, 3, 2)
 
 
+def test_random_depth_of_the_local_pyramid_rises_linearly_to_a_tenth():
+    blocks = [block for stage in StarNetDualPyramidRCF().local.stages for block in stage[1:]]
+    dropped = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert len(dropped) == 15 and dropped == pytest.approx([0.1 * i / 14 for i in range(15)])
+
+
 def test_without_injection_it_is_exactly_starnet_s1(images):
     model = perturb(StarNetDualPyramidRCF()).eval()
     reference = timm.create_model("starnet_s1", num_classes=0).eval()
