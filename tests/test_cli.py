@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import Parameter
+from torch.nn.init import constant_, zeros_
 
 import evaluate_clip
 import test_clip_model
@@ -21,7 +24,8 @@ import train_clip
 from common.cli import exit_code_of
 from evaluation.claim import claim_items
 from evaluation.run_folder import read_run_folder
-from tests.quick import QUICK, train
+from models.clip import build_image_tower
+from tests.quick import QUICK, quick_clip, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,6 +232,42 @@ def test_model_check_passes_for_good_encoders_and_fails_for_a_broken_one():
     assert code == 0 and "3 passed, 0 failed" in output
     assert test_clip_model.main(["resnet19"]) == 2
     assert test_clip_model.main(["timm:nothing"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda tower: None, "1 passed, 0 failed"),
+        (lambda tower: tower.register_parameter("spare", Parameter(torch.ones(1))), "gradient, first spare"),
+        (lambda tower: constant_(next(tower.parameters()), torch.nan), "FAILED: UserError: features (2, "),
+        (lambda tower: setattr(tower, "num_features", 7), "expected finite (2, 7)"),
+    ],
+)
+def test_model_check_refuses_a_tower_without_gradient_numbers_or_its_size(broken, said, monkeypatch, capsys):
+    def build(*arguments):
+        tower = build_image_tower(*arguments)
+        broken(tower)
+        return tower
+
+    monkeypatch.setattr("models.clip.build_image_tower", build)
+    assert test_clip_model.main(["timm:test_resnet"]) == (said != "1 passed, 0 failed")
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_model_check_trains_a_whole_model(learns, monkeypatch, capsys):
+    def build(*arguments, **options):
+        model = quick_clip()
+        if not learns:
+            zeros_(model.image_projection.weight).requires_grad_(False)
+        return model
+
+    monkeypatch.setattr("models.clip.build_clip", build)
+    monkeypatch.setattr(test_clip_model, "IMAGE_SIZE", 32)
+    for kind in ("IMAGE", "TEXT"):  # no encoder by itself
+        monkeypatch.setattr(f"models.registry.{kind}_ENCODERS", {})
+    assert test_clip_model.main([]) == (not learns)
+    assert ("FAILED: UserError: the model does not learn" in capsys.readouterr().out) is not learns
 
 
 def test_imports_between_packages_run_one_way():
