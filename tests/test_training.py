@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from quick import history_of, train
+from quick import history_of, quick_clip, train
 
 import training.one_split as one_split
 from common.errors import RunFailed
@@ -147,8 +147,16 @@ def test_training_mode_lasts_the_whole_epoch_and_each_image_passes_the_tower_onc
 
 
 def test_both_towers_projections_and_the_temperature_learn(finished):
+    """Every weight moves from what the seed gave it; the biases of the keys of attention have no gradient."""
     history = history_of(finished)
     assert len(set(history["temperature"])) == 4
+    torch.manual_seed(json.loads((finished / "config.json").read_text("utf-8"))["random_state"])
+    begun, ended = quick_clip(), read_checkpoint(finished / "checkpoint_latest.pth")["model"]
+    still = [name for name, p in begun.named_parameters() if torch.equal(p, ended[name])]
+    assert [name for name in still if not name.endswith("key.bias")] == []
+    assert {name.split(".")[0] for name, _ in begun.named_parameters()} == {
+        "image_tower", "text_tower", "image_projection", "text_projection", "logit_scale",
+    }  # fmt: skip
 
 
 def test_validation_loss_is_the_mean_over_images_whatever_the_batches(class_folder, tmp_path):
