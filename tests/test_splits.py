@@ -322,6 +322,14 @@ def test_the_splits_of_every_version_are_these():
     assert fold_of_each(k_folds(labels, None, 4, 42, NAMES[:3])) == "102301310322322001132013"
     assert hold_out(labels, groups, 0.25, 42, NAMES[:3]).val.tolist() == [3, 4, 11, 16, 18, 21]
     assert hold_out(labels, None, 0.25, 42, NAMES[:3]).val.tolist() == [0, 9, 10, 12, 18, 23]
+    labels, groups = np.array([0, 0, 1, 1, 2, 2]), np.array([5, 6, 5, 4, 6, 1])  # as hard to place as others
+    assert hold_out(labels, groups, 0.2, 42, NAMES[:3]).val.tolist() == [1, 3, 4]
+
+
+def test_hold_out_moves_no_more_patients_than_both_sides_need():
+    """Patient 3, once moved, spreads both classes."""
+    labels, patients = np.array([0, 0, 1, 1, 1, 1]), np.array([2, 3, 0, 2, 0, 3])
+    assert hold_out(labels, patients, 0.2, 42, NAMES[:2]).val.tolist() == [1, 5]
 
 
 def test_record_holds_facts_and_paths():

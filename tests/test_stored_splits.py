@@ -54,6 +54,8 @@ def test_what_was_written_is_read_back_in_any_order_and_spelling(record):
             name.replace("é", "e\u0301") for name in reversed(fold["train"])
         ]  # as macOS writes it
     assert same(read(record))
+    of_macos = ImageFolder(FOLDER.root, CLASSES, tuple(p.replace("é", "e\u0301") for p in PATHS), LABELS, ())
+    assert same(read(record, folder=of_macos))
 
 
 @pytest.mark.parametrize(
