@@ -301,12 +301,12 @@ def test_hand_written_png_is_sound(tmp_path):
 
 
 def tiff(pixels: np.ndarray, photometric: int) -> bytes:
-    """A TIFF written by hand: kinds that Pillow cannot write. pixels: (H, W) or (H, W, 3), little-endian."""
+    """A TIFF written by hand: kinds that Pillow cannot write. pixels: (H, W) or (H, W, n), little-endian."""
     height, width, *channels = pixels.shape
-    n, bits, data = len(channels) * 3 or 1, 8 * pixels.itemsize, pixels.tobytes()
+    n, bits, data = channels[0] if channels else 1, 8 * pixels.itemsize, pixels.tobytes()
     kind = 3 if pixels.dtype.kind == "f" else 1
     after = 8 + 2 + 10 * 12 + 4  # header, then a directory of ten entries
-    depths = struct.pack("<HHH", bits, bits, bits)
+    depths = struct.pack("<H", bits) * n
     entries = [
         (256, 4, 1, width),
         (257, 4, 1, height),
@@ -319,8 +319,10 @@ def tiff(pixels: np.ndarray, photometric: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + depths + data
 
 
-def test_16_bit_colour_tiff_is_refused(tmp_path):
-    (tmp_path / "x.tif").write_bytes(tiff(np.arange(24, dtype="<u2").reshape(2, 4, 3), photometric=2))
+@pytest.mark.parametrize(("photometric", "channels"), [(2, 3), (5, 4)], ids=["RGB", "CMYK"])
+def test_16_bit_colour_tiff_is_refused(tmp_path, photometric, channels):
+    pixels = np.arange(24, dtype="<u2").reshape(2, -1, channels)
+    (tmp_path / "x.tif").write_bytes(tiff(pixels, photometric))
     assert "16-bit colour" in refusal(tmp_path / "x.tif")
 
 
@@ -407,14 +409,23 @@ def test_the_whole_image_stays_in_the_square(width, height):
     assert abs(square[12:28, 12:28].astype(int) - 128).max() <= 12
 
 
+def test_resizing_is_bicubic_and_smooths_what_it_makes_smaller():
+    """How far an edge overshoots that is made larger tells the filter; fine lines made smaller turn grey."""
+    edge = to_square(Image.fromarray(np.repeat([[60] * 4 + [190] * 4], 8, 0).astype(np.uint8)), 32)
+    assert (int(edge.min()), int(edge.max())) == (50, 200)
+    lines = to_square(Image.fromarray(np.tile([0, 255], (64, 32)).astype(np.uint8)), 8)
+    assert abs(lines[:, 1:-1].astype(int) - 127).max() <= 4
+
+
 def test_a_plain_image_gets_no_border():
     assert (to_square(Image.new("RGB", (50, 9), (3, 200, 77)), 32) == (3, 200, 77)).all()
 
 
-@pytest.mark.parametrize("place", [(0, 0), (2, 3), (4, 6)])
-def test_one_coloured_pixel_makes_a_colour_image(tmp_path, place):
-    pixels = np.repeat(GREY[..., None], 3, axis=2)
-    pixels[place] = (10, 20, 30)
+@pytest.mark.parametrize("colour", [(10, 20, 20), (10, 10, 20)])
+@pytest.mark.parametrize(("shape", "place"), [((5, 7), (0, 0)), ((5, 7), (4, 6)), ((300, 250), (299, 0))])
+def test_one_coloured_pixel_makes_a_colour_image(tmp_path, shape, place, colour):
+    pixels = grey_rgb(np.resize(GREY, shape))
+    pixels[place] = colour
     assert np.array_equal(saved(tmp_path, pixels, "x.png"), pixels)
 
 

@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 import evaluation.metrics
 from common.errors import UserError
 from evaluation.calibration import adaptive_bins, ece
-from evaluation.metrics import classification_metrics, full_metrics
+from evaluation.metrics import classification_metrics, full_metrics, majority_baseline
 
 HEADLINE = [
     *("accuracy", "balanced_accuracy", "macro_f1", "mcc", "cohen_kappa"),
@@ -299,6 +299,10 @@ def test_what_cannot_be_scored_is_refused():
         full_metrics(np.zeros((0, 2)), np.zeros(0, int), ["a", "b"])
     with pytest.raises(UserError, match="1 of 2 images are not finite"):
         full_metrics(np.array([[0.5, 0.5], [np.nan, 1]]), np.array([0, 1]), ["a", "b"])
+
+
+def test_the_baseline_is_the_most_frequent_class_of_training_scored_on_validation():
+    assert majority_baseline(np.array([0, 0, 1, 2, 2, 2]), np.array([2, 0, 0, 0])) == (2, 0.25)
 
 
 @pytest.mark.parametrize("seed", range(8))
