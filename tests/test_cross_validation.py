@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 def cross_validate(data, output, *flags):
+    # of random depth, so that a fold knows what was drawn before it
+    flags = ("--image-encoder", "starnet_dual_pyramid_rcf", *flags)
     return train(data, output, "--use-cv", "--n-splits", 3, "--epochs", 2, *flags)
 
 
