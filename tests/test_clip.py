@@ -37,20 +37,24 @@ def images():
     )
 
 
-def test_both_towers_give_unit_vectors_and_the_scale_is_the_log_of_the_inverse_temperature(images):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_both_towers_give_unit_vectors_and_the_scale_is_the_log_of_the_inverse_temperature(images, mixed):
     model = small_clip()
     tokens, _ = model.text_tower.tokenize(["一", "二"])
-    for features in (model.encode_image(images), model.encode_text(tokens)):
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        both = model.encode_image(images), model.encode_text(tokens)
+    for features in both:
         torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
     assert model.logit_scale.item() == pytest.approx(math.log(20))
 
 
-def test_the_scale_is_clamped_to_100():
+@pytest.mark.parametrize(("log", "scale"), [(9.0, 100), (2.0, math.exp(2)), (-1.0, 1)])
+def test_the_scale_is_clamped_to_1_and_100(log, scale):
     model = small_clip()
     with torch.no_grad():
-        model.logit_scale.fill_(9.0)
+        model.logit_scale.fill_(log)
     model.clamp_logit_scale()
-    assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
+    assert model.logit_scale.exp().item() == pytest.approx(scale, rel=1e-5)
 
 
 def test_a_frozen_tower_keeps_weights_and_statistics_in_training_mode(images):
@@ -122,10 +126,14 @@ def test_centred_sentences_point_apart_and_only_the_bias_moves():
         "b": ["这是一张肺炎的胸部X光片"],
         "c": ["这是一张气胸的胸部X光片"],
     }
+    for module in model.text_tower.modules():  # as in a published BERT
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
     bank = bank_of(model, texts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.eval()
     together = bank.features() @ bank.features().T
+    model.train()  # as a new model is; what is dropped has no part in the mean
     bank.prepare(CPU, center=True)
     apart = bank.features() @ bank.features().T
     off = ~torch.eye(3, dtype=torch.bool)

@@ -97,7 +97,7 @@ def test_a_skipped_step_leaves_weights_moments_and_statistics_as_they_were():
     for _ in range(2):
         step(torch.full((5, 3), float("nan")), [3])
     with pytest.raises(RunFailed, match="image 3"):
-        step(torch.full((5, 3), float("nan")), [3])
+        step(torch.full((5, 3), float("nan")), [3 + 2 * 9])  # shown for the third time
 
 
 def test_in_float16_a_gradient_that_no_scale_makes_finite_ends_the_run():

@@ -421,7 +421,7 @@ def test_a_plain_image_gets_no_border():
     assert (to_square(Image.new("RGB", (50, 9), (3, 200, 77)), 32) == (3, 200, 77)).all()
 
 
-@pytest.mark.parametrize("colour", [(10, 20, 20), (10, 10, 20)])
+@pytest.mark.parametrize("colour", [(10, 20, 10), (10, 10, 20)])
 @pytest.mark.parametrize(("shape", "place"), [((5, 7), (0, 0)), ((5, 7), (4, 6)), ((300, 250), (299, 0))])
 def test_one_coloured_pixel_makes_a_colour_image(tmp_path, shape, place, colour):
     pixels = grey_rgb(np.resize(GREY, shape))

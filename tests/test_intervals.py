@@ -13,6 +13,7 @@ def test_wilson_of_81_in_263():
     # z = 1.96: centre (81 + 1.92) / (263 + 3.84) = 0.3107,
     # half width 1.96 / 266.84 * sqrt(263 * 0.308 * 0.692 + 0.96) = 0.0555
     assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 2)[0] == 0  # and not -5e-17
 
 
 @given(st.integers(1, 3000), st.data())
@@ -43,13 +44,19 @@ def test_weights_count_the_images_of_the_units_drawn(grouped):
         assert weights[row].tolist() == np.bincount(images, minlength=n).tolist()
 
 
+def test_a_set_of_any_size_is_resampled():
+    first, second = bootstrap_weights(np.arange(300_000), 2, 0)
+    assert first.shape == second.shape == (1, 300_000) and first.sum() == second.sum() == 300_000
+
+
 def test_percentiles_leave_undefined_resamples_out():
     samples = np.r_[np.random.RandomState(0).permutation(1001), [np.nan] * 250]  # 0 .. 1000
     assert percentile_interval(samples) == pytest.approx((25, 975))
 
 
 @pytest.mark.parametrize(
-    "samples", [[1.0, 1.0, 1.0], [np.nan, np.nan], [0.3, np.nan], [0.3, 0.4, 0.5, np.nan]]
+    "samples",
+    [[1.0, 1.0, 1.0], [0.1 + 0.2, 0.3, 0.3], [np.nan, np.nan], [0.3, np.nan], [0.3, 0.4, 0.5, np.nan]],
 )
 def test_resamples_that_all_agree_or_are_often_undefined_give_no_interval(samples):
     assert percentile_interval(np.array(samples)) is None

@@ -96,6 +96,14 @@ def test_of_a_large_class_every_epoch_shows_another_part():
     assert [len(part) for part in seen] == [50, 50, 50] and len(set.union(*seen)) > 70
 
 
+def test_classes_take_turns_in_holding_an_image_more():
+    labels, more = np.repeat([0, 1], [6, 5]), set()
+    batches = EpochBatches(np.arange(11), 4, 0, labels)
+    for batches.epoch in range(10):
+        more.add(int(sum(labels[index % 11] for batch in batches for index in batch)))
+    assert more == {5, 6}
+
+
 def test_an_image_shown_again_keeps_its_pixels_and_label_and_is_augmented_differently():
     dataset = ImageDataset([Path("unused")] * N, LABELS, SIZE, Squares(PIXELS))
     images, labels, indices = dataset.__getitems__([4, N + 4, 3 * N + 4])

@@ -88,6 +88,8 @@ def test_perfect_features_reach_zero_though_classes_repeat_and_the_clip_loss_doe
 
 
 def test_ce_is_cross_entropy_and_an_unknown_name_is_refused(batch):
-    assert contrastive_loss("ce", *batch)[0].item() == pytest.approx(F.cross_entropy(*batch).item())
+    over_classes = pytest.approx(F.cross_entropy(*batch).item())
+    assert contrastive_loss("ce", *batch)[0].item() == over_classes
+    assert all(contrastive_loss(kind, *batch)[1].item() == over_classes for kind in ("ce", "unicl", "clip"))
     with pytest.raises(ValueError, match="unknown loss"):
         contrastive_loss("focal", *batch)

@@ -298,7 +298,7 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(UserError, match="no images"):
         full_metrics(np.zeros((0, 2)), np.zeros(0, int), ["a", "b"])
     with pytest.raises(UserError, match="1 of 2 images are not finite"):
-        full_metrics(np.array([[0.5, 0.5], [np.nan, 1]]), np.array([0, 1]), ["a", "b"])
+        full_metrics(np.array([[0.5, 0.5], [np.nan, np.nan]]), np.array([0, 1]), ["a", "b"])
 
 
 def test_the_baseline_is_the_most_frequent_class_of_training_scored_on_validation():

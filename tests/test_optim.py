@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.clip import build_clip
-from training.optim import gradient_norm, lr_factor, parameter_groups
+from training.optim import gradient_norm, lr_factor, parameter_groups, warmup_steps
 
 
 def test_learning_rate_at_the_start_the_end_of_warm_up_half_way_and_the_end():
@@ -14,6 +14,12 @@ def test_learning_rate_at_the_start_the_end_of_warm_up_half_way_and_the_end():
     assert lr_factor(55, 100, 10) == pytest.approx(0.5)
     assert lr_factor(99, 100, 10) == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
     assert lr_factor(0, 1, 0) == 1.0
+    assert lr_factor(120, 100, 10) == 0  # of a schedule made shorter on resume
+
+
+def test_warm_up_is_by_default_the_nearest_step_to_5_percent_of_the_epochs():
+    assert [warmup_steps(None, *of) for of in ((100, 7), (5, 7), (4, 1))] == [35, 2, 0]
+    assert [warmup_steps(given, 100, 7) for given in (0, 2.5, 3)] == [0, 18, 21]
 
 
 def test_the_norm_is_that_of_all_gradients_in_any_memory_layout():
