@@ -81,6 +81,12 @@ def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
     return Hardware(torch.device("cpu"), dtype, f"CPU ({_threads()}), {_name(dtype)}{several}{why}")
 
 
+def free_memory(gpu: torch.device) -> int:
+    """Bytes, with those that PyTorch keeps for itself and does not use."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + kept
+
+
 def _threads() -> str:
     count = torch.get_num_threads()
     return f"{count} thread" if count == 1 else f"{count} threads"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.device import free_memory
 from common.distributed import n_processes, n_processes_here, rank, share
 from common.errors import UserError
 from common.stopping import stop_after_the_parent
@@ -44,7 +45,7 @@ class ImageDataset(Dataset):
         self.files, self.labels, self.size, self.squares = files, labels, size, squares
         self.in_memory = squares is not None and squares.array.nbytes <= MEMORY_FOR_IMAGES
         for_gpu = device is not None and device.type == "cuda"
-        on_gpu = for_gpu and self.in_memory and _fits_beside_training(squares.array, device)
+        on_gpu = for_gpu and self.in_memory and squares.array.nbytes <= SHARE_OF_GPU * free_memory(device)
         self.on_gpu = torch.tensor(squares.array, device=device) if on_gpu else None  # (M, S, S, 3)
         self.pin_memory = for_gpu and not on_gpu
         self.process, self.n_processes = rank(), n_processes()  # a worker process could not ask
@@ -73,12 +74,6 @@ class ImageDataset(Dataset):
             return to_square(read_image(self.files[index]), self.size)
         except UnreadableImage as error:  # it could be read when the run began: say which file it is
             raise UnreadableImage(f"{self.files[index]}: {error}") from None
-
-
-def _fits_beside_training(squares: np.ndarray, device: torch.device) -> bool:
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own reserve
-    return squares.nbytes <= SHARE_OF_GPU * free
 
 
 class EpochBatches(Sampler[list[int]]):

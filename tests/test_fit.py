@@ -16,9 +16,9 @@ from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
 from models.clip import ClassSentences, build_clip
 from training.cutmix import draw_box
-from training.fit import train_one_epoch
+from training.fit import epoch_line, train_one_epoch
 from training.losses import contrastive_loss
-from training.state import EarlyStopping, TrainState
+from training.state import HISTORY_KEYS, EarlyStopping, TrainState
 from training.step import StepOptions
 
 
@@ -50,6 +50,12 @@ def one_step(pixels, labels, watch=lambda model: None, scaled=False, batch_size=
     augment, options = Augmentation("none", False, 0), dataclasses.replace(plain, **options)
     row = train_one_epoch(state, sentences, loader, augment, hardware, options, Requests(0), lambda: None)
     return state, row
+
+
+def test_an_epochs_line_names_the_best_accuracy_so_far():
+    history = {key: [0.5, 0.25] for key in HISTORY_KEYS} | {"val_acc": [75.0, 50.0]}
+    line = epoch_line(history, 30, is_best=False, seconds_left=60)
+    assert line.startswith("epoch  2/30  train loss 0.2500") and "acc 50.00 % (best 75.00 %)" in line
 
 
 @pytest.mark.parametrize("scaled", [False, True])

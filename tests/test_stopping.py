@@ -251,17 +251,20 @@ def test_a_stopped_cross_validation_continues_within_the_epoch(class_folder, tmp
 def test_a_stopped_entry_continues_with_validation_images_that_a_typed_command_fetches(
     class_folder, tmp_path, monkeypatch
 ):
+    data = shutil.copytree(class_folder, tmp_path / "data")
     with tarfile.open(tmp_path / "val.tar", "w") as shard:
         for name in ("正常", "肺炎", "气胸"):
-            shard.add(next((class_folder / name).iterdir()), f"{name}/1.png")
+            picture = next((data / name).iterdir())
+            shard.add(picture, f"{name}/1.png")
+            picture.unlink()
     file = tmp_path / "entries.json"
     file.write_text(json.dumps([{"name": "a"}]))
     flags = ["--epochs", 2, "--multi-config", "--config-file", file]
     flags += ["--val-dir", f"pipe:cat {tmp_path}/val.tar"]
     signal_at_steps(monkeypatch, {5: signal.SIGTERM})
-    assert train(class_folder, tmp_path / "out", *flags) == 143
+    assert train(data, tmp_path / "out", *flags) == 143
     monkeypatch.undo()
-    assert train(class_folder, tmp_path / "out", *flags) == 0
+    assert train(data, tmp_path / "out", *flags) == 0
     history = json.loads((tmp_path / "out" / "01_a" / "history.json").read_text())
     assert len(history["val_acc"]) == 2
 

@@ -49,6 +49,7 @@ def train_one_epoch(
     ask for it.
     """
     model, optimizer, device, done = state.model.train(), state.optimizer, hardware.device, state.in_epoch
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     watch = FiniteSteps(state, loader.dataset.files, options.max_nonfinite_steps)
     done.sums = done.sums.to(device)
     started = time.monotonic() - done.seconds
@@ -81,7 +82,7 @@ def train_one_epoch(
             state.step_model, views, texts, labels, criterion, state.scaler, hardware.autocast
         )
         state.scaler.unscale_(optimizer)
-        norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = gradient_norm([p.grad for p in trained if p.grad is not None])
         if options.grad_clip:
             optimizer.grad_scale = (norm / options.grad_clip).clamp(min=1)  # a fused optimizer divides by it
         # with float16 an infinite gradient is the scaler's business: it skips the step and scales less
@@ -225,7 +226,7 @@ def fit(
             state.stopped_early = state.early_stopping.update(value)
             save(class_features, save_best and is_best)
             left = np.mean(state.history["epoch_seconds"][first:]) * (epochs - state.epoch)
-            print(epoch_line(state.epoch, epochs, row, is_best, left), flush=True)
+            print(epoch_line(state.history, epochs, is_best, left), flush=True)
             if stuck_at_chance(state.history["train_loss_image_to_text"], chance_loss):
                 print(CHANCE_HINT, flush=True)
         if probs is None:  # resumed when all epochs were done
@@ -261,12 +262,16 @@ def stuck_at_chance(losses: Sequence[float], chance: float) -> bool:
     )
 
 
-def epoch_line(epoch: int, epochs: int, row: Mapping[str, float], is_best: bool, seconds_left: float) -> str:
+def epoch_line(
+    history: Mapping[str, Sequence[float]], epochs: int, is_best: bool, seconds_left: float
+) -> str:
+    """Of the last epoch in `history`."""
+    row, epoch = {key: values[-1] for key, values in history.items()}, len(history["val_acc"])
     return (
         f"epoch {epoch:{len(str(epochs))}d}/{epochs}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_acc']:5.2f} %  "
-        f"val loss {row['val_loss']:.4f} acc {row['val_acc']:5.2f} % balanced "
-        f"{row['val_balanced_acc']:5.2f} %  "
+        f"val loss {row['val_loss']:.4f} acc {row['val_acc']:5.2f} % (best {max(history['val_acc']):5.2f} %) "
+        f"balanced {row['val_balanced_acc']:5.2f} % macro-F1 {row['val_macro_f1']:5.2f} %  "
         f"lr {row['lr']:.2e}  {row['epoch_seconds']:.1f} s  {row['images_per_second']:.0f} img/s  "
         f"left {duration(seconds_left)}{'  best' if is_best else ''}"
     )

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.device import free_memory
 from common.distributed import n_processes
 from common.errors import UserError, first_line
 from common.files import whole_file, write_json
@@ -155,7 +156,7 @@ class TrainState:
         device = self.model.logit_scale.device
         if device.type == "cuda":
             n_bytes = 3 * sum(p.nbytes for p in self.model.parameters())  # AdamW keeps two numbers for each
-            if n_bytes <= COPY_OF_GPU * torch.cuda.mem_get_info(device)[0]:
+            if n_bytes <= COPY_OF_GPU * free_memory(device):
                 return _with_each_tensor(now, lambda tensor: tensor.detach().clone())
         return _with_each_tensor(now, lambda tensor: tensor.detach().to("cpu", copy=True))
 
@@ -291,8 +292,8 @@ class CheckpointWriter:
 
     def _timed(self, latest: Mapping[str, Any], best: Mapping[str, Any] | None) -> float:
         """Seconds of a processor that writing took; waiting for the disk holds no training up."""
-        started = time.thread_time()
         with _beside_training(self.device):
+            started = time.thread_time()  # only now: to wait for a GPU takes a processor's time too
             latest, best = (_with_each_tensor(own, torch.Tensor.cpu) for own in (latest, best))
         write_checkpoint(self.folder, latest, best)
         return time.thread_time() - started
