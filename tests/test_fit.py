@@ -22,7 +22,10 @@ from training.state import HISTORY_KEYS, EarlyStopping, TrainState
 from training.step import StepOptions
 
 
-def one_step(pixels, labels, watch=lambda model: None, scaled=False, batch_size=8, **options):
+def one_step(
+    pixels, labels, watch=lambda model: None, scaled=False, batch_size=8, texts=("one",), epoch=0,
+    augmentation="none", **options,
+):  # fmt: skip
     """The state after an epoch without learning rate, of one step with all images if they are no more
     than `batch_size`, and the epoch's row of the history.
     """
@@ -30,13 +33,13 @@ def one_step(pixels, labels, watch=lambda model: None, scaled=False, batch_size=
     model = build_clip(
         "resnet18", "bert-tiny-bytes", img_size=32, embed_dim=16, temperature=0.07, image_weights="none"
     )
-    sentences = ClassSentences(model, {"a": ["one"], "b": ["two"]})
+    sentences = ClassSentences(model, {"a": list(texts), "b": ["two"]})
     sentences.prepare(torch.device("cpu"), center=True)
     images = ImageDataset([Path("unused")] * len(labels), labels, 32, Squares(pixels))
     batches = EpochBatches(np.arange(len(labels)), batch_size, 0)
     state = TrainState(
         model, torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler("cpu", enabled=scaled),
-        EarlyStopping("val_acc", None, 0), len(batches), len(batches), 0,
+        EarlyStopping("val_acc", None, 0), len(batches), len(batches), 0, epoch,
     )  # fmt: skip
     for group in state.optimizer.param_groups:
         group["peak_lr"] = 0.0
@@ -47,7 +50,7 @@ def one_step(pixels, labels, watch=lambda model: None, scaled=False, batch_size=
         micro_batch_size=None, cutmix_prob=0.0, criterion=partial(contrastive_loss, "unicl"), grad_clip=0.0,
         max_nonfinite_steps=1, seed=0,
     )  # fmt: skip
-    augment, options = Augmentation("none", False, 0), dataclasses.replace(plain, **options)
+    augment, options = Augmentation(augmentation, False, 0), dataclasses.replace(plain, **options)
     row = train_one_epoch(state, sentences, loader, augment, hardware, options, Requests(0), lambda: None)
     return state, row
 
@@ -78,6 +81,33 @@ def test_the_temperature_stays_at_a_hundredth_or_above():
     pixels = np.zeros((8, 32, 32, 3), np.uint8)
     state, _ = one_step(pixels, np.arange(8) % 2, lambda model: torch.nn.init.constant_(model.logit_scale, 9))
     assert state.model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_each_epoch_augments_an_image_anew():
+    def shown(epoch):
+        images = []
+
+        def watch(model):
+            model.image_tower.register_forward_pre_hook(lambda _, given: images.append(given[0].clone()))
+
+        one_step(pixels, np.arange(8) % 2, watch, epoch=epoch, augmentation="minimal")
+        return images[0]
+
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+    assert torch.equal(shown(3), shown(3)) and not torch.equal(shown(3), shown(4))
+
+
+def test_each_step_draws_sentences_anew():
+    pixels, drawn = np.zeros((8, 32, 32, 3), np.uint8), []
+
+    def watch(model):
+        def seen(tower, _, tokens):
+            drawn.append(tokens["input_ids"][0].tolist())
+
+        model.text_tower.register_forward_pre_hook(seen, with_kwargs=True)
+
+    one_step(pixels, np.arange(8) % 2, watch, batch_size=2, texts="0123456789")
+    assert len(drawn) == 4 and len({tuple(sentence) for sentence in drawn}) > 1
 
 
 def test_means_are_over_images_whatever_the_batches():

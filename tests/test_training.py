@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from quick import history_of, quick_clip, train
 
+import training.fit as fit_module
 import training.one_split as one_split
 from common.errors import RunFailed
 from evaluation.checkpoints import read_checkpoint
@@ -30,6 +31,11 @@ def test_history_has_all_keys_at_equal_length_in_percent(finished):
     assert set(history) == set(HISTORY_KEYS)
     assert {len(values) for values in history.values()} == {4}
     assert 1 < max(history["train_acc"]) <= 100
+    metrics = json.loads((finished / "metrics.json").read_text("utf-8"))
+    of_last = {"val_loss": "nll", "val_acc": "accuracy", "val_balanced_acc": "balanced_accuracy"}
+    for key, name in {**of_last, "val_macro_f1": "macro_f1"}.items():
+        factor = 1 if key == "val_loss" else 100
+        assert history[key][-1] == pytest.approx(factor * metrics[name]["value"]), key
 
 
 def test_config_json_holds_options_versions_classes_and_fingerprint(finished):
@@ -61,6 +67,31 @@ def test_best_checkpoint_is_of_the_first_best_epoch(finished):
     history = history_of(finished)
     best = torch.load(finished / "checkpoint_best.pth", weights_only=True)
     assert best["epoch"] == int(np.argmax(history["val_acc"])) + 1
+
+
+def test_each_epoch_has_its_order_and_the_best_is_the_first_of_the_highest_value(
+    class_folder, tmp_path, monkeypatch
+):
+    orders, values = [], iter([60.0, 90.0, 70.0, 90.0])
+    one_epoch, validate = fit_module.train_one_epoch, fit_module.validate
+
+    def watched(state, sentences, loader, *given, **options):
+        orders.append([index for batch in loader.batch_sampler for index in batch])
+        return one_epoch(state, sentences, loader, *given, **options)
+
+    def prescribed(*given):
+        metrics, *others = validate(*given)
+        return metrics | {"val_acc": next(values)}, *others
+
+    monkeypatch.setattr(fit_module, "train_one_epoch", watched)
+    monkeypatch.setattr(fit_module, "validate", prescribed)
+    flags = ["--epochs", 4, "--image-encoder", "timm:test_resnet"]
+    assert train(class_folder, tmp_path / "run", *flags) == 0
+    assert len({tuple(order) for order in orders}) == 4 and len({tuple(sorted(own)) for own in orders}) == 1
+    latest, best = (
+        read_checkpoint(tmp_path / "run" / f"checkpoint_{name}.pth") for name in ("latest", "best")
+    )
+    assert latest["best"] == {"value": 90.0, "epoch": 2} and best["epoch"] == 2
 
 
 def test_workers_do_not_change_the_result(class_folder, tmp_path, monkeypatch):
@@ -152,6 +183,7 @@ def test_both_towers_projections_and_the_temperature_learn(finished):
     assert len(set(history["temperature"])) == 4
     torch.manual_seed(json.loads((finished / "config.json").read_text("utf-8"))["random_state"])
     begun, ended = quick_clip(), read_checkpoint(finished / "checkpoint_latest.pth")["model"]
+    assert history["temperature"][-1] == pytest.approx(float(torch.exp(-ended["logit_scale"])))
     still = [name for name, p in begun.named_parameters() if torch.equal(p, ended[name])]
     assert [name for name in still if not name.endswith("key.bias")] == []
     assert {name.split(".")[0] for name, _ in begun.named_parameters()} == {
