@@ -72,7 +72,7 @@ def test_what_is_held_for_each_image_is_small():
     folder = ImageFolder(Path("图像"), ("肺炎",), paths, np.zeros(n, np.int64), ())
     inspection = Inspection.of(readings(), n, None)
     patients = groups_by_pattern(folder, r"^(P\d+)_")
-    groups = merge_groups(inspection.digests, patients)
+    groups = merge_groups(inspection.digests, patients, folder.paths)
     record = splits_record([], folder.paths)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
