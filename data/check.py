@@ -265,7 +265,11 @@ def check_data(
     dangerous first (see data/findings.py), the shortcut audit's numbers, and a summary of each class.
     """
     inspection = inspect_images(folder.files(), None, look_at)
-    found = quick_findings(folder, inspection, patients, splits)
+    bad = set(inspection.errors)
+    kept = [i for i in range(len(folder.paths)) if i not in bad]
+    known = None if patients is None else [patients[i] for i in kept]
+    groups = merge_groups(inspection.digests[kept], known, (folder.paths[i] for i in kept))
+    found = quick_findings(folder, inspection, groups, patients, splits)
     summary = _class_summary(folder, inspection.facts, inspection.measured, patients)
     found += [finding("note", "passed_over", note) for note in folder.notes]
     sides = sides_of(splits, len(folder.paths))
@@ -275,10 +279,7 @@ def check_data(
         found.append(finding("note", "outside_splits", message, outside))
 
     n_images, n_patients = len(folder.paths), None if patients is None else len(set(patients))
-    bad = set(inspection.errors)
-    kept = [i for i in range(len(folder.paths)) if i not in bad]
-    folder, inspection, sides = folder.without(bad), inspection.without(bad), sides[:, kept]
-    patients = None if patients is None else [patients[i] for i in kept]
+    folder, inspection, sides, patients = folder.without(bad), inspection.without(bad), sides[:, kept], known
     audits: dict[str, Audit] = {}
     if kept:
         facts, looks = inspection.facts, inspection.measured
@@ -294,7 +295,6 @@ def check_data(
         found += _near_findings(folder, inspection.digests, looks, patients, sides)
         found += _mixed_findings(folder, facts)
         features = _features(facts, looks)
-        groups = merge_groups(inspection.digests, patients, folder.paths)
         audits, left_out = audit_shortcuts(features, folder.labels, groups, folder.classes)
         found += _shortcut_findings(audits, features, folder, patients is not None)
         if left_out:

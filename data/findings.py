@@ -13,7 +13,7 @@ import numpy as np
 
 from common.errors import number
 from data.images import Inspection
-from data.scan import ImageFolder, first_alike, groups_per_class, merge_groups
+from data.scan import ImageFolder, first_alike, groups_per_class
 from data.splits import Split
 
 Finding = dict[str, Any]
@@ -178,16 +178,12 @@ def _patient_findings(folder: ImageFolder, patients: Sequence[str], sides: np.nd
 
 
 def _class_findings(
-    folder: ImageFolder, digests: np.ndarray, patients: Sequence[str] | None
+    folder: ImageFolder, digests: np.ndarray, groups: np.ndarray | None, unit: str
 ) -> list[Finding]:
-    """Sizes as the splits count them: patients where known, identical images as one, unreadable as none."""
-    readable = np.flatnonzero(digests != b"")
-    labels = folder.labels[readable]
-    known = None if patients is None else [patients[i] for i in readable]
-    groups = merge_groups(digests[readable], known, (folder.paths[i] for i in readable))
+    """Sizes as the splits count them, in `groups`, which are called `unit`; unreadable images are none."""
+    labels = folder.labels[digests != b""]
     images = np.bincount(labels, minlength=len(folder.classes))
     counts = groups_per_class(labels, groups, len(folder.classes))
-    unit = "different images" if patients is None else "patients"
     sizes = dict(zip(folder.classes, map(int, counts), strict=True))
     findings = []
     fewest = [f"{name}: {n}" for name, n in sizes.items() if n < FEWEST]
@@ -218,6 +214,7 @@ def _class_findings(
 def quick_findings(
     folder: ImageFolder,
     inspection: Inspection,
+    groups: np.ndarray | None,
     patients: Sequence[str] | None = None,
     splits: Sequence[Split] | None = None,
     for_training: bool = True,
@@ -226,8 +223,9 @@ def quick_findings(
 
     Without `for_training` nothing is said of how many images the classes have.
 
-    inspection: of `folder.files()`, in that order. patients: of each image. splits:
-    indices into the folder's images; those of a separate validation folder are one Split over both.
+    inspection: of `folder.files()`, in that order. groups: of those that can be read, see `merge_groups`.
+    patients: of each image. splits: indices into the folder's images; those of a separate validation folder
+    are one Split over both.
     """
     sides = sides_of(splits, len(folder.paths))
     findings = _file_findings(folder.paths, inspection)
@@ -235,7 +233,8 @@ def quick_findings(
     if patients is not None:
         findings += _patient_findings(folder, patients, sides)
     if for_training:
-        findings += _class_findings(folder, inspection.digests, patients)
+        unit = "different images" if patients is None else "patients"
+        findings += _class_findings(folder, inspection.digests, groups, unit)
     return by_danger(findings)
 
 

@@ -1,5 +1,6 @@
 """Training through the command line's own main(), on a small made-up folder."""
 
+import itertools
 import json
 import shutil
 from importlib import metadata
@@ -16,6 +17,8 @@ from common.errors import RunFailed
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
 from training.begin import say_what_options_do
+from training.config import Config
+from training.dataset import findings_of, read_images, scan, split_of
 from training.options import make_config
 from training.state import HISTORY_KEYS, EarlyStopping
 
@@ -322,6 +325,19 @@ def test_val_dir_with_pictures_of_data_dir_is_refused(class_folder, tmp_path, ca
     error = capsys.readouterr().err
     assert "1 picture is both in --data-dir and, pixel by pixel, in --val-dir" in error
     assert "P000_0.png = " in error and "new name.bmp" in error and not (tmp_path / "run").exists()
+
+
+def test_pictures_of_one_name_in_both_folders_count_as_two(tmp_path):
+    for side, name in itertools.product(("data", "val"), "ab"):
+        (tmp_path / side / name).mkdir(parents=True)
+        for i in range(10):
+            grey = 10 * i + 100 * (side == "val") + (name == "b")
+            Image.new("L", (8, 8), grey).save(tmp_path / side / name / f"{i}.png")
+    folders = {"data_dir": str(tmp_path / "data"), "val_dir": str(tmp_path / "val")}
+    config = Config(**folders, img_size=8, use_cache=False)
+    data = read_images(config, *scan(config), None, at_least=1)
+    assert data.groups is None
+    assert "class_small" not in {found["kind"] for found in findings_of(data, [split_of(config, data)])}
 
 
 def test_a_picture_in_two_formats_is_on_one_side(class_folder, tmp_path, capsys):

@@ -38,9 +38,9 @@ class DataSet:
     """Everything about the images that runs on one folder share.
 
     files, labels (N,), inspection, patients (N names, or None where unknown): training images first, then
-    those of --val-dir. n_own: how many of them are of --data-dir. groups (N,): images of one patient or of
-    equal pixels share a number; None where nothing ties images together. left_out: each image that
-    cannot be read, by its path (by its file where there is a --val-dir), and why; these are none of the N.
+    those of --val-dir. n_own: how many of them are of --data-dir. groups (N,): see `merge_groups`. left_out:
+    each image that cannot be read, by its path (by its file where there is a --val-dir), and why; these are
+    none of the N.
     """
 
     folder: ImageFolder
@@ -231,7 +231,9 @@ def findings_of(data: DataSet, splits: Sequence[Split]) -> list[dict[str, Any]]:
     folder = data.folder
     if data.val_folder is not None:
         folder = ImageFolder(folder.root, folder.classes, data.paths, data.labels, ())
-    found = quick_findings(folder, data.inspection, data.patients, splits, for_training=bool(splits))
+    found = quick_findings(
+        folder, data.inspection, data.groups, data.patients, splits, for_training=bool(splits)
+    )
     if data.left_out:
         unreadable = number(len(data.left_out), "unreadable image", "unreadable images")
         message = f"left out {unreadable} (--skip-unreadable); data_check.json names each"
