@@ -67,7 +67,7 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
     """(H, W) uint8: how a grey DICOM of the stored values `pixels` (H, W) is to look. Changes `dataset`."""
     from pydicom.pixels import apply_modality_lut, apply_windowing
 
-    values = apply_modality_lut(pixels, dataset)
+    values, padding = apply_modality_lut(pixels, dataset), _padding(pixels, dataset)
     table = (dataset.get("VOILUTSequence") or [{}])[0]
     if None not in (table.get("LUTDescriptor"), table.get("LUTData")):
         grey = _looked_up(values, table, dataset)
@@ -81,11 +81,11 @@ def _shown(pixels: np.ndarray, dataset: "pydicom.Dataset") -> np.ndarray:
         ends = apply_modality_lut(np.array([least, least + 2**bits - 1]), dataset)
         grey = scale_to_8_bit(values, (ends.min(), ends.max()))  # 8 bits are grey as they are, as in a PNG
     else:
-        picture = values[~_padding(pixels, dataset)]
+        picture = values[~padding]
         grey = scale_to_8_bit(values, (picture.min(), picture.max()) if picture.size else None)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         grey = 255 - grey  # its largest value is black
-    grey[_padding(pixels, dataset)] = 0
+    grey[padding] = 0
     return grey
 
 

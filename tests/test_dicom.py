@@ -140,6 +140,17 @@ def test_padding_of_16_bits_in_an_image_of_8_is_none_of_its_pixels(tmp_path):
         assert np.array_equal(read(path)[..., 0], pixels)
 
 
+def test_padding_is_black_where_its_sign_must_be_looked_up(tmp_path):
+    pixels = np.arange(-128, 128, dtype=np.int32).reshape(16, 16)
+    path = dicom(tmp_path / "x.dcm", pixels, WindowCenter=-64, WindowWidth=256)
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    dataset.add_new("PixelPaddingValue", "SS", -1)
+    dataset.save_as(path, implicit_vr=True)
+    grey = read(path)[..., 0].ravel()
+    assert grey[127] == 0 and grey[126] and grey[128]
+
+
 def test_an_image_that_is_all_padding_is_black(tmp_path):
     assert not read(dicom(tmp_path / "y.dcm", np.full((4, 4), 7, np.uint16), PixelPaddingValue=7)).any()
 
