@@ -324,8 +324,8 @@ def _check_sides(
                 for group in both
             ]
             raise UserError(
-                f"{file}: fold {number} trains and validates on one patient, or on identical images:\n"
-                f"{shorten(pairs)}\nrestore it, or the patients it was made with, {ANEW}"
+                f"{file}: fold {number} trains and validates on one patient, on identical images, or on one "
+                f"in two formats:\n{shorten(pairs)}\nrestore it, or the patients it was made with, {ANEW}"
             )
     untrained = _lacking(splits, "train", folder.labels, folder.classes)
     if untrained:

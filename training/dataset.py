@@ -204,7 +204,7 @@ def read_images(
         files = Files([folder] + ([val_folder] if val_folder else []))
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
-    both = np.intersect1d(own, other)
+    both = np.intersect1d(own, other) if val_folder else ()
     if len(both):
         copies = [f"{files[list(own).index(d)]} = {files[n_own + list(other).index(d)]}" for d in both[:50]]
         raise UserError(

@@ -206,7 +206,8 @@ def check_same_data(checkpoint: Mapping[str, Any], data: DataSet, split: Split) 
     if checkpoint["split_fingerprint"] != split_fingerprint(data, split):
         raise UserError(
             "the split differs from the checkpoint's; leave --val-ratio, --val-dir, --random-state, "
-            "--group-pattern and --groups-file as they were"
+            "--group-pattern and --groups-file as they were. A run that an earlier version began with an "
+            "image in two formats (Y92.jpg beside Y92.png), now kept on one side, can only be started anew"
         )
 
 
