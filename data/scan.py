@@ -269,8 +269,8 @@ def folder_of_classes(
         have = number(len(again), "image has", "images have")
         notes.append(
             f"{have} the name of another in the folder but for the format ({paths[alike[again[0]]]} and "
-            f"{paths[again[0]]}): kept on one side of a split, but counted twice; remove one if both show "
-            "the same"
+            f"{paths[again[0]]}): a split keeps them on one side, but they count twice; remove one if both "
+            "show the same"
         )
 
     used = [name for name, n in counts.items() if n]
