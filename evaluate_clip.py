@@ -235,8 +235,9 @@ def evaluate(typed: Sequence[str]) -> int:
     predictions = data.predictions(np.arange(len(data.files)), probs)
 
     output_dir = arguments.output_dir
-    with locked(output_dir, wait=True):
-        refuse_results(output_dir, options)  # of an evaluation that ended while this one computed
+    with locked(output_dir):
+        refuse_output_dir(output_dir)  # again: of what began while this evaluation computed
+        refuse_results(output_dir, options)
         prepare_output_folder(output_dir, arguments.overwrite)
         n_known = len(known) if known or not silent else None
         write_json(output_dir / "config.json", record_of(arguments, data, models, n_known))

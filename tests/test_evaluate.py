@@ -1,5 +1,6 @@
 """evaluate_clip.py on folders whose classes fit, are renamed, are missing, are too many."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from evaluation.claim import claim_items
 from evaluation.results import read_predictions
 from evaluation.run_folder import read_run_folder
 from evaluation.trained import load_trained
+from training.outputs import locked
 
 FLAGS = ["--num-workers", "0", "--gpu-id", "-1"]
 
@@ -224,20 +226,30 @@ def test_results_are_not_overwritten_without_being_told(finished, class_folder, 
     assert "lies in --data-dir" in capsys.readouterr().err
 
 
-def test_results_of_another_evaluation_that_came_meanwhile_stay(
-    finished, class_folder, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(
+    ("came", "flags", "said"),
+    [
+        ("metrics.json", [], "holds a run's results (metrics.json)"),
+        ("checkpoint_latest.pth", ["--overwrite"], "the folder of a run (it holds checkpoint_latest.pth)"),
+        (".lock", ["--overwrite"], "is in use by another run"),  # a training holds it to its end
+    ],
+)
+def test_what_another_program_wrote_or_writes_there_meanwhile_stays(
+    finished, class_folder, tmp_path, capsys, monkeypatch, came, flags, said
 ):
     mean_probs = evaluate_clip.mean_probs
 
     def beside_another(*given):
-        (tmp_path / "metrics.json").write_text("another's")
+        (tmp_path / came).write_text("another's")
+        if came == ".lock":
+            other.enter_context(locked(tmp_path))
         return mean_probs(*given)
 
     monkeypatch.setattr(evaluate_clip, "mean_probs", beside_another)
-    assert evaluate([finished], class_folder, tmp_path) == 2
-    assert "holds a run's results (metrics.json)" in capsys.readouterr().err
-    assert (tmp_path / "metrics.json").read_text() == "another's"
-    assert not (tmp_path / "predictions.csv").exists()
+    with contextlib.ExitStack() as other:
+        assert evaluate([finished], class_folder, tmp_path, *flags) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / came).exists() and not (tmp_path / "predictions.csv").exists()
 
 
 def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):
