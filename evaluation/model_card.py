@@ -25,7 +25,7 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
     """What the checkpoint, and the run's own files where they lie beside it, say of the run.
 
     fold: its number in a cross-validation, or None. epoch_is: of `TrainedModel.facts`. val: the validation
-    figures of the checkpoint's epoch. pretrained: did training start from published weights.
+    figures of the checkpoint's epoch. started: from which weights the image encoder did.
     val_dir, by_patient: were the validation images a folder of their own, and did an option name patients.
     record, split: config.json, the fold in splits.json; None where they are not known. apart: how that set
     the validation images apart. metrics: metrics.json; None also where it is of another epoch.
@@ -35,11 +35,14 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
     in_fold = number is not None and (folder.parent / "config.json").exists()
     run, fold = (folder.parent, number) if in_fold else (folder, None)
     history, epoch, config = (trained.facts[key] for key in ("history", "epoch", "config"))
+    loaded, source = trained.facts["pretrained"]["image"], config["image_weights"]
+    whole = len(loaded) >= len(list(trained.model.image_tower.parameters()))
+    weights = "published weights" if source in ("auto", "pretrained") else "weights of a file"
     facts: dict[str, Any] = {
         "fold": fold,
         "epoch_is": trained.facts["epoch_is"],
         "val": {key: values[epoch - 1] for key, values in history.items() if key.startswith("val_")},
-        "pretrained": bool(trained.facts["pretrained"]["image"]),
+        "started": f"{'' if whole else 'in part '}from {weights}" if loaded else "from random weights",
         "val_dir": bool(config.get("val_dir")),
         "by_patient": bool(config.get("group_pattern") or config.get("groups_file")),
     }

@@ -244,7 +244,7 @@ def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
         "not a medical device",
         "by patient (36 of them",
         "not chosen by the images",
-        "random weights",
+        "started from random weights; epoch",
     ):
         assert words in card
     assert "| `use_amp` | false |" in card
@@ -259,7 +259,8 @@ def test_the_card_says_what_frequencies_the_probabilities_suppose_and_in_what_pr
     assert "classes as frequent as in training" in card and "compute in bfloat16" not in card
     evened = read_checkpoint(run / "checkpoint_latest.pth")
     evened["config"] |= {"logit_adjustment": True, "logit_adjustment_tau": 0.5, "use_amp": True}
-    evened["config"] |= {"group_pattern": None, "val_dir": "elsewhere"}
+    evened["config"] |= {"group_pattern": None, "val_dir": "elsewhere", "image_weights": "own.safetensors"}
+    evened["pretrained"]["image"] = ["backbone.conv1.weight"]
     write_file(tmp_path / "evened.pth", evened)
     assert export(tmp_path / "evened.pth", tmp_path / "out", "--format", "onnx") == 0
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
@@ -267,6 +268,7 @@ def test_the_card_says_what_frequencies_the_probabilities_suppose_and_in_what_pr
     assert "compute in bfloat16" in card
     unknown = "come from the source of the training images, or from their patients, is not known"
     assert unknown in card and "separated by image" not in card
+    assert "started in part from weights of a file; epoch" in card and "published" not in card
 
 
 def test_the_card_of_the_best_epoch_names_the_bias(run, tmp_path):
