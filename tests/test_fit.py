@@ -31,7 +31,12 @@ def one_step(
     """
     torch.manual_seed(0)
     model = build_clip(
-        "resnet18", "bert-tiny-bytes", img_size=32, embed_dim=16, temperature=0.07, image_weights="none"
+        "timm:test_resnet",
+        "bert-tiny-bytes",
+        img_size=32,
+        embed_dim=16,
+        temperature=0.07,
+        image_weights="none",
     )
     sentences = ClassSentences(model, {"a": list(texts), "b": ["two"]})
     sentences.prepare(torch.device("cpu"), center=True)
