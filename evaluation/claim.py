@@ -143,7 +143,7 @@ def _of_data(run: RunFolder) -> dict[int, tuple[str, str]]:
             )
         return answers
     level = "patient" if run.by_patient else "image"
-    with_twins = ", images with identical pixels kept together"
+    with_twins = ", images with identical pixels or of one name in two formats kept together"
     answers[20] = (ANSWERED, f"By {level}{with_twins}.")
     if config.get("val_dir"):
         how = f"A ready validation folder ({config['val_dir']})."

@@ -469,7 +469,7 @@ def test_the_checklist_has_44_items_and_answers_with_the_runs_facts(runs):
         assert [item.number for item in items] == list(range(1, 45))
         assert all((item.status == "authors") == (item.answer == "") for item in items)
         answers[kind] = {item.number: item.answer for item in items}
-    assert answers["single"][20].startswith("By patient")
+    assert answers["single"][20].startswith("By patient, images with identical pixels or of one name in two")
     assert "2-fold cross-validation" in answers["cv"][19] and "seed 42" in answers["cv"][19]
     assert "torch 2.13" in answers["cv"][23] and "c0ffee" in answers["cv"][23]
     assert "last epoch" in answers["single"][26]
