@@ -8,7 +8,7 @@ from train_clip import main
 
 QUICK = [
     "--image-encoder",
-    "resnet18",
+    "timm:test_resnet",
     "--image-weights",
     "none",
     "--text-encoder",
@@ -53,7 +53,12 @@ def raising_at(number, function, error=Killed):
 def quick_clip():
     """The model that QUICK trains."""
     return build_clip(
-        "resnet18", "bert-tiny-bytes", img_size=32, embed_dim=16, temperature=0.07, image_weights="none"
+        "timm:test_resnet",
+        "bert-tiny-bytes",
+        img_size=32,
+        embed_dim=16,
+        temperature=0.07,
+        image_weights="none",
     )
 
 

@@ -543,7 +543,7 @@ def test_a_failed_write_is_said_also_when_training_fails_meanwhile(
 def test_too_full_a_disk_is_said_before_images_are_read(class_folder, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**8))
-    assert train(class_folder, tmp_path / "out", "--epochs", 1) == 2
+    assert train(class_folder, tmp_path / "out", "--epochs", 1, "--image-encoder", "resnet18") == 2
     streams = capsys.readouterr()
     # resnet18 and a tiny text tower, 47 MB: three latest with two moments each, two best
     assert "checkpoints will need about 5" in streams.err and "100 MB are free" in streams.err

@@ -92,13 +92,13 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
             "epochs": 1,
         },
         {
-            "image_encoder_name": "resnet18",
+            "image_encoder_name": "timm:test_resnet",
             "epochs": 1,
             "preset": "small-data",
             "augmentation": "standard",  # the default, and not the preset's
             "cutmix_prob": 1,
         },
-        {"image_encoder_name": "resnet18", "epochs": 1, "use_cv": True, "n_splits": 2},
+        {"image_encoder_name": "timm:test_resnet", "epochs": 1, "use_cv": True, "n_splits": 2},
     ]
     (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
     flags = "--image-weights none --text-encoder bert-tiny-bytes --embed-dim 16 --num-workers 0 --img-size 32"

@@ -22,8 +22,8 @@ from evaluation.predict import _Decoder, heat_map_name
 from predict_clip import main
 
 TRAIN = shlex.split(
-    "--image-encoder resnet18 --image-weights none --text-encoder bert-tiny-bytes --img-size 32 --epochs 1 "
-    "--embed-dim 16 --batch-size 16 --num-workers 0 --gpu-id -1 --no-amp --learning-rate 3e-4"
+    "--image-encoder timm:test_resnet --image-weights none --text-encoder bert-tiny-bytes --img-size 32 "
+    "--epochs 1 --embed-dim 16 --batch-size 16 --num-workers 0 --gpu-id -1 --no-amp --learning-rate 3e-4"
 )
 CLASSES = sorted(("正常", "肺炎", "气胸"))
 

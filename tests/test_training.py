@@ -43,7 +43,11 @@ def test_history_has_all_keys_at_equal_length_in_percent(finished):
 
 def test_config_json_holds_options_versions_classes_and_fingerprint(finished):
     config = json.loads((finished / "config.json").read_text("utf-8"))
-    assert config["image_encoder_name"] == "resnet18" and config["epochs"] == 4 and config["use_amp"] is False
+    assert (
+        config["image_encoder_name"] == "timm:test_resnet"
+        and config["epochs"] == 4
+        and config["use_amp"] is False
+    )
     assert config["classes"] == sorted(("正常", "肺炎", "气胸"))
     assert config["versions"]["torch"] == metadata.version("torch")
     assert len(config["dataset_fingerprint"]) == 64
