@@ -178,8 +178,8 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
     stop = options["early_stopping_patience"]
     stopping = next(
         (
-            f" Training could stop early: {own['early_stopping_patience']} epochs without gain in "
-            f"{own['early_stopping_monitor']} on the validation images."
+            " Training could stop early: "
+            f"{number(own['early_stopping_patience'], 'epoch', 'epochs')} without gain in {own['early_stopping_monitor']} on the validation images."
             for own in run.models_trained_with(options)
             if own["early_stopping_patience"]
         ),
@@ -208,8 +208,8 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
         ),
         25: (
             ANSWERED,
-            f"AdamW, {'at most ' if stop else ''}{options['epochs']} epochs, batches of "
-            f"{options['batch_size']}, {rates_words(options)}, weight decay {options['weight_decay']:g}, "
+            f"AdamW, {'at most ' if stop else ''}{number(options['epochs'], 'epoch', 'epochs')}, batches "
+            f"of {options['batch_size']}, {rates_words(options)}, weight decay {options['weight_decay']:g}, "
             f"loss {loss_words(options)}, {' and '.join(frozen) or 'no'} encoder frozen. {augmentation}"
             f"{f' Options changed on resuming: {changed}.' if changed else ''}",
         ),

@@ -93,7 +93,9 @@ class TextTower(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(S, T), (S, T) -> (S, num_features): mean over the tokens that are no padding."""
         of_heads = attention_mask
-        if isinstance(self.encoder, BertModel) and self.encoder.config._attn_implementation == "sdpa":
+        config = self.encoder.config
+        looks_both_ways = isinstance(self.encoder, BertModel) and not config.is_decoder
+        if looks_both_ways and config._attn_implementation == "sdpa":
             # As attention takes it: in a mask over tokens transformers looks for padding, and a GPU is waited
             # for. Other models may take another form.
             of_heads = attention_mask[:, None, None].bool()  # (S, 1, 1, T)

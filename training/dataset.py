@@ -147,8 +147,8 @@ def patients_of(config: Config, folder: ImageFolder, val_folder: ImageFolder | N
     both = sorted(set(own) & set(other))
     if both:
         raise UserError(
-            f"{len(both)} patients have images in --data-dir and in --val-dir, so validation would be too "
-            f"good; move them to one side:\n{shorten(both)}"
+            f"{number(len(both), 'patient has', 'patients have')} images in --data-dir and in --val-dir, so "
+            f"validation would be too good; move them to one side:\n{shorten(both)}"
         )
     return own + other
 
