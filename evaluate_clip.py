@@ -125,7 +125,8 @@ def match_classes(
             several = " and ".join(repr(ours) for theirs, ours in pairs if theirs == name)
             problems.append(f"--rename: the folder {name!r} cannot be {several} at once; give it one class")
     ours_of = {name: name for name in folder.classes} | dict(pairs)
-    extra = [name for name in folder.classes if ours_of[name] not in classes]
+    renamed = dict(pairs)
+    extra = [name for name in folder.classes if name not in renamed and name not in classes]
     if extra and not skip_extra:
         problems += [
             f"--data-dir {folder.root}: the folder {name!r} is no class of the model"

@@ -63,6 +63,8 @@ def find_checkpoints(path: Path) -> list[Path]:
         return [path / LATEST]
     runs = sorted(p.name for p in path.iterdir() if (p / "config.json").exists())
     hint = f"one of its runs: {', '.join(runs[:10])}" if runs else "the folder of a finished run"
+    if (path / BEST).exists():
+        hint = f"{path / BEST}, the model of its best epoch"
     raise UserError(f"--checkpoint {path} holds no {LATEST}; give {hint}")
 
 

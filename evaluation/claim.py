@@ -179,7 +179,8 @@ def _of_training(run: RunFolder, options: Mapping[str, Any]) -> dict[int, tuple[
     stopping = next(
         (
             " Training could stop early: "
-            f"{number(own['early_stopping_patience'], 'epoch', 'epochs')} without gain in {own['early_stopping_monitor']} on the validation images."
+            f"{number(own['early_stopping_patience'], 'epoch', 'epochs')} without gain in "
+            f"{own['early_stopping_monitor']} on the validation images."
             for own in run.models_trained_with(options)
             if own["early_stopping_patience"]
         ),

@@ -327,7 +327,19 @@ def test_val_dir_with_pictures_of_data_dir_is_refused(class_folder, tmp_path, ca
     Image.open(class_folder / "正常" / "P000_0.png").save(tmp_path / "val" / "正常" / "new name.bmp")
     assert train(class_folder, tmp_path / "run", "--epochs", 1, "--val-dir", tmp_path / "val") == 2
     error = capsys.readouterr().err
-    assert "1 picture is both in --data-dir and, pixel by pixel, in --val-dir" in error
+    assert "1 picture of --val-dir is in --data-dir too, pixel by pixel" in error
+    assert (
+        train(
+            class_folder,
+            tmp_path / "run",
+            "--epochs",
+            1,
+            "--val-dir",
+            class_folder / ".." / class_folder.name,
+        )
+        == 2
+    )
+    assert "is --data-dir itself" in capsys.readouterr().err
     assert "P000_0.png = " in error and "new name.bmp" in error and not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,11 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
     see `scan_and_check`.
     """
     sources = {"--data-dir": config.data_dir} | ({"--val-dir": config.val_dir} if config.val_dir else {})
+    if config.val_dir and all(map(os.path.exists, sources.values())) and os.path.samefile(*sources.values()):
+        raise UserError(
+            f"--val-dir {config.val_dir} is --data-dir itself; give another folder, or leave it out, and "
+            "--val-ratio of the images are set apart"
+        )
     folder, *others = scan_and_check(sources, *checks, cache_dir=config.cache_dir)
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
@@ -204,12 +210,14 @@ def read_images(
         files = Files([folder] + ([val_folder] if val_folder else []))
 
     own, other = inspection.digests[:n_own], inspection.digests[n_own:]
-    both = np.intersect1d(own, other) if val_folder else ()
-    if len(both):
-        copies = [f"{files[list(own).index(d)]} = {files[n_own + list(other).index(d)]}" for d in both[:50]]
+    trained = {digest: i for i, digest in enumerate(own)} if val_folder else {}
+    both = [(trained[digest], i) for i, digest in enumerate(other, n_own) if digest in trained]
+    if both:
+        copies = [f"{files[i]} = {files[j]}" for i, j in both]
         raise UserError(
-            f"{number(len(both), 'picture is', 'pictures are')} both in --data-dir and, pixel by pixel, in "
-            f"--val-dir, so validation would be too good; remove them from one side:\n{shorten(copies)}"
+            f"{number(len(both), 'picture of --val-dir is', 'pictures of --val-dir are')} in --data-dir too, "
+            "pixel by pixel, so validation would be too good; remove the copies from one side:\n"
+            f"{shorten(copies)}"
         )
     paths = itertools.chain(folder.paths, (f"/{path}" for path in val_folder.paths) if val_folder else ())
     labels = folder.labels if val_folder is None else np.concatenate([folder.labels, val_folder.labels])

@@ -187,13 +187,11 @@ def refuse_disagreement(
 
 
 def _grouping(config: Config) -> str:
-    if config.val_dir:
-        return " of --val-dir"
+    where = " of --val-dir" if config.val_dir else ""
     if config.group_pattern or config.groups_file:
-        return " of other patients"
-    return (
-        " (split by image; if patients have several images, name them with --group-pattern or --groups-file)"
-    )
+        return f"{where} of other patients"
+    how = "" if config.val_dir else "split by image; "
+    return f"{where} ({how}if patients have several images, name them with --group-pattern or --groups-file)"
 
 
 def print_summary(config: Config, result: RunResult, baseline: float) -> None:
