@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError
 
 # What Python makes of JSON can take twenty times as much memory.
 MOST_JSON_BYTES = 64 * 2**20
@@ -164,7 +164,7 @@ def csv_rows(lines: Iterator[str], columns: Sequence[str], what: str) -> Iterato
         for column in columns:
             if header.count(column) != 1:
                 other = len(header) == 1 and re.search("[;\t]", header[0])
-                hint = "; separate the cells by commas" if other else did_you_mean(column, header)
+                hint = "; separate the cells by commas" if other else "; name its columns so"
                 wanted = f"the column{'s' * (len(columns) > 1)} {' and '.join(columns)}"
                 has = ", ".join(header) or "nothing"
                 raise UserError(f"{what} needs {wanted}; its first line has {has}{hint}")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from importlib import metadata
 
@@ -365,6 +366,16 @@ def test_a_picture_in_two_formats_is_on_one_side(class_folder, tmp_path, capsys)
     (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["folds"]
     names = [{path.rsplit(".", 1)[0] for path in fold[side]} for side in ("train", "val")]
     assert len(fold["train"]) + len(fold["val"]) == 144 and not names[0] & names[1]
+
+
+@pytest.mark.parametrize(("load", "threads", "said"), [(9e3, 2, True), (0.5, 2, False), (9e3, 1, False)])
+def test_a_busy_machine_is_said_where_threads_would_wait(
+    class_folder, tmp_path, monkeypatch, capsys, load, threads, said
+):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 0
+    assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == said
 
 
 def test_one_batch_can_be_overfitted(tmp_path):

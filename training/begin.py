@@ -1,5 +1,6 @@
 """What every run does first: look at options and folders, then build the model and read the images."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,15 +54,27 @@ def look(config: Config, class_texts: Mapping[str, Any] | None, *checks: Callabl
     return Found(hardware, folder, val_folder, texts, patients)
 
 
-def build_and_read(config: Config, found: Found, checkpoint: Mapping[str, Any] | None = None) -> Ready:
-    """The model, which `checkpoint` will fill where given, and the images."""
-    hardware = found.hardware
-    print(f"device: {hardware.description}")
-    if config.fold and hardware.device.type == "cpu" and torch.get_num_threads() > 1:
+def say_who_else_computes(config: Config) -> None:
+    """Of a CPU whose cores this run means to use all: its threads wait for the slowest at every operation."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
+    if config.fold:
         print(
             "note: jobs of several folds on one machine's CPU hold each other up; give each its share of the "
             "cores, such as OMP_NUM_THREADS=1"
         )
+    elif load > cores:
+        print(
+            f"note: other programs keep this machine busy (load {load:.1f} on {cores} cores); training may "
+            "be several times faster with fewer threads, such as OMP_NUM_THREADS=1"
+        )
+
+
+def build_and_read(config: Config, found: Found, checkpoint: Mapping[str, Any] | None = None) -> Ready:
+    """The model, which `checkpoint` will fill where given, and the images."""
+    hardware = found.hardware
+    print(f"device: {hardware.description}")
+    if hardware.device.type == "cpu" and torch.get_num_threads() > 1:
+        say_who_else_computes(config)
     model = build_model(config, hardware, checkpoint)
     refuse_full_disk(Path(config.output_dir), model, config)
     sentences = tokenise(model, found.texts)
