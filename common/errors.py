@@ -2,6 +2,7 @@
 
 import difflib
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -60,7 +61,11 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 def why_not_loaded(error: BaseException) -> str:
-    """`first_line`, but for what torch.load refuses to run, where PyTorch's advice is to run it."""
+    """`first_line`, but in other words for a file without its end, and for what torch.load refuses to run,
+    where PyTorch's advice is to run it.
+    """
+    if isinstance(error, zipfile.BadZipFile):
+        return "it was cut short, or PyTorch did not write it"
     if isinstance(error, pickle.UnpicklingError):
         return "it holds more than tensors and plain values; nothing of it was run"
     return first_line(error)

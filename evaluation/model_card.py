@@ -61,7 +61,7 @@ def run_facts(trained: TrainedModel) -> dict[str, Any]:
         facts["split"] = splits["folds"][(fold or 1) - 1]
         ways = ["as a folder of their own"] if facts["val_dir"] else []
         if facts["by_patient"]:
-            ways.append(f"by patient ({splits['n_groups']} of them, none on both sides)")
+            ways.append(f"by patient (none of the {splits['n_groups']} is on both sides)")
         facts["apart"] = ", ".join(ways) or "by image"
     return facts
 

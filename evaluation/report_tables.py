@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import number
 from evaluation.run_folder import (
     CROSS_VALIDATION,
     EVALUATION,
@@ -137,8 +138,8 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
             ],
             [
                 "Training 训练",
-                f"{'at most ' if o['early_stopping_patience'] else ''}{o['epochs']} epochs, batch "
-                f"{o['batch_size']}, {rates_words(o)}, loss {loss_words(o)}, seed {o['random_state']}",
+                f"{_epochs(run, o)}, batch {o['batch_size']}, "
+                f"{rates_words(o)}, loss {loss_words(o)}, seed {o['random_state']}",
             ],
         ]  # fmt: skip
         if changed := changed_words(o):
@@ -150,6 +151,15 @@ def facts(run: RunFolder, trained_with: Mapping[str, Any] | None) -> Table:
     if run.kind != EVALUATION:
         rows += _program(config)
     return {"header": [], "rows": rows}
+
+
+def _epochs(run: RunFolder, options: Mapping[str, Any]) -> str:
+    """How many were trained, of how many; of an evaluation's models only what was asked for."""
+    asked = number(options["epochs"], "epoch", "epochs")
+    if not options["early_stopping_patience"]:
+        return asked
+    trained = ", ".join(str(len(history["val_acc"])) for history in run.histories.values())
+    return f"at most {asked}{f' (trained: {trained})' if trained else ''}"
 
 
 def _models(config: Mapping[str, Any]) -> list[str]:

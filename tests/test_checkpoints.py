@@ -256,6 +256,10 @@ def test_what_stands_beside_a_damaged_checkpoint_is_named(tmp_path):
     latest, best = (tmp_path / f"checkpoint_{name}.pth" for name in ("latest", "best"))
     latest.write_bytes(latest.read_bytes()[:100])
     for said, read in (
+        (
+            "(it was cut short, or PyTorch did not write it)",
+            partial(load_trained, device=torch.device("cpu")),
+        ),
         (f"another one, such as {best}, which", partial(load_trained, device=torch.device("cpu"))),
         (f"{best} beside it is a model for use", read_to_resume),
     ):

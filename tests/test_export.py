@@ -242,7 +242,7 @@ def test_the_card_holds_data_metrics_with_intervals_and_limits(run, exported):
         assert f"| {name} | 一张{name}\\|图 | 24 | {n[0]} | {n[1]} |" in card
     for words in (
         "not a medical device",
-        "by patient (36 of them",
+        "by patient (none of the 36 is on both sides)",
         "not chosen by the images",
         "started from random weights; epoch",
     ):
@@ -324,7 +324,7 @@ def test_an_epoch_of_an_unfinished_training_is_not_called_its_last(run, tmp_path
     card = card_of(own, tmp_path / "out")
     n = sum(path.startswith("肺炎") for path in split["train"])
     assert f"图 | {n} | {n} | 0 |" in card  # --val-dir may lack a class
-    assert "set apart as a folder of their own, by patient (36 of them, none on both sides)." in card
+    assert "set apart as a folder of their own, by patient (none of the 36 is on both sides)." in card
     assert "come from the source of the training images is not known" in card
     assert "Epoch 2 of a training that was not finished" in card and "last epoch" not in card
     # without an interval: metrics.json is of another end

@@ -24,7 +24,7 @@ from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
 from evaluation.metrics import full_metrics
 from evaluation.report import FIGURES, main, write_report
-from evaluation.report_tables import images_table, temperature_table
+from evaluation.report_tables import facts, images_table, temperature_table
 from evaluation.report_text import cards, notes
 from evaluation.results import Predictions, write_results
 from evaluation.run_folder import loss_words, read_run_folder
@@ -426,6 +426,16 @@ def test_an_evaluation_on_the_training_images_is_named(runs, tmp_path):
     write_report(run)
     text = Page(run / "report.html").text
     assert "some of these images is not known" in text and "made with some of them is not known, and" in text
+
+
+def test_what_was_trained_of_epochs_that_could_end_early_is_named(tmp_path):
+    run = read_run_folder(make_run(tmp_path, CHINESE, "cv", early_stopping_patience=2))
+    trained_with = run.config | {"epochs": 30}
+    (training,) = [words for name, words in facts(run, trained_with)["rows"] if name.startswith("Training")]
+    assert training.startswith(f"at most 30 epochs (trained: {EPOCHS}, {EPOCHS}), batch ")
+    (training,) = [row[1] for row in facts(run, trained_with | {"early_stopping_patience": None})["rows"]
+                   if row[0].startswith("Training")]  # fmt: skip
+    assert training.startswith("30 epochs, batch ")
 
 
 def test_an_ensemble_of_other_encoders_is_not_described_as_its_first_model(tmp_path):
