@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quick import quick_clip
 
 from common.device import Hardware
 from common.stopping import Requests
 from data.augment import Augmentation
 from data.images import Squares
 from data.loader import EpochBatches, ImageDataset, build_loader
-from models.clip import ClassSentences, build_clip
+from models.clip import ClassSentences
 from training.cutmix import draw_box
 from training.fit import epoch_line, train_one_epoch
 from training.losses import contrastive_loss
@@ -30,14 +31,7 @@ def one_step(
     than `batch_size`, and the epoch's row of the history.
     """
     torch.manual_seed(0)
-    model = build_clip(
-        "timm:test_resnet",
-        "bert-tiny-bytes",
-        img_size=32,
-        embed_dim=16,
-        temperature=0.07,
-        image_weights="none",
-    )
+    model = quick_clip()
     sentences = ClassSentences(model, {"a": list(texts), "b": ["two"]})
     sentences.prepare(torch.device("cpu"), center=True)
     images = ImageDataset([Path("unused")] * len(labels), labels, 32, Squares(pixels))
