@@ -395,7 +395,7 @@ def test_every_mistake_is_said_at_once(tmp_path, capsys):
         ({"--input": "empty.txt"}, "names no image"),
         ({"--input": "empty.csv"}, "names no image"),
         ({"--input": "gbk.txt"}, "is not UTF-8"),
-        ({"--input": "no_path.csv"}, "did you mean 'Path'"),
+        ({"--input": "no_path.csv"}, "first line has Path, x; name its columns so"),
         ({"--input": "hole.csv"}, "line 3: path is empty"),
         ({"--output": "exists.csv"}, "--overwrite to replace it"),
         ({"--output": "p.txt"}, "must end in .csv"),
