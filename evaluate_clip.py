@@ -179,7 +179,7 @@ def refuse_contradictions(options: "Config") -> None:
 def evaluate(typed: Sequence[str]) -> int:
     """Check, load, read, predict, write. Returns the exit code (see --help)."""
     arguments = read_arguments(typed)
-    from data.scan import patient_pattern
+    from data.groups import patient_pattern
     from data.shards import scan_and_check
     from training.config import Config
     from training.options import refuse_missing

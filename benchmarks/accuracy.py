@@ -40,8 +40,9 @@ from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware
 from common.errors import RunFailed, UserError, did_you_mean
 from common.files import MOST_OF_SPLITS, MOST_WRITTEN_BY_HAND, read_json, write_json
+from data.groups import groups_from_file
 from data.images import read_image
-from data.scan import ImageFolder, groups_from_file, scan_folder
+from data.scan import ImageFolder, scan_folder
 from data.splits import Split, k_folds, splits_from_record
 from evaluation.results import read_predictions
 from models.clip import build_image_tower

@@ -33,17 +33,10 @@ with imports():
         quick_findings,
         sides_of,
     )
+    from data.groups import groups_by_pattern, groups_from_file, merge_groups, patient_pattern
     from data.images import Facts, inspect_images
     from data.looks import Look, look_at, near_pairs
-    from data.scan import (
-        FORMAT_OF_SUFFIX,
-        ImageFolder,
-        groups_by_pattern,
-        groups_from_file,
-        merge_groups,
-        nfc,
-        patient_pattern,
-    )
+    from data.scan import FORMAT_OF_SUFFIX, ImageFolder, nfc
     from data.shards import scan_and_check
     from data.shortcuts import FOLDS, Audit, audit_shortcuts
     from data.splits import Split

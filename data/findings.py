@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import number
+from data.groups import groups_per_class
 from data.images import Inspection
-from data.scan import ImageFolder, first_alike, groups_per_class
+from data.scan import ImageFolder, first_alike
 from data.splits import Split
 
 Finding = dict[str, Any]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from data.scan import groups_per_class
+from data.groups import groups_per_class
 
 FEATURE_SETS = {
     "shape": ("width", "height", "aspect"),

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import UserError, shorten
+from data.groups import groups_per_class
 from data.names import Names
-from data.scan import ImageFolder, groups_per_class, nfc
+from data.scan import ImageFolder, nfc
 
 ATTEMPTS = 20  # a division that leaves a class in one part is tried again, so often at most
 ANEW = "or start anew in another --output-dir (or with --overwrite)"

@@ -14,8 +14,9 @@ from PIL import Image
 
 from data.check import check_data, main, read_splits
 from data.findings import KINDS, LEVELS, quick_findings
+from data.groups import groups_by_pattern, groups_from_file, merge_groups
 from data.images import inspect_images
-from data.scan import groups_by_pattern, groups_from_file, merge_groups, scan_folder
+from data.scan import scan_folder
 from data.shortcuts import LEAST_GROUPS
 from data.splits import Split
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.groups import groups_by_pattern, merge_groups
 from data.images import Facts, Inspection, Reading
 from data.loader import ImageDataset
 from data.names import Names, all_but
-from data.scan import Files, ImageFolder, groups_by_pattern, merge_groups
+from data.scan import Files, ImageFolder
 from data.splits import splits_record
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)

@@ -24,11 +24,12 @@ from common.errors import UserError
 from data import images
 from data.cache import cache_file, inspect_cached
 from data.check import main as check_main
+from data.groups import groups_by_pattern, groups_from_file
 from data.images import inspect_images, read_image
 from data.inputs import list_images
 from data.members import Member
 from data.pixels import UnreadableImage
-from data.scan import fingerprint, groups_by_pattern, groups_from_file, scan_folder
+from data.scan import fingerprint, scan_folder
 from data.shards import finder, is_shards, scan_images
 from evaluation.report import write_report
 from evaluation.results import read_predictions

@@ -12,7 +12,7 @@ import torch
 from common.device import Hardware
 from common.distributed import n_processes
 from common.errors import all_of
-from data.scan import patient_pattern
+from data.groups import patient_pattern
 from data.texts import check_template, read_texts
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm

@@ -14,19 +14,11 @@ import numpy as np
 from common.errors import UserError, number, shorten
 from data.cache import cache_dir_of, inspect_cached
 from data.findings import by_danger, finding, quick_findings
+from data.groups import groups_by_pattern, groups_from_file, merge_groups
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
 from data.loader import loading_processes, refuse_small_shared_memory
 from data.names import Names
-from data.scan import (
-    Files,
-    ImageFolder,
-    check_class_sizes,
-    fingerprint,
-    groups_by_pattern,
-    groups_from_file,
-    merge_groups,
-    nfc,
-)
+from data.scan import Files, ImageFolder, check_class_sizes, fingerprint, nfc
 from data.shards import scan_and_check
 from data.splits import Split, hold_out, splits_record
 from data.texts import class_sentences, read_texts
