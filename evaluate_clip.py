@@ -124,8 +124,8 @@ def match_classes(
         if times > 1:
             several = " and ".join(repr(ours) for theirs, ours in pairs if theirs == name)
             problems.append(f"--rename: the folder {name!r} cannot be {several} at once; give it one class")
-    ours_of = {name: name for name in folder.classes} | dict(pairs)
     renamed = dict(pairs)
+    ours_of = {name: name for name in folder.classes} | renamed
     extra = [name for name in folder.classes if name not in renamed and name not in classes]
     if extra and not skip_extra:
         problems += [

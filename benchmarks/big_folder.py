@@ -73,10 +73,12 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
         sys.stdout.flush()
         started = time.monotonic()
 
-    import training.run
+    import training.run  # noqa: F401 -- all that a run imports
     from common.device import choose_hardware
     from common.files import write_json
     from data.loader import EpochBatches, ImageDataset, build_loader
+    from training import dataset
+    from training.build import build_model
     from training.config import Config
 
     config = Config(
@@ -84,21 +86,21 @@ def start_up(data_dir: Path, img_size: int, n_read: int) -> None:
         image_encoder_name="starnet_dual_pyramid_rcf", image_weights="none",
         text_encoder_name="bert-tiny-bytes",
     )  # fmt: skip
-    training.build.build_model(config, choose_hardware(-1, True))
+    build_model(config, choose_hardware(-1, True))
     say("libraries and models")
-    folder, _ = training.dataset.scan(config)
+    folder, _ = dataset.scan(config)
     say("scan")
-    patients = training.dataset.patients_of(config, folder, None)
+    patients = dataset.patients_of(config, folder, None)
     say("patients")
-    data = training.dataset.read_images(config, folder, None, patients, at_least=2)
+    data = dataset.read_images(config, folder, None, patients, at_least=2)
     say("reading")
-    split = training.dataset.split_of(config, data)
+    split = dataset.split_of(config, data)
     say("split")
-    training.dataset.findings_of(data, [split])
+    dataset.findings_of(data, [split])
     say("findings")
     with tempfile.TemporaryDirectory() as temporary:
-        write_json(Path(temporary) / "splits.json", training.dataset.splits_record_of(config, data, [split]))
-    training.dataset.split_fingerprint(data, split)
+        write_json(Path(temporary) / "splits.json", dataset.splits_record_of(config, data, [split]))
+    dataset.split_fingerprint(data, split)
     say("splits.json")
     chosen = np.random.default_rng(0).choice(
         split.train, min(n_read, len(split.train)), replace=False
