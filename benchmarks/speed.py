@@ -6,7 +6,7 @@
 
 The floor is the image tower alone: same architecture, precision, batch and size, on random tensors in memory,
 forward + backward + AdamW for training and forward for validation; where the text tower is trained, also its
-forward + backward + AdamW. It is measured in turn with the run: after every two seconds the run is stopped
+forward + backward + AdamW. It is measured in turn with the run: after every five seconds the run is stopped
 for two steps of the floor, of which the second counts, so that both meet the same machine even where its
 speed drifts. A run's share of it is the time its images would take at the floor over the time they took,
 everything included: from one epoch's line on the screen to the next, with validation and checkpoints (of

@@ -17,7 +17,7 @@ from common.files import write_json
 from data.scan import scan_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-TURN = 2.0  # seconds that a run trains between two measurements of its floor
+TURN = 5.0  # seconds that a run trains between two measurements of its floor
 TRAINING = "training on "  # how the line begins that is printed before the first step
 SENTENCE = "这是一张{}的胸部X光图像，可见双肺纹理、心影与膈面，供放射科医师参考诊断之用，请结合临床"
 
