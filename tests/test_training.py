@@ -19,7 +19,7 @@ from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
 from training.begin import say_what_options_do
 from training.config import Config
-from training.dataset import findings_of, read_images, scan, split_of
+from training.dataset import findings_of, patients_of, read_images, scan, split_of, splits_record_of
 from training.options import make_config
 from training.state import HISTORY_KEYS, EarlyStopping
 
@@ -355,6 +355,18 @@ def test_pictures_of_one_name_in_both_folders_count_as_two(tmp_path):
     data = read_images(config, *scan(config), None, at_least=1)
     assert data.groups is None
     assert "class_small" not in {found["kind"] for found in findings_of(data, [split_of(config, data)])}
+
+
+def test_two_patients_of_one_picture_are_kept_together_and_counted_as_two(tmp_path):
+    for name, i in itertools.product("ab", range(5)):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * max(i, 1)).save(tmp_path / "data" / name / f"P{i}.png")
+    pattern = r"^(P\d)"
+    config = Config(data_dir=str(tmp_path / "data"), group_pattern=pattern, img_size=8, use_cache=False)
+    folders = scan(config)
+    data = read_images(config, *folders, patients_of(config, *folders), at_least=1)
+    assert len(set(data.groups)) == 4
+    assert splits_record_of(config, data, [split_of(config, data)])["n_groups"] == 5
 
 
 def test_a_picture_in_two_formats_is_on_one_side(class_folder, tmp_path, capsys):

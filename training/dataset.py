@@ -257,7 +257,7 @@ def splits_record_of(config: Config, data: DataSet, splits: Sequence[Split]) -> 
     grouped_by = config.group_pattern or config.groups_file
     return splits_record(
         splits, data.paths, random_state=config.random_state, **made_by, grouped_by=grouped_by,
-        n_groups=None if data.groups is None else int(data.groups.max()) + 1,
+        n_groups=None if data.patients is None else len(set(data.patients)),
         dataset_fingerprint=data.fingerprint,
     )  # fmt: skip
 
