@@ -71,8 +71,8 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     add("--output-dir", type=Path, help="folder for the results (required)")
     add("--group-pattern", help="regular expression on the file name whose first group is the patient")
     add("--groups-file", type=Path, help="CSV with columns path,group that names each image's patient")
-    add("--rename", action="append", default=[], metavar="THEIRS=OURS",
-        help="this folder is that class of the model; may be given several times")  # fmt: skip
+    add("--rename", nargs="+", action="extend", default=[], metavar="THEIRS=OURS",
+        help="this folder is that class of the model; one or several")  # fmt: skip
     add("--skip-extra", action="store_true", help="leave out folders that are no class of the model")
     add("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")
     add("--cache-dir", type=Path, help="folder for decoded images (default: ~/.cache/train_clip)")
@@ -83,7 +83,9 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
     add("--no-amp", action="store_true", help="compute in float32")
     add("--overwrite", action="store_true", help="replace another evaluation's results in --output-dir")
     found, problems = parser.examine(typed, ("--checkpoint", "--data-dir", "--output-dir"), NUMBERS)
-    problems += [f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if "=" not in pair]
+    problems += [
+        f"--rename {pair!r} must be THEIRS=OURS" for pair in found.rename if pair.strip() and "=" not in pair
+    ]
     if found.cache_dir and found.no_cache:
         problems.append("--cache-dir and --no-cache exclude each other")
     if problems:
@@ -134,9 +136,9 @@ def match_classes(
             "images out (--skip-extra)"
             for name in extra
         ]
-        problems.append(f"the model's classes are {', '.join(classes)}")
     if problems:
-        raise UserError(*problems)
+        names = f"the model's classes are {', '.join(classes)}; the folders {', '.join(folder.classes)}"
+        raise UserError(*problems, names)
 
     counts = np.bincount(folder.labels, minlength=len(folder.classes))
     for name in folder.classes:

@@ -82,7 +82,7 @@ def test_numbers_are_those_of_scikit_learn_on_the_written_predictions(finished, 
 
 
 def test_several_checkpoints_are_averaged(finished, elsewhere, tmp_path):
-    flags = ["--rename", "pneumonia=肺炎", "--rename", "骨折=气胸", "--no-amp"]
+    flags = ["--rename", "pneumonia=肺炎", "骨折=气胸", "--no-amp"]
     files = [finished / "checkpoint_latest.pth", finished / "checkpoint_best.pth"]
     probs = []
     for number, checkpoints in enumerate((files[:1], files[1:], files)):
@@ -265,19 +265,27 @@ def test_folders_and_classes_that_do_not_fit_are_all_named(elsewhere):
     assert "--rename: the folder '正常' cannot be '肺炎' and '气胸' at once" in text
     assert "'pneumona' is no folder of --data-dir (did you mean 'pneumonia'" in text
     assert "'肺' is no class of the model" in text and "'pneumonia' is no class of the model" in text
+    with pytest.raises(UserError) as refused:
+        evaluate_clip.match_classes(folder, ("正常", "气胸", "肺炎"), ["pneumonia=x", "骨折=气胸"], False)
+    assert refused.value.problems == (
+        "--rename pneumonia=x: 'x' is no class of the model",
+        "the model's classes are 正常, 气胸, 肺炎; the folders pneumonia, 正常, 骨折",
+    )
 
 
 def test_bad_options_are_all_named(tmp_path, capsys):
-    typed = ["--data-dir", "d", "--rename", "a", "--batch-size", "0"]
+    typed = ["--data-dir", "d", "--rename", "a", "", "b=c", "--batch-size", "0"]
     typed += ["--gpu-id", "-5", "--num-workers", "two", "--checkpoint", "c", "--heat", "--cache-dir", ""]
     assert evaluate_clip.main(typed) == 2
     said = capsys.readouterr().err
     for words in (
-        "unknown option --heat", "--output-dir is required", "THEIRS=OURS",
+        "unknown option --heat", "--output-dir is required",
+        "--rename 'a' must be THEIRS=OURS", "--rename must be a non-empty text, not ''",
         "--batch-size must be a whole number, 1 to 65536, not '0'", "--num-workers must be a whole number",
         "--gpu-id must be a whole number", "--cache-dir must be a non-empty text, not ''",
     ):  # fmt: skip
         assert words in said
+    assert said.count("error: --rename") == 2 and "b=c" not in said
     flags = ["--groups-file", str(tmp_path / "g.csv"), "--group-pattern", "(P)"]
     flags += ["--cache-dir", f"{__file__}/c"]
     assert evaluate([tmp_path / "a", tmp_path / "b"], __file__, __file__, *flags) == 2
