@@ -135,12 +135,12 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
     assert by_entry[2]["million_parameters"] == pytest.approx(expected)
 
 
-def test_the_leaderboard_says_that_seconds_are_no_zero_minutes_and_where_an_error_is_cut(capsys):
+def test_the_leaderboard_says_that_seconds_are_no_zero_minutes_and_an_error_s_whole_first_line(capsys):
     row = {f"{key}_{part}": None for key in METRICS for part in ("mean", "std_sample")}
     row |= {"rank": 1, "status": "finished", "folder": "01", "against_first": "first", "images_per_second": 9}
     row |= {f"{key}_mean": 50 for key in METRICS} | {"million_parameters": 1}
-    failed = [row | {"status": "failed", "error": error} for error in ("x" * 120, "x" * 121)]
+    failed = [row | {"status": "failed", "error": error} for error in ("x" * 500, "y\n  z")]
     print_leaderboard([{**row, "minutes": 0.04}, {**row, "minutes": 0.06}, *failed], Path("out"))
-    _, *lines, whole, shortened, _, _ = capsys.readouterr().out.strip().splitlines()
+    _, *lines, long, short, _, _ = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[-3] for line in lines[1:]] == ["<0.1", "0.1"]
-    assert whole.split()[-1] == "x" * 120 and shortened.split()[-1] == "x" * 117 + "..."
+    assert [long.split()[-1], short.split()[-1]] == ["x" * 500, "y"]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.distributed import first_here_first, is_main, n_processes, of_the_first
-from common.errors import UserError, all_of, cut, first_line
+from common.errors import UserError, all_of, first_line
 from common.files import check_writable, read_json, text_cell, write_csv, write_json
 from common.run_files import fold_dir, saved_in
 from data.shards import may_run_a_command, scan_images
@@ -259,9 +259,9 @@ def leaderboard_row(entry: Entry) -> tuple[dict[str, Any], Predictions | None]:
         if row["status"] == "finished":
             return row | _results(entry), read_run_predictions(entry.folder)
         if row["status"] == "failed":
-            row["error"] = read_json(entry.folder / FAILURE, "the entry's failure.json")["error"]
+            row["error"] = str(read_json(entry.folder / FAILURE, "the entry's failure.json")["error"])
     except UserError as error:
-        row |= {"status": "failed", "error": first_line(error)}
+        row |= {"status": "failed", "error": "; ".join(error.problems)}
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         what = f"its results are damaged ({type(error).__name__}: {first_line(error)})"
         mend = f"restore them, or --overwrite with --config-index {entry.number}"
@@ -371,10 +371,8 @@ def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> 
     )
     for row in ranked:
         if row["status"] != "finished":
-            print(
-                f"{'-':>4}  {row['folder']}: {row['status']}"
-                + (f": {cut(row['error'], 120)}" if row["error"] else "")
-            )
+            why = f": {row['error'].splitlines()[0]}" if row["error"] else ""
+            print(f"{'-':>4}  {row['folder']}: {row['status']}{why}")
             continue
         minutes = f"{row['minutes']:.1f}" if row["minutes"] >= 0.05 else "<0.1"
         print(
