@@ -305,10 +305,12 @@ def test_two_runs_do_not_share_a_folder_and_a_dead_one_lets_go(quick_report, cla
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
     first = held_by_another_process(out, tmp_path)
     try:
-        for flags in ([], ["--overwrite"]):
+        for flags in ([], ["--overwrite"], ["--resume-from", "auto"]):
+            capsys.readouterr()
             assert train(class_folder, out, "--epochs", 2, *flags) == 2
-            error = capsys.readouterr().err
+            said, error = capsys.readouterr()
             assert f"in use by another run (process {first.pid} on" in error and "results" not in error
+            assert "resuming" not in said
         after = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
         assert {**after, ".lock": b""} == {**before, ".lock": b""}
     finally:

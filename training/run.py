@@ -77,6 +77,7 @@ def train_single(
     checkpoint = None
     missing = partial(refuse_missing, config, weights=not config.resume_from)
     if config.resume_from:
+        refuse_in_use(Path(config.output_dir))  # before it is said how the run goes on
         checkpoint, file = read_to_resume(Path(config.resume_from))
         config = dataclasses.replace(config, resume_from=str(file))
         config = config_of_resumed_run(config, checkpoint, typed)
@@ -130,8 +131,12 @@ def train_single(
 
 def refuse_taken(output_dir: Path, config: Config) -> None:
     """Raises InUse, or as `refuse_results`: better now than after the images are read."""
+    refuse_in_use(output_dir)
+    refuse_results(output_dir, config)
+
+
+def refuse_in_use(output_dir: Path) -> None:
     check_writable(output_dir)
     if (output_dir / LOCK).exists():
         with locked(output_dir):
             pass
-    refuse_results(output_dir, config)
