@@ -40,6 +40,8 @@ def list_images(source: Path) -> ImageList:
     if not source.exists():
         raise UserError(f"--input {source} does not exist; give an image, a folder, or a list (.txt, .csv)")
     if source.suffix.lower() not in LIST_SUFFIXES:
+        if not source.is_file():
+            raise UserError(f"--input {source} is a pipe or a device, no file; save a list as .txt or .csv")
         return ImageList(Path(), [str(source)])
     names = _of_csv(source) if source.suffix.lower() == ".csv" else _of_text(source)
     if not names:

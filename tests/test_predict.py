@@ -395,6 +395,7 @@ def test_every_mistake_is_said_at_once(tmp_path, capsys):
         ({"--input": "empty.txt"}, "names no image"),
         ({"--input": "empty.csv"}, "names no image"),
         ({"--input": "gbk.txt"}, "is not UTF-8"),
+        ({"--input": "pipe"}, "save a list as .txt or .csv"),  # as <(command) gives
         ({"--input": "no_path.csv"}, "first line has Path, x; name its columns so"),
         ({"--input": "hole.csv"}, "line 3: path is empty"),
         ({"--output": "exists.csv"}, "--overwrite to replace it"),
@@ -434,6 +435,7 @@ def test_bad_input_is_refused_and_nothing_is_written(change, message, folds, pic
     }.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     (tmp_path / "gbk.txt").write_bytes("肺炎.png".encode("gbk"))
+    os.mkfifo(tmp_path / "pipe")
     options = {"--checkpoint": folds / "fold_1", "--input": pictures, "--output": tmp_path / "p.csv"}
     for flag, value in change.items():
         options[flag] = value if flag == "--gpu-id" else tmp_path / value
