@@ -79,6 +79,17 @@ def test_weights_of_an_entry_are_missed_before_any_is_trained(tmp_path):
     assert refused.value.problems == (first, second)
 
 
+def test_a_pipe_that_an_entry_names_is_refused(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    typed = typed_for([{"class_texts_file": str(pipe)}, {}, {"groups_file": str(pipe)}], tmp_path)
+    with pytest.raises(UserError) as refused:
+        read_entries(make_config(typed), typed)
+    first, third = refused.value.problems
+    assert f"entry 1: --class-texts-file {pipe} is a pipe" in first
+    assert f"entry 3: --groups-file {pipe} is a pipe" in third
+
+
 def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_finished(
     class_folder, tmp_path, capsys
 ):

@@ -115,6 +115,7 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
             all_of(
                 partial(refuse_for_processes, own),
                 partial(refuse_missing, own, weights=to_train and (own.overwrite or not saved_in(folder))),
+                partial(_refuse_pipes, own),
                 *([partial(refuse_unfit, own)] if to_train else []),
             )
             entries.append(entry)
@@ -136,7 +137,7 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     all_of(
         partial(check_writable, output_dir),
         partial(refuse_missing, config, weights=False),
-        partial(_refuse_pipe, config),
+        partial(_refuse_pipes, config),
     )
     entries = read_entries(config, typed)
     if config.config_index is not None and config.config_index > len(entries):
@@ -181,13 +182,16 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     return 1 if failed else 0
 
 
-def _refuse_pipe(config: Config) -> None:
-    path = config.class_texts_file
-    if path and os.path.exists(path) and Path(path).is_fifo():
-        raise UserError(
-            f"--class-texts-file {path} is a pipe, which can be read only once, and every "
-            "configuration reads it; save it as a file"
-        )
+def _refuse_pipes(config: Config) -> None:
+    paths = {name: getattr(config, name) for name in ("class_texts_file", "groups_file")}
+    problems = [
+        f"{as_typed(name, path)} is a pipe, which can be read only once, and a comparison reads it several "
+        "times; save it as a file"
+        for name, path in paths.items()
+        if path and os.path.exists(path) and Path(path).is_fifo()
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def is_finished(entry: Entry) -> bool:
