@@ -53,6 +53,10 @@ def read_arguments(typed: Sequence[str]) -> argparse.Namespace:
 def check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     """Raises UserError when the folder cannot be written, is a run's, or holds files of these names."""
     refuse_output_dir(folder)
+    if folders := [name for name in names if (folder / name).is_dir()]:
+        raise UserError(
+            f"--output-dir {folder}: {', '.join(folders)} is a folder there and would be a file; give another"
+        )
     there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
         raise UserError(

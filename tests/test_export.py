@@ -379,6 +379,7 @@ def test_every_mistake_is_said_at_once(tmp_path, capsys):
         ("run", "image.png/out", "no folder that may be written"),
         ("run", "full", "holds config.json, README.md already"),
         ("run", "run", "is the folder of a run"),
+        ("run", "blocked", "model.safetensors is a folder there"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(checkpoint, output, message, run, tmp_path, capsys):
@@ -386,10 +387,11 @@ def test_bad_input_is_refused_and_nothing_is_written(checkpoint, output, message
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "README.md").write_text("mine")
     (tmp_path / "full" / "config.json").write_text("mine")
+    (tmp_path / "blocked" / "model.safetensors").mkdir(parents=True)
     Image.new("L", (4, 4)).save(tmp_path / "image.png")
     shutil.copytree(run, tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    flags = ["--overwrite"] if output == "run" else []
+    flags = ["--overwrite"] if output in ("run", "blocked") else []
     assert export(tmp_path / checkpoint, tmp_path / output, "--format", "safetensors", *flags) == 2
     assert message in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
