@@ -23,7 +23,7 @@ from PIL import Image
 
 from common.cli import Parser, exit_code_of
 from common.errors import UserError
-from common.files import read_json
+from common.files import MOST_OF_SPLITS, read_json
 from common.run_files import find_checkpoints, fold_number
 from data.demo import read_rows
 from data.images import inspect_images
@@ -109,7 +109,8 @@ def held_out(checkpoint: Path, facts: dict, data_fingerprint: str, data_dir: Pat
     """Paths of the images that validated this model. Raises UserError when they are not of `data_dir`."""
     folder = checkpoint.parent
     fold = fold_number(folder)
-    record = read_json((folder.parent if fold else folder) / "splits.json", "the run's splits.json")
+    splits = (folder.parent if fold else folder) / "splits.json"
+    record = read_json(splits, "the run's splits.json", MOST_OF_SPLITS)
     if not facts["dataset_fingerprint"] == record["dataset_fingerprint"] == data_fingerprint:
         raise UserError(
             f"--checkpoint {checkpoint} was not trained on the images of --data-dir {data_dir}, so which of "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import MOST_OF_SPLITS, read_json
 from common.run_files import LATEST, fold_dir
 from data.scan import nfc
 from data.shards import Member, finder
@@ -176,4 +176,4 @@ def changed_words(options: Mapping[str, Any]) -> str:
 
 def read_optional(path: Path) -> Any:
     """The JSON there, or None where there is none."""
-    return read_json(path, "the run's file") if path.exists() else None
+    return read_json(path, "the run's file", MOST_OF_SPLITS) if path.exists() else None

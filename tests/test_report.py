@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 
 import evaluation.model_views as model_views
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 from evaluation.checkpoints import write_file
 from evaluation.claim import claim_items
 from evaluation.metrics import full_metrics
@@ -548,6 +548,13 @@ def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     assert main([str(tmp_path)]) == 2
     assert "metrics.json" in capsys.readouterr().err
+
+
+def test_a_splits_json_may_be_larger_than_other_files(run, monkeypatch):
+    with open(run / "splits.json", "a") as file:
+        file.write(" " * 10**6)
+    monkeypatch.setattr(read_json, "__defaults__", (10**6,))
+    assert read_run_folder(run).splits["folds"]
 
 
 def test_an_evaluations_calibration_says_how_its_model_was_trained(tmp_path):
