@@ -10,6 +10,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import MOST_OF_SPLITS, read_json
 from common.run_files import LATEST, fold_dir
+from data.findings import LEVELS
 from data.scan import nfc
 from data.shards import Member, finder
 from evaluation.results import Predictions, read_run_predictions
@@ -127,8 +128,27 @@ def read_run_folder(path: Path) -> RunFolder:
             fold: read_json(own / "history.json", "the run's history.json") for fold, own in folds.items()
         },
         splits=read_optional(path / "splits.json"),
-        check=read_optional(path / "data_check.json"),
+        check=_read_check(path / "data_check.json"),
     )
+
+
+def _read_check(path: Path) -> Any:
+    """See `read_optional`; it may be of data.check, or written by hand."""
+    check = read_optional(path)
+    kinds = {"level": str, "message": str, "count": int, "examples": list}
+    findings = check.get("findings") if isinstance(check, dict) else None
+    well_formed = isinstance(findings, list) and all(
+        isinstance(own, dict)
+        and all(isinstance(own.get(key), kind) for key, kind in kinds.items())
+        and own["level"] in LEVELS
+        for own in findings
+    )
+    if check is not None and not well_formed:
+        raise UserError(
+            f"{path} holds no findings as the data check writes them; restore it, or remove it, and the "
+            "report goes without"
+        )
+    return check
 
 
 def which_epoch(model: Mapping[str, Any]) -> str:

@@ -550,6 +550,13 @@ def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
     assert "metrics.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("check", [[], {}, {"findings": [{"level": "danger"}]}])
+def test_a_damaged_data_check_is_refused(run, check):
+    write_json(run / "data_check.json", check)
+    with pytest.raises(UserError, match=r"data_check\.json holds no findings .* or remove it"):
+        read_run_folder(run)
+
+
 def test_a_splits_json_may_be_larger_than_other_files(run, monkeypatch):
     with open(run / "splits.json", "a") as file:
         file.write(" " * 10**6)
