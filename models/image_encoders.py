@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -42,7 +43,8 @@ class ImageTower(nn.Module):
         widen_depthwise(backbone)
         self.backbone, self.num_features, self.mean, self.std = backbone, num_features, mean, std
         self.pretrained = frozenset(f"backbone.{name}" for name in pretrained)
-        self.compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        # None: not tried; False: it could not be
+        self.compiled: Callable[[torch.Tensor], torch.Tensor] | Literal[False] | None = None
         # (image / 255 - mean) / std = image * scale + shift
         scale, shift = 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
         self.register_buffer("scale", scale, persistent=False)
@@ -87,7 +89,7 @@ class ImageTower(nn.Module):
                 features = self(images)
             features.float().sum().backward()
         except Exception as error:  # of Python, of the compiler, of the GPU
-            self.compiled = None
+            self.compiled = False
             return f"{type(error).__name__}: {first_line(error)}"
         finally:
             self.train(was_training)
@@ -99,7 +101,7 @@ class ImageTower(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """What `normalise` takes -> (B, num_features)."""
         images = self.normalise(images)
-        if self.compiled is None or not self.training or not torch.is_grad_enabled():
+        if not self.compiled or not self.training or not torch.is_grad_enabled():
             return self.backbone(images)
         torch._dynamo.maybe_mark_dynamic(images, 0)
         return self.compiled(images)

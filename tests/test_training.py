@@ -14,10 +14,12 @@ from quick import history_of, quick_clip, train
 
 import training.fit as fit_module
 import training.one_split as one_split
+from common.device import choose_hardware
 from common.errors import RunFailed
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
 from training.begin import say_what_options_do
+from training.build import compile_image_tower
 from training.config import Config
 from training.dataset import findings_of, patients_of, read_images, scan, split_of, splits_record_of
 from training.options import make_config
@@ -133,6 +135,17 @@ def test_a_compiled_run_is_the_run(class_folder, tmp_path, monkeypatch, capsys):
     assert "begun with --compile and goes on without" in capsys.readouterr().out and len(compiled) == 1
     folds = ("--use-cv", "--n-splits", 2, "--epochs", 1, "--compile")
     assert train(class_folder, tmp_path / "folds", *folds) == 0 and len(compiled) == 2  # once for both
+
+
+def test_what_cannot_be_compiled_is_tried_by_one_fold_alone(monkeypatch, capsys):
+    def refuse(forward):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    model, hardware = quick_clip(), choose_hardware(-1, False)
+    for _ in range(2):
+        compile_image_tower(model, Config(img_size=32), 2, hardware)
+    assert capsys.readouterr().out.count("cannot (RuntimeError: no compiler); training goes on") == 1
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardw
     if model.image_tower in model.frozen:
         print("note: --compile changes nothing: the image encoder is frozen")
         return
-    if model.image_tower.compiled:
-        return  # for the fold before
+    if model.image_tower.compiled is not None:
+        return  # it was tried for the fold before
     print("compiling the image encoder's training passes; this takes minutes, in silence", flush=True)
     started = time.monotonic()
     shape = (batch_size, 3, config.img_size, config.img_size)
