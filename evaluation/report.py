@@ -213,14 +213,13 @@ def _curves_caption(run: RunFolder) -> str:
     of_training = weight_for_rare_classes(run.config)
     if run.config.get("cutmix_prob"):
         of_training.append("CutMix")
-    alike = (
-        f"in training with {' and '.join(of_training)}, which validation goes without"
-        if of_training
-        else "the same for training and validation"
-    )
+    alike, zh = "the same for training and validation", "训练与验证的算法相同"
+    if of_training:
+        alike = f"in training with {' and '.join(of_training)}, which validation goes without"
+        zh = f"训练时有 {'、'.join(of_training)}，验证时没有"
     return (
         f"{folds}The loss is the image-to-text part, {alike}; training is measured with augmentation and "
-        "while the weights change."
+        f"while the weights change. 损失为图像到文本部分，{zh}；训练指标是在数据增强下、权重变化中测得的。"
     )
 
 

@@ -209,9 +209,10 @@ def epochs_table(run: RunFolder) -> tuple[Table, str]:
             [title, *(_mean_std(run, key, epochs) for epochs in (last, best))]
             for key, title in _HISTORY.items()
         ]
+        monitor, numbers = run.config["early_stopping_monitor"], ", ".join(map(str, best.values()))
         caption = (
-            f"Mean ± sample standard deviation over {len(run.histories)} folds. Best epochs by "
-            f"{run.config['early_stopping_monitor']}: {', '.join(map(str, best.values()))}."
+            f"Mean ± sample standard deviation over {len(run.histories)} folds. Best epochs by {monitor}: "
+            f"{numbers}. 各折的均值 ± 样本标准差；各折的最佳轮次按 {monitor} 挑选。"
         )
         return {
             "header": ["", "Last epoch 最后", "Best epoch 最佳 (optimistic 偏乐观)"],
@@ -224,7 +225,8 @@ def epochs_table(run: RunFolder) -> tuple[Table, str]:
         for key, title in _HISTORY.items()
     ]
     header = ["", f"Last epoch 最后 ({last})", f"Best epoch 最佳 ({best}, optimistic 偏乐观)"]
-    return {"header": header, "rows": rows}, f"Best by {run.config['early_stopping_monitor']}."
+    monitor = run.config["early_stopping_monitor"]
+    return {"header": header, "rows": rows}, f"Best by {monitor}. 最佳轮次按 {monitor} 挑选。"
 
 
 def _of_epoch(key: str, value: float) -> str:
@@ -262,7 +264,8 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
     if scaling is None:
         header = ["", "Value 值"]
         rows = [[title, f"{metrics[key]['value']:.3f}"] for key, title in names.items()]
-        caption = "No temperature was fitted: there is nothing to fit on."
+        en = "No temperature was fitted: there is nothing to fit on."
+        zh = "没有可供拟合的图像，未拟合温度。"
     else:
         header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
         rows = [
@@ -271,20 +274,30 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
         ]
         of_folds = run.kind == CROSS_VALIDATION
         parts = "the other folds" if of_folds else "the other half of the images"
-        caption = (
+        en = (
             f"“After” is fair: each image is scaled by a temperature fitted on {parts}. For new images the "
             f"temperature fitted on all is {scaling['temperature']:.3f} (above 1: less sure); no program "
             "here applies it by itself."
         )
+        zh = (
+            f"“温度缩放后”是公平的：每张图像所用的温度由{'其他各折' if of_folds else '另一半图像'}拟合。"
+            f"用于新图像的温度由全部图像拟合，为 {scaling['temperature']:.3f}（大于 1 即更不自信）；"
+            "这里没有程序会自动使用它。"
+        )
         if of_folds:
-            caption += " It is that of the folds' single models, not of their mean."
+            en += " It is that of the folds' single models, not of their mean."
+            zh += "它属于各折的单个模型，而非它们的平均。"
         if scaling["nll_after"] >= scaling["nll_before"]:
-            caption += " Here it does not lower the NLL: none is needed, or the images are too few to fit it."
+            en += " Here it does not lower the NLL: none is needed, or the images are too few to fit it."
+            zh += "这里它没有降低 NLL：不需要，或图像太少。"
     models = run.models_trained_with(trained_with) if trained_with is not None else []
     evened = next(filter(weight_for_rare_classes, models), None)
     if evened:
-        caption += (
+        en += (
             f" Training made up for rare classes ({loss_words(evened)}): probabilities suppose a class that "
             "was rare in training to be more frequent than it was, and a temperature cannot mend that."
         )
-    return {"header": header, "rows": rows}, caption
+        zh += (
+            f"训练时照顾了稀有类别（{loss_words(evened)}）：概率假定它们比在训练图像中更常见，温度无法纠正。"
+        )
+    return {"header": header, "rows": rows}, f"{en} {zh}"

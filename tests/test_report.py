@@ -599,6 +599,14 @@ def test_the_temperatures_caption_says_whose_it_is_and_whether_it_helps(
     assert ("does not lower the NLL" in caption) is not better
 
 
+@pytest.mark.parametrize("kind", ["single", "cv", "evaluation"])
+def test_every_caption_has_its_chinese(runs, kind):
+    page = (runs[kind] / "report.html").read_text("utf-8")
+    captions = re.findall(r'<p class="caption">(.+?)</p>', page, re.DOTALL)
+    assert len(captions) > 5
+    assert [own for own in captions if own.strip() and not re.search("[\u4e00-\u9fff]", own)] == []
+
+
 @pytest.mark.parametrize("evened", [False, True])
 def test_captions_say_what_training_had_that_validation_had_not(runs, tmp_path, evened):
     shutil.copytree(runs["single"], tmp_path / "run")
