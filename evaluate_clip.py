@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import NUMBERS, Parser, exit_code_of
-from common.errors import UserError, did_you_mean, number
+from common.errors import UserError, did_you_mean, listed, number, one_line
 from common.run_files import KNOWN_IMAGES, find_checkpoints, refuse_output_dir
 
 if TYPE_CHECKING:
@@ -132,12 +132,12 @@ def match_classes(
     if extra and not skip_extra:
         problems += [
             f"--data-dir {folder.root}: the folder {name!r} is no class of the model"
-            f"{did_you_mean(name, classes)}; say which one it is (--rename {name}=CLASS), or leave its "
-            "images out (--skip-extra)"
+            f"{did_you_mean(name, classes)}; say which one it is (--rename {one_line(name)}=CLASS), or leave "
+            "its images out (--skip-extra)"
             for name in extra
         ]
     if problems:
-        names = f"the model's classes are {', '.join(classes)}; the folders {', '.join(folder.classes)}"
+        names = f"the model's classes are {listed(classes)}; the folders {listed(folder.classes)}"
         raise UserError(*problems, names)
 
     counts = np.bincount(folder.labels, minlength=len(folder.classes))
@@ -147,7 +147,7 @@ def match_classes(
     absent = [name for name in classes if name not in ours_of.values()]
     if absent:
         print(
-            f"note: no images of {', '.join(absent)}; what cannot be measured without them is null, and "
+            f"note: no images of {listed(absent)}; what cannot be measured without them is null, and "
             "where they were predicted their F1 is 0 in the macro-F1"
         )
     new = np.array([classes.index(ours_of[n]) if n not in extra else -1 for n in folder.classes])[
@@ -155,7 +155,7 @@ def match_classes(
     ]
     kept = np.flatnonzero(new >= 0)
     if not len(kept):
-        raise UserError(f"--data-dir {folder.root} has no images of the model's classes {', '.join(classes)}")
+        raise UserError(f"--data-dir {folder.root} has no images of the model's classes {listed(classes)}")
     order = kept[np.argsort(new[kept], kind="stable")]
     findings = []
     if extra:

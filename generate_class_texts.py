@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.cli import Parser, exit_code_of, imports
-from common.errors import UserError
+from common.errors import UserError, listed, one_line
 from common.files import MOST_WRITTEN_BY_HAND, read_json, why_unwritable, write_json
 from common.stopping import exit_code
 
@@ -137,7 +137,7 @@ class Session:
         default = self.answers.get(name) or [self.template.format(class_name=name)]
         left = f"classes left after it: {n_classes - number}"
         images = "image" if n_images == 1 else "images"
-        print(f"\n[{number}/{n_classes}] {name}: {n_images} {images}; {left}")
+        print(f"\n[{number}/{n_classes}] {one_line(name)}: {n_images} {images}; {left}")
         for sentence in default:
             print(f"  {'now' if name in self.answers else 'default'}: {sentence}")
         typed: list[str] = []
@@ -234,7 +234,7 @@ def interactive(arguments: argparse.Namespace, folder: ImageFolder) -> int:
     )
     print(
         f"Left early: {done if session.answers else 'nothing was answered, so nothing was written'}.\n"
-        f"Still without: {', '.join(missing)}. In training such a class uses --text-template or its name.\n"
+        f"Still without: {listed(missing)}. In training such a class uses --text-template or its name.\n"
         f"To continue: {shlex.join([*command, '--interactive'])}"
     )
     return code or 1
@@ -243,7 +243,7 @@ def interactive(arguments: argparse.Namespace, folder: ImageFolder) -> int:
 def report(arguments: argparse.Namespace, answers: dict[str, list[str]]) -> None:
     n_sentences = sum(map(len, answers.values()))
     for name, own in answers.items():
-        print(f"  {name}: {'; '.join(own)}")
+        print(f"  {one_line(name)}: {'; '.join(own)}")
     print(f"\n{arguments.output}: {len(answers)} classes, {n_sentences} sentences")
     command = ["python", "train_clip.py", "--data-dir", str(arguments.data_dir), "--output-dir", "OUTPUT"]
     print(f"To train with it: {shlex.join([*command, '--class-texts-file', str(arguments.output)])}")

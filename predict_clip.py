@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import NUMBERS, Parser, exit_code_of
-from common.errors import UserError, all_of, shorten
+from common.errors import UserError, all_of, one_line, shorten
 from common.files import why_unwritable
 from common.run_files import find_checkpoints
 
@@ -158,7 +158,7 @@ def print_summary(
     print(f"\npredicted {n_good:,} of {of} in {tally.seconds:.1f} s ({n / tally.seconds:.0f} images/s)")
     for name, count, confidence in zip(classes, tally.counts, tally.confidences, strict=True):
         mean = f"  mean probability {confidence / count:.3f}" if count else ""
-        print(f"  {count:8,}  {100 * count / max(1, n_good):5.1f} %  {name}{mean}")
+        print(f"  {count:8,}  {100 * count / max(1, n_good):5.1f} %  {one_line(name)}{mean}")
     if n_good:
         print(f"mean probability of the predicted class: {tally.confidences.sum() / n_good:.3f}")
     if tally.n_failed:

@@ -65,7 +65,7 @@ def why_not_loaded(error: BaseException) -> str:
     where PyTorch's advice is to run it.
     """
     if isinstance(error, zipfile.BadZipFile):
-        return "it was cut short, or PyTorch did not write it"
+        return "it was cut short, or is not of the form that torch.save writes"
     if isinstance(error, pickle.UnpicklingError):
         return "it holds more than tensors and plain values; nothing of it was run"
     return first_line(error)
@@ -82,9 +82,19 @@ def number(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
+def one_line(text: str) -> str:
+    """A name may hold ends of lines, and what follows one would stand there as the program's own words."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names on one line."""
+    return ", ".join(map(one_line, names))
+
+
 def shorten(items: Sequence[str], limit: int = 10) -> str:
     """Join at most `limit` items, one per line, and say how many are left out."""
-    lines = ["  " + item.replace("\n", "\\n").replace("\r", "\\r") for item in items[:limit]]
+    lines = ["  " + one_line(item) for item in items[:limit]]
     if len(items) > limit:
         lines.append(f"  ... and {len(items) - limit} more")
     return "\n".join(lines)

@@ -164,7 +164,7 @@ def csv_rows(lines: Iterator[str], columns: Sequence[str], what: str) -> Iterato
         for column in columns:
             if header.count(column) != 1:
                 other = len(header) == 1 and re.search("[;\t]", header[0])
-                hint = "; separate the cells by commas" if other else "; name its columns so"
+                hint = "; separate the cells by commas" if other else "; give each once, by that name"
                 wanted = f"the column{'s' * (len(columns) > 1)} {' and '.join(columns)}"
                 has = ", ".join(header) or "nothing"
                 raise UserError(f"{what} needs {wanted}; its first line has {has}{hint}")

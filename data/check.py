@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.cli import Parser, exit_code_of, imports
-from common.errors import UserError, number
+from common.errors import UserError, number, one_line
 from common.files import MOST_OF_SPLITS, read_json, unwritable, write_json
 
 with imports():
@@ -339,7 +339,7 @@ def _print_report(result: dict[str, Any], seconds: float) -> None:
         counted += f" of {number(result['patients'], 'patient', 'patients')}"
     print(f"{result['data_dir']}: {counted}, checked in {seconds:.1f} s")
     for name, facts in result["summary"].items():
-        line = f"  {name}: {number(facts['images'], 'image', 'images')}"
+        line = f"  {one_line(name)}: {number(facts['images'], 'image', 'images')}"
         if facts["patients"] is not None:
             line += f", {number(facts['patients'], 'patient', 'patients')}"
         if "width" in facts:

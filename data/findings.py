@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import number
+from common.errors import number, one_line
 from data.groups import groups_per_class
 from data.images import Inspection
 from data.scan import ImageFolder, first_alike
@@ -242,8 +242,8 @@ def quick_findings(
 def print_findings(findings: Sequence[Finding], examples: int = 5) -> None:
     """One paragraph for each: level, message, and some of the examples."""
     for found in findings:
-        print(f"{found['level']}: {found['message']}")
+        print(f"{found['level']}: {one_line(found['message'])}")
         for example in found["examples"][:examples]:
-            print(f"  {example}")
+            print(f"  {one_line(example)}")
         if len(found["examples"]) > examples:
             print("  ...")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, listed
 from common.files import MOST_WRITTEN_BY_HAND, read_json
 from data.scan import nfc
 
@@ -90,7 +90,7 @@ def class_sentences(
     for name in unknown[:MOST_UNKNOWN]:  # to look for the nearest class takes its time
         problems.append(
             f"{source}: {name!r} is no class of the data{did_you_mean(name, classes)}; "
-            f"the classes are {', '.join(classes)}"
+            f"the classes are {listed(classes)}"
         )
     if len(unknown) > MOST_UNKNOWN:
         problems.append(f"{source}: {len(unknown) - MOST_UNKNOWN} more keys are no class of the data")

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.distributed import gathered
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, listed
 from common.files import path_cell, text_cell, writable, write_whole
 from data.images import read_image, to_square
 from data.inputs import ImageList
@@ -184,7 +184,7 @@ def _refuse_other_classes(first: TrainedModel, other: TrainedModel) -> None:
     only_other = [name for name in other.classes if name not in first.classes]
     if only_first or only_other:
         sides = [
-            f"only {path} has {', '.join(names)}"
+            f"only {path} has {listed(names)}"
             for path, names in ((first.path, only_first), (other.path, only_other))
             if names
         ]

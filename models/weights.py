@@ -7,6 +7,7 @@ Never random weights in place of the ones asked for, and nothing is unpickled.
 import threading
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,9 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
 
             state = load_file(path)
         else:
+            with open(path, "rb") as file:
+                if file.read(2) == b"PK":  # torch.load has many words for a zip without its end
+                    zipfile.ZipFile(file).close()
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(

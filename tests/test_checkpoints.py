@@ -257,7 +257,7 @@ def test_what_stands_beside_a_damaged_checkpoint_is_named(tmp_path):
     latest.write_bytes(latest.read_bytes()[:100])
     for said, read in (
         (
-            "(it was cut short, or PyTorch did not write it)",
+            "(it was cut short, or is not of the form that torch.save writes)",
             partial(load_trained, device=torch.device("cpu")),
         ),
         (f"another one, such as {best}, which", partial(load_trained, device=torch.device("cpu"))),

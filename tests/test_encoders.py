@@ -171,10 +171,14 @@ def test_image_weights_from_a_local_file_fill_the_backbone(tmp_path):
     assert len(tower.pretrained) == sum(1 for _ in tower.parameters())
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
-def test_damaged_weights_are_refused(tmp_path, content):
+@pytest.mark.parametrize(("share", "why"), [(0, ""), (0.1, "it was cut short"), (0.9, "it was cut short")])
+def test_damaged_weights_are_refused(tmp_path, share, why):
     path = tmp_path / "w.pth"
-    path.write_bytes(content)
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=f"cannot be read as weights: {why}"):
+        read_state_dict(path, "--image-weights")
+    path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="cannot be read as weights"):
         read_state_dict(path, "--image-weights")
 
@@ -477,6 +481,17 @@ def test_only_one_format_of_published_text_weights_is_fetched_and_by_the_mirror_
         fetched
     ]
     assert asked[-1] == by and set(asked) == {by, fails} - {None}
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_padded_sentence_gets_the_features_that_transformers_give_it(small_bert, is_decoder):
+    config = json.loads((small_bert / "config.json").read_text()) | {"is_decoder": is_decoder}
+    (small_bert / "config.json").write_text(json.dumps(config))
+    tower = build_text_tower(str(small_bert), "none").eval()
+    padded, alone = (tower.tokenize(texts)[0] for texts in (["肺炎", "一张正常的胸片"], ["肺炎"]))
+    with torch.no_grad():
+        expected = tower.encoder(input_ids=alone["input_ids"]).last_hidden_state.mean(1)
+        assert torch.allclose(tower(**padded)[:1], expected, atol=1e-6)
 
 
 def test_encoder_decoders_are_refused(tmp_path):

@@ -125,7 +125,7 @@ def test_csv_knows_both_spellings(tmp_path):
     ("content", "says"),
     [
         ("a/1.png,P1\nb/2.png,P2\n", "needs the columns path and group; its first line has a/1.png, P1"),
-        ("path,groups\n", "its first line has path, groups; name its columns so"),
+        ("path,groups\n", "its first line has path, groups; give each once, by that name"),
         ("path;group\na/1.png;P1\n", "its first line has path;group; separate the cells by commas"),
         ("path\tgroup\na/1.png\tP1\n", "separate the cells by commas"),
         ("path,group,path\n", "its first line has path, group, path"),

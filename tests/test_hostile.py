@@ -25,9 +25,11 @@ import data.inputs
 from common.cli import as_program
 from common.errors import UserError, shorten
 from common.files import lines_of, printable, read_json
+from data.check import main as check
 from data.images import read_image
 from data.pixels import UnreadableImage
 from data.texts import class_sentences
+from evaluate_clip import main as evaluate
 from evaluation.results import read_predictions
 from export_clip import main as export
 from predict_clip import main as predict
@@ -134,6 +136,25 @@ def test_predictions_heat_maps_and_exports_stay_in_their_folders(hostile, tmp_pa
     card = (tmp_path / "e" / "README.md").read_text("utf-8")
     assert not re.search(r"(?<!\\)<(script|img)", card) and "\x1b" not in card
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_no_name_begins_a_line(tmp_path, capsys):
+    for n, name in ((9, "a\nerror: all is lost"), (3, "c\rerror: run it")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("L", (40, 20 + 20 * (n == 9)), 25 * i).save(tmp_path / "data" / name / f"{i}.png")
+    assert train(tmp_path / "data", tmp_path / "run", "--epochs", 1) == 0
+    data = ["--data-dir", str(tmp_path / "data")]
+    with as_program():
+        assert check(data) == 0
+        run = ["--checkpoint", str(tmp_path / "run")]
+        assert predict([*run, "--input", str(tmp_path / "data"), "--output", str(tmp_path / "p.csv")]) == 0
+        (tmp_path / "data" / "a\nerror: all is lost").rename(tmp_path / "data" / "b\nerror: so it is")
+        assert evaluate([*run, *data, "--output-dir", str(tmp_path / "new")]) == 2
+    said = "".join(capsys.readouterr())
+    assert "a\\nerror: all is lost: 9 images" in said and "c\\rerror: run it" in said
+    assert "--rename b\\nerror: so it is=CLASS" in said
+    assert not re.search(r"^(?!error: .*so it is)error", said, re.MULTILINE)
 
 
 def test_control_characters_reach_no_terminal(capsys):

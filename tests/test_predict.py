@@ -388,7 +388,8 @@ def test_every_mistake_is_said_at_once(tmp_path, capsys):
     ("change", "message"),
     [
         ({"--checkpoint": "nowhere"}, "does not exist"),
-        ({"--checkpoint": "pictures"}, "holds no checkpoint_latest.pth"),
+        ({"--checkpoint": "pictures"}, "holds no checkpoint_latest.pth; give the folder of a finished run"),
+        ({"--checkpoint": "full"}, "checkpoint_best.pth, the model of its best epoch"),
         ({"--checkpoint": "丙.png"}, "is damaged or no checkpoint"),
         ({"--input": "nowhere"}, "--input"),
         ({"--input": "empty"}, "holds no images"),
@@ -396,7 +397,7 @@ def test_every_mistake_is_said_at_once(tmp_path, capsys):
         ({"--input": "empty.csv"}, "names no image"),
         ({"--input": "gbk.txt"}, "is not UTF-8"),
         ({"--input": "pipe"}, "save a list as .txt or .csv"),  # as <(command) gives
-        ({"--input": "no_path.csv"}, "first line has Path, x; name its columns so"),
+        ({"--input": "no_path.csv"}, "first line has Path, x; give each once, by that name"),
         ({"--input": "hole.csv"}, "line 3: path is empty"),
         ({"--output": "exists.csv"}, "--overwrite to replace it"),
         ({"--output": "p.txt"}, "must end in .csv"),
@@ -419,7 +420,7 @@ def test_bad_input_is_refused_and_nothing_is_written(change, message, folds, pic
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "folder.csv").mkdir()
-    (tmp_path / "full" / "a.png").touch()
+    (tmp_path / "full" / "checkpoint_best.pth").touch()
     pictures = pictures.rename(tmp_path / "pictures")
     shutil.copy(pictures / "丙.png", tmp_path)
     for name, content in {
