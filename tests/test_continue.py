@@ -53,7 +53,8 @@ def test_finished_entries_are_passed_over_and_ranked_with_paired_tests(two_entri
     assert len(comparison["pairs"]) == 1 and comparison["pairs"][0]["n_images"] > 0
     assert (two_entries / "out" / "02_unnamed").is_dir()
     tex = (two_entries / "out" / "leaderboard.tex").read_text("utf-8")
-    assert tex.count(r"\\") == 3 and r"\toprule" in tex
+    assert tex.count(r"\\") == 3 and r"\toprule" in tex and r"& balanced (\%) &" in tex
+    assert r"with the 95 \% interval over images. Beyond" in tex
 
 
 def test_finished_entries_of_other_images_or_sentences_are_refused(two_entries, tmp_path, capsys):
