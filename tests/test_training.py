@@ -18,7 +18,7 @@ from common.device import choose_hardware
 from common.errors import RunFailed
 from evaluation.checkpoints import read_checkpoint
 from evaluation.metrics import classification_metrics
-from training.begin import say_what_options_do
+from training.begin import build_and_read, look, say_what_options_do
 from training.build import compile_image_tower
 from training.config import Config
 from training.dataset import findings_of, patients_of, read_images, scan, split_of, splits_record_of
@@ -323,7 +323,7 @@ def lopsided_folder(tmp_path_factory):
     return folder
 
 
-def test_val_dir_is_used_as_it_is(class_folder, tmp_path):
+def test_val_dir_is_used_as_it_is(class_folder, tmp_path, capsys):
     val = tmp_path / "val"
     for name in ("正常", "肺炎", "气胸"):
         (val / name).mkdir(parents=True)
@@ -332,6 +332,8 @@ def test_val_dir_is_used_as_it_is(class_folder, tmp_path):
     assert train(class_folder, tmp_path / "run", "--epochs", 1, "--val-dir", val) == 0
     (fold,) = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["folds"]
     assert len(fold["train"]) == 72 and sorted(p.split("/")[1] for p in fold["val"])[0].startswith("正常")
+    said = "validating on 6 of --val-dir (if patients have several images, name them"
+    assert said in capsys.readouterr().out
 
 
 def test_val_dir_with_pictures_of_data_dir_is_refused(class_folder, tmp_path, capsys):
@@ -342,19 +344,14 @@ def test_val_dir_with_pictures_of_data_dir_is_refused(class_folder, tmp_path, ca
     assert train(class_folder, tmp_path / "run", "--epochs", 1, "--val-dir", tmp_path / "val") == 2
     error = capsys.readouterr().err
     assert "1 picture of --val-dir is in --data-dir too, pixel by pixel" in error
-    assert (
-        train(
-            class_folder,
-            tmp_path / "run",
-            "--epochs",
-            1,
-            "--val-dir",
-            class_folder / ".." / class_folder.name,
-        )
-        == 2
-    )
-    assert "is --data-dir itself" in capsys.readouterr().err
     assert "P000_0.png = " in error and "new name.bmp" in error and not (tmp_path / "run").exists()
+
+
+def test_data_dir_as_val_dir_is_refused_with_what_else_is_wrong(class_folder, tmp_path, capsys):
+    flags = ["--val-dir", class_folder / ".." / class_folder.name, "--class-texts-file", tmp_path / "none"]
+    assert train(class_folder, tmp_path / "run", "--epochs", 1, *flags) == 2
+    error = capsys.readouterr().err
+    assert "is --data-dir itself" in error and "none does not exist" in error
 
 
 def test_pictures_of_one_name_in_both_folders_count_as_two(tmp_path):
@@ -393,13 +390,22 @@ def test_a_picture_in_two_formats_is_on_one_side(class_folder, tmp_path, capsys)
     assert len(fold["train"]) + len(fold["val"]) == 144 and not names[0] & names[1]
 
 
-@pytest.mark.parametrize(("load", "threads", "said"), [(9e3, 2, True), (0.5, 2, False), (9e3, 1, False)])
+@pytest.mark.parametrize(
+    ("load", "threads", "cores", "said"),
+    [(8.1, 2, 8, True), (8, 2, 8, False), (8.1, 1, 8, False), (8.1, 2, 4, False)],
+)
 def test_a_busy_machine_is_said_where_threads_would_wait(
-    class_folder, tmp_path, monkeypatch, capsys, load, threads, said
+    class_folder, tmp_path, monkeypatch, capsys, load, threads, cores, said
 ):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 0
+    config = Config(
+        data_dir=str(class_folder), output_dir=str(tmp_path), image_encoder_name="timm:test_resnet",
+        image_weights="none", text_encoder_name="bert-tiny-bytes", img_size=32, gpu_id=-1, use_cache=False,
+    )  # fmt: skip
+    build_and_read(config, look(config, None))
     assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == said
 
 

@@ -54,18 +54,20 @@ def look(config: Config, class_texts: Mapping[str, Any] | None, *checks: Callabl
     return Found(hardware, folder, val_folder, texts, patients)
 
 
-def say_who_else_computes(config: Config) -> None:
+def say_what_holds_threads_up(config: Config) -> None:
     """Of a CPU whose cores this run means to use all: its threads wait for the slowest at every operation."""
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count() or 1
+    # a job that may use some cores only does not know how busy those are
+    has_all = not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) == cores
     if config.fold:
         print(
             "note: jobs of several folds on one machine's CPU hold each other up; give each its share of the "
             "cores, such as OMP_NUM_THREADS=1"
         )
-    elif load > cores:
+    elif has_all and load > cores:
         print(
-            f"note: other programs keep this machine busy (load {load:.1f} on {cores} cores); training may "
-            "be several times faster with fewer threads, such as OMP_NUM_THREADS=1"
+            f"note: this machine was busy in the last minute (load {load:.1f} on {cores} cores); if other "
+            "programs go on so, training is faster with fewer threads, such as OMP_NUM_THREADS=1"
         )
 
 
@@ -74,7 +76,7 @@ def build_and_read(config: Config, found: Found, checkpoint: Mapping[str, Any] |
     hardware = found.hardware
     print(f"device: {hardware.description}")
     if hardware.device.type == "cpu" and torch.get_num_threads() > 1:
-        say_who_else_computes(config)
+        say_what_holds_threads_up(config)
     model = build_model(config, hardware, checkpoint)
     refuse_full_disk(Path(config.output_dir), model, config)
     sentences = tokenise(model, found.texts)

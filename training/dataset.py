@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, number, shorten
+from common.errors import UserError, listed, number, shorten
 from data.cache import cache_dir_of, inspect_cached
 from data.findings import by_danger, finding, quick_findings
 from data.groups import groups_by_pattern, groups_from_file, merge_groups
@@ -87,11 +86,6 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
     see `scan_and_check`.
     """
     sources = {"--data-dir": config.data_dir} | ({"--val-dir": config.val_dir} if config.val_dir else {})
-    if config.val_dir and all(map(os.path.exists, sources.values())) and os.path.samefile(*sources.values()):
-        raise UserError(
-            f"--val-dir {config.val_dir} is --data-dir itself; give another folder, or leave it out, and "
-            "--val-ratio of the images are set apart"
-        )
     folder, *others = scan_and_check(sources, *checks, cache_dir=config.cache_dir)
     check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
     val_folder = None
@@ -99,9 +93,7 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
         found = others[0]
         extra = [name for name in found.classes if name not in folder.classes]
         if extra:
-            raise UserError(
-                f"--val-dir {config.val_dir} has classes that --data-dir lacks: {', '.join(extra)}"
-            )
+            raise UserError(f"--val-dir {config.val_dir} has classes that --data-dir lacks: {listed(extra)}")
         index = np.array([folder.classes.index(name) for name in found.classes])
         absent = [name for name in folder.classes if name not in found.classes]
         notes = (*found.notes, *(f"--val-dir has no images of class {name!r}" for name in absent))

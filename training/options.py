@@ -249,14 +249,20 @@ def make_config(options: Mapping[str, Any]) -> Config:
 
 
 def refuse_missing(config: Config, weights: bool) -> None:
-    """Raises UserError naming each file that is to be read (`weights`: these too) and is not there, and a
-    --cache-dir that cannot be used.
+    """Raises UserError naming each file that is to be read (`weights`: these too) and is not there, a
+    --cache-dir that cannot be used, and a --val-dir that is --data-dir.
     """
     problems = problems_of_cache_dir(config.cache_dir)
     for name in ("class_texts_file", "groups_file", *(("image_weights", "text_weights") if weights else ())):
         path = getattr(config, name)
         if path not in (None, "auto", "pretrained", "none") and not os.path.exists(path):
             problems.append(f"{flag_of(name)} {path} does not exist")
+    folders = (config.data_dir, config.val_dir)
+    if config.val_dir and all(map(os.path.exists, folders)) and os.path.samefile(*folders):
+        problems.append(
+            f"--val-dir {config.val_dir} is --data-dir itself; give another folder, or leave it out, and "
+            "--val-ratio of the images are set apart"
+        )
     if problems:
         raise UserError(*problems)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, listed
 from common.files import whole_file
 from common.run_files import BEST, LATEST, PREVIOUS, saved_in
 from data.shards import may_run_a_command
@@ -184,13 +184,13 @@ def check_same_classes(
     """A resumed run goes on with the classes and sentences it has learnt. `where` names the checkpoint."""
     if tuple(checkpoint["classes"]) != tuple(classes):
         raise UserError(
-            f"{where} was trained on the classes {', '.join(checkpoint['classes'])}; --data-dir has "
-            f"{', '.join(classes)}"
+            f"{where} was trained on the classes {listed(checkpoint['classes'])}; --data-dir has "
+            f"{listed(classes)}"
         )
     if checkpoint["class_texts"] != texts:
         changed = [name for name in classes if checkpoint["class_texts"][name] != texts[name]]
         raise UserError(
-            f"{where} was trained with other sentences for {', '.join(changed)}; give it the same ones, or "
+            f"{where} was trained with other sentences for {listed(changed)}; give it the same ones, or "
             "start a new run in another --output-dir"
         )
 
@@ -200,14 +200,14 @@ def check_same_data(checkpoint: Mapping[str, Any], data: DataSet, split: Split) 
     if checkpoint["dataset_fingerprint"] != data.fingerprint:
         raise UserError(
             "the images of --data-dir or --val-dir have changed since the checkpoint was written, so images "
-            "already "
-            "trained on could move to validation; restore them, or start a new run in another --output-dir"
+            "already trained on could move to validation; restore them, or start a new run in another "
+            "--output-dir"
         )
     if checkpoint["split_fingerprint"] != split_fingerprint(data, split):
         raise UserError(
             "the split differs from the checkpoint's; leave --val-ratio, --val-dir, --random-state, "
-            "--group-pattern and --groups-file as they were. A run that an earlier version began with an "
-            "image in two formats (Y92.jpg beside Y92.png), now kept on one side, can only be started anew"
+            "--group-pattern and --groups-file as they were. If they are, and an earlier version began the "
+            "run with an image in two formats (Y92.jpg beside Y92.png; now kept on one side), start anew"
         )
 
 
