@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import benchmarks.encoders  # noqa: F401  (enters its encoders into the registry)
 import common.torchvision_compat  # noqa: F401
@@ -40,6 +39,7 @@ from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware
 from common.errors import RunFailed, UserError, did_you_mean
 from common.files import MOST_OF_SPLITS, MOST_WRITTEN_BY_HAND, read_json, write_json
+from common.progress import progress
 from data.groups import groups_from_file
 from data.images import read_image
 from data.scan import ImageFolder, scan_folder
@@ -315,7 +315,7 @@ def altered_copy(options: argparse.Namespace) -> Path:
         return target
     folder = scan_folder(options.data_dir)
     patients = groups_from_file(folder, Path(options.groups_file)) if options.groups_file else None
-    for i in tqdm(kept_images(folder, patients, options.keep), desc="copying", leave=False, disable=None):
+    for i in progress(kept_images(folder, patients, options.keep), "copying"):
         source, new = folder.root.absolute() / folder.paths[i], target / folder.paths[i]
         new.parent.mkdir(parents=True, exist_ok=True)
         new.unlink(missing_ok=True)  # of a copy that was not finished

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from benchmarks.floor import floor_of, table
 from common.device import Hardware
 from common.direct_file import DirectFile
 from common.errors import RunFailed
 from common.files import whole_file, write_json
+from common.progress import progress
 from data.augment import Augmentation
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split, k_folds
@@ -140,9 +140,7 @@ def train_softmax(
         epoch_started, loss_sum = time.monotonic(), 0.0
         model.train()
         batches.epoch = epoch
-        for i, (images, labels, indices) in enumerate(
-            tqdm(loader, desc=f"epoch {epoch + 1}", leave=False, disable=None)
-        ):
+        for i, (images, labels, indices) in enumerate(progress(loader, f"epoch {epoch + 1}")):
             schedule.step_update(epoch * len(batches) + i)
             images, labels = images.to(hardware.device), labels.to(hardware.device)
             images = augment(images, epoch, indices)
@@ -224,7 +222,7 @@ def train_logistic(
             for part in inner
         )
 
-    losses = [loss(strength) for strength in tqdm(STRENGTHS, desc="choosing C", leave=False, disable=None)]
+    losses = [loss(strength) for strength in progress(STRENGTHS, "choosing C")]
     best = STRENGTHS[int(np.argmin(losses))]
     probs = fitted(best, np.arange(len(labels))).predict_proba(val)
     accuracy = 100 * classification_metrics(probs, data.labels[split.val])["acc"]

@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import common.torchvision_compat  # noqa: F401
 import training.fit
@@ -43,6 +42,7 @@ from benchmarks.whole_run import ROOT, whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
 from common.errors import UserError
+from common.progress import progress
 from common.stopping import Requests
 from data.augment import Augmentation
 from data.images import Squares, read_image
@@ -192,7 +192,7 @@ def copied(data_dir: Path, target: Path, change: Callable[[Image.Image], Iterabl
 
     paths = scan_folder(data_dir).paths
     with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(copy, paths), total=len(paths), desc="making images", leave=False))
+        list(progress(pool.map(copy, paths), "making images", total=len(paths)))
     return target
 
 

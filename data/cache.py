@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import number
 from common.files import write_whole
+from common.progress import progress
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
 from data.members import Member, stamp_of
 from data.names import Names
@@ -158,8 +158,8 @@ def _drop_damaged(stored: _Stored, rows: np.ndarray) -> int:
     known = np.flatnonzero(rows != NONE)
     damaged = np.zeros(len(known), bool)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = range(0, len(known), 1024)  # what waits in a pool takes a kilobyte each
-        for start in tqdm(bar, "checking the cache", leave=False, disable=None, delay=1):
+        starts = range(0, len(known), 1024)  # what waits in a pool takes a kilobyte each
+        for start in progress(starts, "checking the cache", delay=1):
             part = slice(start, start + 1024)
             damaged[part] = list(pool.map(is_damaged, rows[known[part]]))
     rows[known[damaged]] = NONE

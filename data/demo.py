@@ -19,12 +19,12 @@ from pathlib import Path
 from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError
 from common.files import read_json, why_unwritable, write_json
+from common.progress import progress
 
 with imports():
     import numpy as np
     from PIL import Image, ImageDraw, ImageFilter, ImageFont
     from PIL.PngImagePlugin import PngInfo
-    from tqdm import tqdm
 
 NORMAL, PNEUMONIA, PNEUMOTHORAX, NODULE = "正常", "肺炎", "气胸", "肺结节"
 CLASSES = (NORMAL, PNEUMONIA, PNEUMOTHORAX, NODULE)
@@ -313,7 +313,7 @@ def write_set(folder: Path, patients: int, size: int, seed: int) -> None:
     for label in CLASSES:
         (folder / label).mkdir(parents=True)
     rows = []
-    for patient in tqdm(range(patients), desc="drawing phantoms", unit="patient", leave=False, disable=None):
+    for patient in progress(range(patients), "drawing phantoms", unit="patient"):
         for number, (label, picture, box) in enumerate(draw_patient(patient, size, seed), start=1):
             group = f"P{patient + 1:03d}"
             path = f"{label}/{group}_{number}.png"

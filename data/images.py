@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
-from tqdm import tqdm
 
+from common.progress import progress
 from data.dicom import is_dicom, read_dicom
 from data.members import Member
 from data.names import all_but
@@ -230,13 +230,12 @@ def read_all(
         )
 
     # Threads, not processes: decoding, resizing and hashing all run outside Python's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
-        total=len(files), desc="reading images", unit="img", leave=False, disable=None
-    ) as progress:  # fmt: skip
+    bar = progress(total=len(files), desc="reading images", unit="img")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         block = max(16, min(1024, READ_AHEAD // (3 * (size or 1) ** 2)))
         for start in range(0, len(files), block):
             for reading in pool.map(read, files[start : start + block]):
-                progress.update()
+                bar.update()
                 yield reading
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+
+from common.progress import progress
 
 # Two images look the same when at most NEAR_BITS of their 256-bit hashes differ and their thumbnails
 # correlate by NEAR_CORRELATION. The usual 64 bits are too few for chest films: of 1,124 real ones (630,390
@@ -61,7 +62,7 @@ def near_pairs(looks: Sequence[Look]) -> Iterator[tuple[np.ndarray, np.ndarray]]
     words = np.frombuffer(b"".join(look.hash for look in looks), np.uint64).reshape(len(looks), -1)  # (N, 4)
     thumbs = np.frombuffer(b"".join(look.thumbnail for look in looks), np.uint8).reshape(len(looks), -1)
     starts = range(0, len(looks), BLOCK)
-    for start in tqdm(starts, desc="comparing images", leave=False, disable=None):
+    for start in progress(starts, "comparing images"):
         block, rest = words[start : start + BLOCK], words[start:]
         differing = sum(
             np.bitwise_count(block[:, None, w] ^ rest[None, :, w]) for w in (0, 1)

@@ -28,10 +28,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import UserError, all_of, first_line, shorten
 from common.files import whole_file
+from common.progress import progress
 from data.cache import FREE_DISK, cache_dir_of
 from data.members import Member, Members, stamp_of
 from data.names import Names
@@ -106,7 +106,7 @@ def scan_images(
         shards = tuple(_local_shards(str(source), option, cache_dir, fetch))
     stamps = tuple(stamp_of(shard.stat()) for shard in shards)
     rows_of: dict[str, array] = {}  # by class folder
-    bar = tqdm(shards, desc="listing shards", unit="tar", leave=False, disable=None, delay=1)
+    bar = progress(shards, "listing shards", delay=1, unit="tar")
     for number, shard in enumerate(bar):
         try:
             listed, pieces, others = _listed(shard, stamps[number], cache_dir, keep=fetch)
@@ -190,7 +190,7 @@ def _local_shards(source: str, option: str, cache_dir: Path, fetch: bool) -> lis
     missing = [url for url in urls if not _is_remote(url) and not Path(url).is_file()]
     if missing:
         raise UserError(f"{option}: {len(missing)} of {len(urls)} shards do not exist:\n{shorten(missing)}")
-    bar = tqdm(urls, desc="fetching shards", unit="tar", leave=False, disable=None, delay=1)
+    bar = progress(urls, "fetching shards", delay=1, unit="tar")
     return [_fetched(url, option, cache_dir, fetch) if _is_remote(url) else Path(url) for url in bar]
 
 

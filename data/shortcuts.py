@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
+from common.progress import progress
 from data.groups import groups_per_class
 
 FEATURE_SETS = {
@@ -158,5 +158,5 @@ def audit_shortcuts(
     classes = [classes[c] for c in kept]
     features = {name: values[chosen] for name, values in features.items()}
     sets = {**FEATURE_SETS, ALL: tuple(name for names in FEATURE_SETS.values() for name in names)}
-    bar = tqdm(sets.items(), desc="auditing shortcuts", leave=False, disable=None)
+    bar = progress(sets.items(), "auditing shortcuts")
     return {title: _audit_set(features, names, labels, groups, classes) for title, names in bar}, skipped

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common.distributed import gathered
 from common.errors import UserError, first_line, listed
 from common.files import path_cell, text_cell, writable, write_whole
+from common.progress import progress
 from data.images import read_image, to_square
 from data.inputs import ImageList
 from data.loader import loading_processes, read_ahead, refuse_small_shared_memory
@@ -59,7 +59,7 @@ def predict_probs(
     Of several processes each computes its share of every batch, and all get the whole.
     """
     logits, labels = [], []
-    for images, batch_labels, _ in tqdm(loader, desc="validating", leave=False, disable=None):
+    for images, batch_labels, _ in progress(loader, "validating"):
         own = class_features.new_empty(0, len(class_features))
         if len(images):  # a small batch may leave some processes without
             own = class_logits(model, class_features, images.to(device, non_blocking=True), autocast)
@@ -238,16 +238,14 @@ def predict_files(
         pin_memory = ensemble.device.type == "cuda"
         batches = decode(images, ensemble.sizes, batch_size, num_workers, pin_memory)
         number = 0
-        with tqdm(
-            total=len(images.names), desc="predicting", unit="img", leave=False, disable=None
-        ) as progress:
+        with progress(total=len(images.names), desc="predicting", unit="img") as bar:
             for batch in batches:
                 probs = ensemble.probs(batch.images) if batch.images else np.empty((1, 0, 1))
                 rows.writerows(_rows(batch, probs, ensemble.classes, tally))
                 if heat_map_dir is not None and batch.images:
                     _write_heat_maps(heat_map_dir, number, batch, images.root, ensemble, probs)
                 number += len(batch.names)
-                progress.update(len(batch.names))
+                bar.update(len(batch.names))
         text.detach()  # the file stays open: write_whole flushes and renames it
         if not tally.counts.any():
             raise _NothingPredicted

@@ -17,12 +17,12 @@ from typing import Any
 
 from common.cli import Parser, exit_code_of, imports
 from common.files import printable, write_whole
+from common.progress import progress
 
 with imports():
     import jinja2
     import numpy as np
     from PIL import Image
-    from tqdm import tqdm
 
     from evaluation import figures, fonts, report_tables, report_text
     from evaluation.claim import claim_items
@@ -103,7 +103,7 @@ def draw(run: RunFolder, views: Views) -> dict[str, str]:
         shown = [mistake for mistake in views.mistakes if mistake.picture is not None]
         if shown:
             made["mistakes"] = figures.gallery([_for_paper(run, mistake) for mistake in shown])
-        for name, figure in tqdm(made.items(), desc="drawing", leave=False, disable=None):
+        for name, figure in progress(made.items(), "drawing"):
             drawn[name] = _data_uri(figures.save(figure, folder, name).encode(), "image/svg+xml")
     for name in FIGURES:
         if name not in drawn:

@@ -16,6 +16,7 @@ from common.device import Hardware, keep_freed_memory
 from common.distributed import is_main, maximum, rank, wait_for_all
 from common.errors import RunFailed
 from common.files import write_json
+from common.progress import progress
 from common.stopping import Requests, Stoppable, Stopped
 from data.augment import Augmentation
 from data.loader import EpochBatches
@@ -53,11 +54,8 @@ def train_one_epoch(
     watch = FiniteSteps(state, loader.dataset.files, options.max_nonfinite_steps)
     done.sums = done.sums.to(device)
     started = time.monotonic() - done.seconds
-    progress = tqdm(
-        loader, desc=f"epoch {state.epoch + 1}", initial=done.steps, total=state.steps_per_epoch,
-        unit="batch", leave=False, disable=None,
-    )  # fmt: skip
-    for images, labels, indices in progress:
+    name, in_all = f"epoch {state.epoch + 1}", state.steps_per_epoch
+    for images, labels, indices in progress(loader, name, initial=done.steps, total=in_all, unit="batch"):
         factor = lr_factor(state.step, state.total_steps, state.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
