@@ -14,8 +14,8 @@ from torch import nn
 
 import models.starnet_dual_pyramid_rcf  # noqa: F401  (enters its encoder into the registry)
 from common.errors import UserError, did_you_mean
-from models.image_encoders import ImageTower, build_timm
-from models.registry import IMAGE_ENCODERS
+from models.image_encoders import ImageTower, build_timm, timm_config
+from models.registry import IMAGE_ENCODERS, STRIDES
 from models.text_encoders import TextTower, build_text_tower
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
@@ -162,20 +162,23 @@ class ClassSentences:
         return F.normalize(sums.index_add_(0, self.class_of, every), dim=-1)
 
 
-def check_image_encoder(name: str) -> None:
-    """Raises UserError naming the nearest encoders when `name` is unknown."""
-    if name in IMAGE_ENCODERS:
-        return
+def check_image_encoder(name: str, img_size: int) -> None:
+    """Raises UserError naming the nearest encoders when `name` is unknown, or the nearest size."""
     if name.startswith("timm:"):
-        return  # timm's own list is asked when it is built
-    raise UserError(
-        f"unknown image encoder {name!r}{did_you_mean(name, IMAGE_ENCODERS)}; "
-        f"give {', '.join(IMAGE_ENCODERS)}, or timm:NAME"
-    )
+        timm_config(name.removeprefix("timm:"))
+    elif name not in IMAGE_ENCODERS:
+        raise UserError(
+            f"unknown image encoder {name!r}{did_you_mean(name, IMAGE_ENCODERS)}; "
+            f"give {', '.join(IMAGE_ENCODERS)}, or timm:NAME"
+        )
+    stride = STRIDES.get(name, 1)
+    if img_size % stride:
+        near = max(stride, round(img_size / stride) * stride)
+        raise UserError(f"--img-size {img_size}: {name} needs a multiple of {stride}, such as {near}")
 
 
 def build_image_tower(name: str, weights: str, img_size: int) -> ImageTower:
-    check_image_encoder(name)
+    check_image_encoder(name, img_size)
     if name.startswith("timm:"):
         return build_timm(name.removeprefix("timm:"), weights, img_size)
     return IMAGE_ENCODERS[name](weights, img_size)

@@ -154,7 +154,7 @@ def _refuse_leftovers(loaded: nn.Module, random: nn.Module, source: str) -> None
         )
 
 
-def _config(name: str) -> PretrainedCfg:
+def timm_config(name: str) -> PretrainedCfg:
     """timm's facts about `name`, or `name.tag`. Raises UserError when it knows no such model or tag."""
     if not timm.is_model(name):
         raise UserError(f"timm knows no model {name!r}{did_you_mean(name, timm.list_models())}")
@@ -189,7 +189,7 @@ def _say_what_is_cut(backbone: nn.Module, name: str, img_size: int) -> None:
 def build_timm(name: str, weights: str, img_size: int) -> ImageTower:
     """Any timm model without its classifier. Raises UserError for an unknown name or unfit image size."""
     weights = "pretrained" if weights == "auto" else weights
-    cfg = _config(name)
+    cfg = timm_config(name)
     arguments: dict = {"num_classes": 0}
     if cfg.fixed_input_size:
         arguments["img_size"] = img_size

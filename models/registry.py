@@ -12,6 +12,7 @@ from typing import Any
 Builder = Callable[..., Any]
 
 IMAGE_ENCODERS: dict[str, Builder] = {}
+STRIDES: dict[str, int] = {}  # of image encoders whose images need a multiple of so many pixels
 TEXT_ENCODERS: dict[str, Builder] = {}
 
 

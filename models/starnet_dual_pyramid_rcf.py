@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import UserError
 from models.image_encoders import OPTION, OWN_PREFIX, ImageTower, published_weights
-from models.registry import IMAGE_ENCODERS, register
+from models.registry import IMAGE_ENCODERS, STRIDES, register
 from models.weights import load_into, part_of
 from models.wide import wide
 
 CHANNELS = (24, 48, 96, 192)
-STRIDE = 32
+STRIDES["starnet_dual_pyramid_rcf"] = 32
 # Adapters end in a normalisation, so a_i is the size of what is injected, in units of one standard deviation.
 INITIAL_FUSION_GAIN = 0.2
 
@@ -202,14 +201,8 @@ class StarNetDualPyramidRCF(nn.Module):
 @register(IMAGE_ENCODERS, "starnet_dual_pyramid_rcf")
 def starnet_dual_pyramid_rcf(weights: str, img_size: int) -> ImageTower:
     """`weights`: none (also auto); pretrained (StarNet-S1's published weights in the local pyramid); or a
-    path to either those or a checkpoint of this encoder. Raises UserError when img_size is no multiple of
-    32.
+    path to either those or a checkpoint of this encoder.
     """
-    if img_size % STRIDE:
-        near = max(STRIDE, round(img_size / STRIDE) * STRIDE)
-        raise UserError(
-            f"--img-size {img_size}: starnet_dual_pyramid_rcf needs a multiple of {STRIDE}, such as {near}"
-        )
     backbone = StarNetDualPyramidRCF()
     cfg = timm.get_pretrained_cfg("starnet_s1")
     loaded: frozenset[str] = frozenset()

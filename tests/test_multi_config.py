@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -125,11 +126,21 @@ def test_several_configurations_rank_the_good_report_the_broken_and_skip_the_fin
     shutil.rmtree(tmp_path / "out" / "01_坏-的")
 
     command = command[:-2]
-    entries[1]["img_size"] = entries[2]["img_size"] = 32
+    entries[1] |= {"img_size": 32}
+    entries[2] |= {"img_size": 32, "image_encoder_name": "timm:test_resnext"}
+    (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
+    assert main(command) == 2  # before any starts
+    error = capsys.readouterr().err
+    assert re.search(r"entry 1: --img-size 40: .* needs a multiple of 32", error)
+    assert re.search("entry 3: timm knows no model 'test_resnext' .did you mean 'test_resnet'", error)
+
+    (tmp_path / "damaged.pth").touch()
+    entries[0] |= {"img_size": 32, "text_weights": str(tmp_path / "damaged.pth")}
+    entries[2] |= {"image_encoder_name": "timm:test_resnet"}
     (tmp_path / "c.json").write_text(json.dumps(entries), encoding="utf-8")
     assert main(command) == 1
     output = capsys.readouterr().out
-    assert output.count("finished already") == 2 and "needs a multiple of 32" in output
+    assert output.count("finished already") == 2 and "cannot be read as weights" in output
     assert "last epoch, mean ± sample standard deviation over folds, percent" in output
     board = json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))
     assert [row["status"] for row in board] == ["finished", "finished", "failed"]

@@ -23,9 +23,9 @@ from training.state import EarlyStopping, TrainState
 
 
 def refuse_unfit(config: Config) -> None:
-    """Raises UserError naming each encoder, template, file of sentences and pattern that fits no images."""
+    """Raises UserError naming each encoder, size, template, sentence and pattern that cannot be used."""
     checks = [
-        partial(check_image_encoder, config.image_encoder_name),
+        partial(check_image_encoder, config.image_encoder_name, config.img_size),
         partial(check_text_encoder, config.text_encoder_name),
     ]
     if config.text_template:
