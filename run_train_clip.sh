@@ -30,7 +30,7 @@ case "$(tr '[:upper:]' '[:lower:]' <<<"$USE_CV")" in
     0 | false | no | off) cv=0 ;;
     *) fail "USE_CV must be 1, true, yes or on, or 0, false, no or off; not '$USE_CV'" ;;
 esac
-read -ra gpus <<<"$(tr -s ' ,' '\n' <<<"$GPU_IDS" | awk 'NF && !seen[$0]++' | tr '\n' ' ')"
+read -ra gpus <<<"$(tr -s ' ,' '\n' <<<"$GPU_IDS" | awk '/^[0-9]+$/ { $0 += 0 } NF && !seen[$0]++' | tr '\n' ' ')"
 if [[ ! "${gpus[*]-}" =~ ^(-1|[0-9]+)(' '(-1|[0-9]+))*$ ]]; then
     fail "GPU_IDS must be the number of a GPU, several as \"0 1\", or -1 for the CPU; not '$GPU_IDS'"
 elif [ "${#gpus[@]}" -gt 1 ] && [ -z "$CONFIG_FILE" ]; then
@@ -101,21 +101,27 @@ if [ "${#gpus[@]}" -eq 1 ]; then
     "$PY" "$here/train_clip.py" "${options[@]}" --gpu-id "${gpus[0]}" "$@" &
     wait $!
 else
-    # What concerns all configurations: "count" checks them and prints their number, "rank" writes the leaderboard.
+    # What concerns all configurations: "count" checks them and the GPUs and prints their number, "rank" writes the
+    # leaderboard. The first GPU stands for that of any job, which wins over an entry's own.
     configurations() {
         of_program '
 import contextlib, pathlib
+from functools import partial
 from common.cli import exit_code_of
+from common.device import gpu_meant
+from common.errors import all_of
 from common.files import check_writable
 from training.multi_config import print_leaderboard, read_entries, write_leaderboard
 from training.options import make_config, options_from_flags, resolve_auto
 
 def main():
-    typed = resolve_auto(options_from_flags(sys.argv[2:]))
+    what, gpus, *flags = sys.argv[1:]
+    typed = resolve_auto(options_from_flags([*flags, "--gpu-id", gpus.split()[0]]))
     config = make_config(typed)
     output_dir = pathlib.Path(config.output_dir)
     check_writable(output_dir)
-    counting = sys.argv[1] == "count"
+    all_of(*(partial(gpu_meant, int(gpu)) for gpu in gpus.split()))
+    counting = what == "count"
     with contextlib.redirect_stdout(sys.stderr if counting else None):  # notes, once
         entries = read_entries(config, typed)
     if counting:
@@ -142,7 +148,7 @@ sys.exit(exit_code_of(main, "nothing was started"))' "$@"
         return "$status"
     }
 
-    entries="$(configurations count "${options[@]}" "$@")"
+    entries="$(configurations count "${gpus[*]}" "${options[@]}" "$@")"
     mkdir -p "$OUTPUT_DIR/logs"
     claims="$(mktemp -d)"
     trap 'rm -rf "$claims"' EXIT
@@ -150,7 +156,7 @@ sys.exit(exit_code_of(main, "nothing was started"))' "$@"
     for gpu in "${gpus[@]}"; do worker "$gpu" "$@" & pids+=($!); done
     for pid in "${pids[@]}"; do wait "$pid" || status=1; done
     # once more at the end: the job that wrote it last may have read the folders before another had finished
-    configurations rank "${options[@]}" "$@" || status=1
+    configurations rank "${gpus[*]}" "${options[@]}" "$@" || status=1
     if [ "$status" != 0 ]; then exit "$status"; fi
 fi
 

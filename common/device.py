@@ -39,16 +39,15 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the heap's end to keep, at the most
 
 
-def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
-    """The CUDA device `gpu_id`, or the CPU when it is -1 or the machine has no CUDA GPU and 0 was meant.
-    Where torchrun started several processes, each has the GPU of its number on the machine instead.
+def gpu_meant(gpu_id: int) -> int:
+    """The number of a CUDA GPU: `gpu_id`; or -1 for the CPU, when it is -1 or the machine has no CUDA GPU and
+    0 was meant. Where torchrun started several processes, each has the GPU of its number on the machine
+    instead.
 
-    Mixed precision: bf16 on CUDA where supported, else fp16; bf16 on CPUs with the instructions, else
-    float32. Raises UserError when a GPU other than 0 is asked for and does not exist.
+    Raises UserError when a GPU other than 0 is asked for and does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    several = f", {n_processes()} processes" if n_processes() > 1 else ""
-    if several and gpu_id >= 0:
+    if n_processes() > 1 and gpu_id >= 0:
         if gpu_id > 0:
             raise UserError(
                 f"--gpu-id {gpu_id}: torchrun gives each process a GPU of its own; give --gpu-id 0, and "
@@ -60,22 +59,33 @@ def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
                 f"give --nproc_per_node={count}"
             )
         gpu_id = rank_here() if count else 0
-    if gpu_id >= 0 and count > 0:
-        if gpu_id >= count:
-            raise UserError(
-                f"--gpu-id {gpu_id} does not exist; this machine has GPU 0 to {count - 1}, and -1 is the CPU"
-            )
-        device = torch.device("cuda", gpu_id)
+    if gpu_id >= count > 0:
+        raise UserError(
+            f"--gpu-id {gpu_id} does not exist; this machine has GPU 0 to {count - 1}, and -1 is the CPU"
+        )
+    if gpu_id > 0 and not count:
+        raise UserError(
+            f"--gpu-id {gpu_id} does not exist: PyTorch sees no CUDA GPU here; -1 trains on the CPU"
+        )
+    return gpu_id if count else -1
+
+
+def choose_hardware(gpu_id: int, use_amp: bool) -> Hardware:
+    """What `gpu_meant` says, opened.
+
+    Mixed precision: bf16 on CUDA where supported, else fp16; bf16 on CPUs with the instructions, else
+    float32.
+    """
+    gpu = gpu_meant(gpu_id)
+    several = f", {n_processes()} processes" if n_processes() > 1 else ""
+    if gpu >= 0:
+        device = torch.device("cuda", gpu)
         torch.cuda.set_device(device)  # else the loader's pinning thread would open GPU 0 as well
         dtype = torch.float32
         if use_amp:
             dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
         name = torch.cuda.get_device_name(device)
-        return Hardware(device, dtype, f"GPU {gpu_id} ({name}), {_name(dtype)}{several}")
-    if gpu_id > 0:
-        raise UserError(
-            f"--gpu-id {gpu_id} does not exist: PyTorch sees no CUDA GPU here; -1 trains on the CPU"
-        )
+        return Hardware(device, dtype, f"GPU {gpu} ({name}), {_name(dtype)}{several}")
     dtype = torch.bfloat16 if use_amp and _cpu_has_bf16() else torch.float32
     why = "" if gpu_id == -1 else "; PyTorch sees no CUDA GPU"
     return Hardware(torch.device("cpu"), dtype, f"CPU ({_threads()}), {_name(dtype)}{several}{why}")

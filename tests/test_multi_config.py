@@ -62,13 +62,15 @@ def test_an_entry_that_several_processes_cannot_train_is_refused_with_its_number
     assert "entry 3: --cutmix-prob of --preset small-data pairs images within a process" in third
 
 
-def test_weights_of_an_entry_are_missed_before_any_is_trained(tmp_path):
-    typed = typed_for([{"image_weights": "no.pth"}, {"name": "done", "text_weights": "no"}], tmp_path)
+def test_weights_and_gpus_of_an_entry_are_missed_before_any_is_trained(tmp_path):
+    entries = [{"image_weights": "no.pth"}, {"name": "done", "text_weights": "no", "gpu_id": 999}]
+    typed = typed_for(entries, tmp_path)
     with pytest.raises(UserError) as refused:
         read_entries(make_config(typed), typed)
-    first, second = refused.value.problems
+    first, *second = refused.value.problems
     assert "entry 1: --image-weights no.pth does not exist" in first
-    assert "entry 2: --text-weights no does not exist" in second
+    assert "entry 2: --text-weights no does not exist" in second[0]
+    assert "entry 2: --gpu-id 999 does not exist" in second[1]
     (tmp_path / "out" / "02_done").mkdir(parents=True)
     (tmp_path / "out" / "02_done" / "report.html").touch()  # so its weights are not read again
     with pytest.raises(UserError) as refused:
@@ -77,7 +79,7 @@ def test_weights_of_an_entry_are_missed_before_any_is_trained(tmp_path):
     typed["overwrite"] = True
     with pytest.raises(UserError) as refused:
         read_entries(make_config(typed), typed)
-    assert refused.value.problems == (first, second)
+    assert refused.value.problems == (first, *second)
 
 
 def test_a_pipe_that_an_entry_names_is_refused(tmp_path):

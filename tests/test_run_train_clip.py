@@ -37,6 +37,7 @@ while [ $# -gt 0 ]; do
 done
 exit "${CODE:-0}"
 """
+TWO = "0 -1"  # which every machine has
 ENTRIES = [
     {"image_encoder_name": "resnet18"},
     {"image_encoder_name": "vit"},
@@ -170,7 +171,7 @@ def test_packages_of_the_user_are_not_taken_for_the_program_s(stage):
         (stage.cwd / name).mkdir()
         (stage.cwd / name / "__init__.py").touch()
     stage.config_file(json.dumps(ENTRIES))
-    assert stage.run(DATA_DIR="i", GPU_IDS="0 1", CONFIG_FILE="configs.json")[::2] == (0, "")
+    assert stage.run(DATA_DIR="i", GPU_IDS=TWO, CONFIG_FILE="configs.json")[::2] == (0, "")
     assert len(stage.trained()) == 3
 
 
@@ -208,8 +209,8 @@ def test_the_same_command_resumes_where_there_is_a_checkpoint(stage, monkeypatch
         ((), {"USE_CV": 1}),
         (("--use-cv",), {}),
         ((), {"CONFIG_FILE": "configs.json"}),
-        ((), {"CONFIG_FILE": "configs.json", "GPU_IDS": "0 1"}),
-        (("--overwrite",), {"CONFIG_FILE": "configs.json", "GPU_IDS": "0 1"}),
+        ((), {"CONFIG_FILE": "configs.json", "GPU_IDS": TWO}),
+        (("--overwrite",), {"CONFIG_FILE": "configs.json", "GPU_IDS": TWO}),
     ],
 )
 def test_what_continues_by_itself_is_given_no_checkpoint(stage, monkeypatch, flags, variables):
@@ -256,12 +257,12 @@ def test_variables_that_cannot_be_meant(stage, variables, named):
     assert named in line
 
 
-@pytest.mark.parametrize("gpus", ["2", "2,2", " 2 ", "-1"])
+@pytest.mark.parametrize("gpus", ["2", "2,2", " 2 ", "2 02", "-1"])
 def test_one_gpu(stage, gpus):
     stage.config_file(json.dumps(ENTRIES))
     assert stage.run(DATA_DIR="images", GPU_IDS=gpus, CONFIG_FILE="configs.json")[0] == 0
     (flags,) = stage.trained()
-    assert flags["--gpu-id"] == gpus.strip()[:2].rstrip(",")
+    assert flags["--gpu-id"] == gpus.replace(",", " ").split()[0]
     assert flags["--config-file"] == "configs.json"
     assert "--multi-config" in flags
     assert "--image-encoder" not in flags
@@ -271,17 +272,18 @@ def test_one_gpu(stage, gpus):
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "gpus", "named"),
     [
-        (None, ["configs.json"]),
-        ('{"image_encoder_name": "resnet18"}', ["array"]),
-        ('[{"image_encoder_name": "resnet81"}, {"warmup_epochs": 200}]', ["entry 1", "entry 2"]),
+        (None, TWO, ["configs.json"]),
+        ('{"image_encoder_name": "resnet18"}', TWO, ["array"]),
+        ('[{"image_encoder_name": "resnet81"}, {"warmup_epochs": 200}]', TWO, ["entry 1", "entry 2"]),
+        ("[{}]", "0 998 999", ["--gpu-id 998 does not exist", "--gpu-id 999 does not exist"]),
     ],
 )
-def test_every_entry_is_checked_before_a_job_starts(stage, content, named):
+def test_every_entry_and_gpu_is_checked_before_a_job_starts(stage, content, gpus, named):
     if content is not None:
         stage.config_file(content)
-    lines = refused(stage, DATA_DIR="images", GPU_IDS="0 1", OUTPUT_DIR="out", CONFIG_FILE="configs.json")
+    lines = refused(stage, DATA_DIR="images", GPU_IDS=gpus, OUTPUT_DIR="out", CONFIG_FILE="configs.json")
     assert len(lines) == len(named)
     assert all(name in line for name, line in zip(named, lines, strict=True))
     assert not (stage.cwd / "out").exists()
@@ -297,8 +299,8 @@ def test_what_the_script_gives_each_job_cannot_be_given_for_all(stage, flags):
 def test_each_entry_is_trained_once_and_the_leaderboard_made_at_the_end(stage):
     stage.config_file(json.dumps([{**ENTRIES[0], "epochs": 7}, *ENTRIES[1:]]))
     code, out, err = stage.run(
-        "--loss", "ce", DATA_DIR="i", GPU_IDS="0,1", OUTPUT_DIR="out", CONFIG_FILE="configs.json",
-        EPOCHS=5, FAIL=2,
+        "--loss", "ce", DATA_DIR="i", GPU_IDS=TWO.replace(" ", ","), OUTPUT_DIR="out",
+        CONFIG_FILE="configs.json", EPOCHS=5, FAIL=2,
     )  # fmt: skip
     assert code == 1
     assert "configuration 2 failed" in out
@@ -307,7 +309,7 @@ def test_each_entry_is_trained_once_and_the_leaderboard_made_at_the_end(stage):
     assert Counter(flags["--config-index"] for flags in trained) == {"1": 1, "2": 1, "3": 1}
     for flags in trained:
         assert (flags["--epochs"], flags["--loss"]) == ("5", "ce")
-        assert flags["--gpu-id"] in ("0", "1")
+        assert flags["--gpu-id"] in TWO.split()
     assert sorted(path.name for path in (stage.cwd / "out" / "logs").iterdir()) == [
         f"entry_{i}.log" for i in (1, 2, 3)
     ]

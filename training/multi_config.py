@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.device import gpu_meant
 from common.distributed import first_here_first, is_main, n_processes, of_the_first
 from common.errors import UserError, all_of, first_line
 from common.files import check_writable, read_json, text_cell, write_csv, write_json
@@ -116,7 +117,7 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
                 partial(refuse_for_processes, own),
                 partial(refuse_missing, own, weights=to_train and (own.overwrite or not saved_in(folder))),
                 partial(_refuse_pipes, own),
-                *([partial(refuse_unfit, own)] if to_train else []),
+                *([partial(gpu_meant, own.gpu_id), partial(refuse_unfit, own)] if to_train else []),
             )
             entries.append(entry)
         except UserError as error:
