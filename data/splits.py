@@ -125,7 +125,7 @@ def _spread(
     return bool((np.count_nonzero(n_groups, axis=1) != 1).all())
 
 
-def _check_groups(n_groups: np.ndarray, classes: Sequence[str], at_least: int, or_else: str = "") -> None:
+def check_groups(n_groups: np.ndarray, classes: Sequence[str], at_least: int, or_else: str = "") -> None:
     few = [
         f"{name!r} has images of only {n} patient{'s' if n != 1 else ''}"
         for name, n in zip(classes, n_groups, strict=True)
@@ -138,15 +138,8 @@ def _check_groups(n_groups: np.ndarray, classes: Sequence[str], at_least: int, o
         )
 
 
-def k_folds(
-    labels: np.ndarray, groups: np.ndarray | None, n_splits: int, random_state: int, classes: Sequence[str]
-) -> list[Split]:
-    """Stratified folds; with `groups` (N,) no group is on both sides of a fold. Every image validates once.
-
-    Every fold trains on every class; see `missing_in_validation` for the other side. Raises UserError when a
-    class has fewer images (groups, when grouped) than folds, or no folds were found that train on it.
-    """
-    of_image = np.arange(len(labels)) if groups is None else groups
+def check_folds(labels: np.ndarray, groups: np.ndarray | None, n_splits: int, classes: Sequence[str]) -> None:
+    """Raises UserError when a class has fewer images (groups, when grouped) than folds."""
     n_groups = groups_per_class(labels, groups, len(classes))
     fewer = f", or use --n-splits {min(n_groups)}" if min(n_groups) >= 2 else ""
     counts = np.bincount(labels, minlength=len(classes))
@@ -156,7 +149,19 @@ def k_folds(
             f"{n_splits} folds need at least {n_splits} images of every class: {'; '.join(small)}; "
             f"add images or leave the class out{fewer}"
         )
-    _check_groups(n_groups, classes, n_splits, fewer)
+    check_groups(n_groups, classes, n_splits, fewer)
+
+
+def k_folds(
+    labels: np.ndarray, groups: np.ndarray | None, n_splits: int, random_state: int, classes: Sequence[str]
+) -> list[Split]:
+    """Stratified folds; with `groups` (N,) no group is on both sides of a fold. Every image validates once.
+
+    Every fold trains on every class; see `missing_in_validation` for the other side. Raises UserError when a
+    class has fewer images (groups, when grouped) than folds, or no folds were found that train on it.
+    """
+    check_folds(labels, groups, n_splits, classes)
+    of_image = np.arange(len(labels)) if groups is None else groups
     fold_of = _divide(labels, of_image, [1] * n_splits, random_state)
     splits = [Split(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(n_splits)]
     untrained = _lacking(splits, "train", labels, classes)
@@ -203,7 +208,7 @@ def hold_out(
         held = np.sort(np.concatenate(val))
         return Split(np.setdiff1d(np.arange(len(labels)), held), held)
 
-    _check_groups(groups_per_class(labels, groups, len(classes)), classes, 2)
+    check_groups(groups_per_class(labels, groups, len(classes)), classes, 2)
     millionths = min(max(round(val_ratio * 10**6), 1), 10**6 - 1)
     held = _divide(labels, groups, [10**6 - millionths, millionths], random_state)
     split = Split(np.flatnonzero(held == 0), np.flatnonzero(held == 1))

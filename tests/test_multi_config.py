@@ -82,6 +82,34 @@ def test_weights_and_gpus_of_an_entry_are_missed_before_any_is_trained(tmp_path)
     assert refused.value.problems == (first, *second)
 
 
+@pytest.mark.parametrize(
+    ("n_images", "entries", "said"),
+    [
+        (1, [{"val_dir": "v"}, {}, {"use_cv": True}], "entry 2, 3: every class needs at least 2 images"),
+        (3, [{"group_pattern": r"^(X)"}, {}], "entry 1: --group-pattern '^(X)' matches no patient in 6 of 6"),
+        (3, [{}, {"group_pattern": r"^(P)"}], "entry 2: to split by patient every class needs at least 2"),
+        (3, [{"val_dir": "v", "group_pattern": r"^(P)"}, {"groups_file": "c.json"}], "entry 2: --groups"),
+        (3, [{"use_cv": True, "n_splits": 3}, {"use_cv": True}], "entry 2: 5 folds need at least 5 images"),
+        (3, [{"use_cv": True, "n_splits": 2, "group_pattern": r"^(P\d)"},
+             {"use_cv": True, "n_splits": 3, "group_pattern": r"^(P\d+)_"}],
+         "entry 1: to split by patient every class needs at least 2 patients"),
+    ],
+)  # fmt: skip
+def test_what_the_names_of_images_show_is_refused_before_any_entry_is_trained(
+    tmp_path, monkeypatch, capsys, n_images, entries, said
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path("d", name).mkdir(parents=True)
+        for i in range(n_images):
+            Path("d", name, f"P1{i}_.png").touch()
+    typed_for(entries, tmp_path)
+    assert main(["--data-dir", "d", "--output-dir", "o", "--multi-config", "--config-file", "c.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("error: ") == 1
+    assert not Path("o").exists()
+
+
 def test_a_pipe_that_an_entry_names_is_refused(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -5,21 +5,22 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, listed, number, shorten
+from common.errors import UserError, all_of, listed, number, shorten
 from data.cache import cache_dir_of, inspect_cached
 from data.findings import by_danger, finding, quick_findings
-from data.groups import groups_by_pattern, groups_from_file, merge_groups
+from data.groups import groups_by_pattern, groups_from_file, groups_per_class, merge_groups
 from data.images import MEMORY_FOR_IMAGES, Inspection, Squares, inspect_images
 from data.loader import loading_processes, refuse_small_shared_memory
 from data.names import Names
-from data.scan import Files, ImageFolder, check_class_sizes, fingerprint, nfc
+from data.scan import Files, ImageFolder, check_class_sizes, fingerprint, first_alike, nfc
 from data.shards import scan_and_check
-from data.splits import Split, hold_out, splits_record
+from data.splits import Split, check_folds, check_groups, hold_out, splits_record
 from data.texts import class_sentences, read_texts
 from evaluation.results import Predictions
 from training.config import Config
@@ -87,7 +88,7 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
     """
     sources = {"--data-dir": config.data_dir} | ({"--val-dir": config.val_dir} if config.val_dir else {})
     folder, *others = scan_and_check(sources, *checks, cache_dir=config.cache_dir)
-    check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
+    check_sizes(config, folder)
     val_folder = None
     if config.val_dir:
         found = others[0]
@@ -101,6 +102,22 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
     for note in (*folder.notes, *(val_folder.notes if val_folder else ())):
         print(f"note: {note}")
     return folder, val_folder
+
+
+def check_sizes(config: Config, folder: ImageFolder) -> None:
+    check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
+
+
+def check_by_names(config: Config, folder: ImageFolder) -> None:
+    """Raises UserError where the names of --data-dir's images show that they cannot be split, or that options
+    do not tell their patients.
+    """
+    _, patients = all_of(partial(check_sizes, config, folder), partial(patients_of, config, folder, None))
+    groups = None if patients is None else first_alike(patients)
+    if config.use_cv:
+        check_folds(folder.labels, groups, config.n_splits, folder.classes)
+    elif groups is not None and not config.val_dir:
+        check_groups(groups_per_class(folder.labels, groups, len(folder.classes)), folder.classes, 2)
 
 
 def sentences_of(

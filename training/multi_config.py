@@ -20,6 +20,7 @@ from common.distributed import first_here_first, is_main, n_processes, of_the_fi
 from common.errors import UserError, all_of, first_line
 from common.files import check_writable, read_json, text_cell, write_csv, write_json
 from common.run_files import fold_dir, saved_in
+from data.scan import ImageFolder
 from data.shards import may_run_a_command, scan_images
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
@@ -28,7 +29,7 @@ from training.begin import refuse_for_processes
 from training.build import refuse_unfit
 from training.config import Config, as_typed, of_preset
 from training.cross_validation import METRICS, mean_std
-from training.dataset import sentences_and_notes
+from training.dataset import check_by_names, sentences_and_notes
 from training.failures import explain_failure
 from training.options import in_json, layered, make_config, read_config_file, refuse_missing
 from training.outputs import (
@@ -161,6 +162,8 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     if problems:
         alone = ["--overwrite replaces all entries; with --config-index N it replaces entry N alone"]
         raise UserError(*problems, *(alone if n_processes() == 1 else []))
+    to_train = [entry for entry, on in zip(chosen, begun, strict=True) if not (on and is_finished(entry))]
+    _refuse_by_names(to_train, images)
     failed = []
     for entry, going_on in zip(chosen, begun, strict=True):
         print(f"\n=== configuration {entry.number} of {len(entries)}: {entry.folder.name}", flush=True)
@@ -181,6 +184,19 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
             f"failed: {', '.join(failed)}; the same command again tries them anew and skips the finished ones"
         )
     return 1 if failed else 0
+
+
+def _refuse_by_names(entries: Sequence[Entry], images: ImageFolder) -> None:
+    """As `check_by_names`, of each entry; what is wrong for several is said once."""
+    problems: dict[str, list[str]] = {}
+    for entry in entries:
+        try:
+            check_by_names(entry.config, images)
+        except UserError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(str(entry.number))
+    if problems:
+        raise UserError(*(f"entry {', '.join(numbers)}: {what}" for what, numbers in problems.items()))
 
 
 def _refuse_pipes(config: Config) -> None:
