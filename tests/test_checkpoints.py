@@ -73,12 +73,16 @@ def test_the_best_and_the_one_before_stay_when_the_latest_is_replaced(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("killed_at", "left"),
-    [(0, [1, None, 1]), (1, [1, None, 2]), (2, [1, None, 2]), (3, [1, 1, 2]), (4, [2, 1, 2])],
+    ("killed_at", "best", "left"),
+    [
+        *((0, 2, [1, None, 1]), (1, 2, [1, None, 2]), (2, 2, [1, None, 2]), (3, 2, [1, 1, 2])),
+        *((4, 2, [2, 1, 2]), (2, None, [1, 1, 1]), (3, None, [2, 1, None])),
+    ],
 )
 def test_killed_between_two_files_each_is_whole_and_the_best_the_newer(
-    tmp_path, monkeypatch, killed_at, left
+    tmp_path, monkeypatch, killed_at, best, left
 ):
+    """Or, where a new best is not kept, the old one until the latest knows of it."""
     write_checkpoint(tmp_path, checkpoint(1), checkpoint(1))
     replace, calls = os.replace, []
 
@@ -90,7 +94,7 @@ def test_killed_between_two_files_each_is_whole_and_the_best_the_newer(
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path, checkpoint(2), checkpoint(2))
+        write_checkpoint(tmp_path, checkpoint(2), checkpoint(best) if best else {})
     assert epochs_in(tmp_path) == left
 
 
@@ -461,7 +465,7 @@ def test_writing_takes_a_hundredth_of_the_time_and_what_is_held_comes_at_the_end
     monkeypatch.setattr(
         state_module, "time", SimpleNamespace(monotonic=lambda: clock.now, thread_time=lambda: next(cost))
     )
-    with contextlib.suppress(RunFailed), CheckpointWriter(tmp_path, torch.device("cpu")) as writer:
+    with contextlib.suppress(RunFailed), CheckpointWriter(tmp_path, torch.device("cpu"), True) as writer:
         for epoch, at, is_best in (
             (1, 0, True), (2, 30, True), (3, 99, False), (4, 101, False), (5, 110, True), (6, 120, False),
         ):  # fmt: skip

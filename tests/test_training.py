@@ -265,8 +265,13 @@ def test_early_stopping_ends_the_run_and_keeps_the_last_epoch_in_the_history(cla
 
 
 def test_no_save_best_writes_no_best_checkpoint(class_folder, tmp_path):
-    assert train(class_folder, tmp_path / "run", "--epochs", 1, "--no-save-best") == 0
-    assert not (tmp_path / "run" / "checkpoint_best.pth").exists()
+    run, none = tmp_path / "run", ["--epochs", 1, "--no-save-best"]
+    assert train(class_folder, run, *none) == 0
+    assert not (run / "checkpoint_best.pth").exists()
+    assert train(class_folder, run, "--epochs", 1, "--overwrite", "--early-stopping-monitor", "val_loss") == 0
+    for epochs, is_best in ((1, True), (2, False)):  # it goes where it is the best no more
+        assert train(class_folder, run, *none, "--epochs", epochs, "--resume-from", "auto") == 0
+        assert (run / "checkpoint_best.pth").exists() == is_best
 
 
 def test_a_loss_that_is_never_finite_stops_and_names_the_files(class_folder, tmp_path, monkeypatch, capsys):

@@ -183,7 +183,9 @@ def fit(
         stack.enter_context(stopping_together())
         # left last, so that no signal keeps the writer from writing what it holds
         requests = stack.enter_context(Requests(60 * save_every_minutes, maximum, is_main()))
-        writer = stack.enter_context(CheckpointWriter(output_dir, hardware.device)) if is_main() else None
+        writer = None
+        if is_main():
+            writer = stack.enter_context(CheckpointWriter(output_dir, hardware.device, save_best))
 
         def save(class_features: torch.Tensor | None = None, is_best: bool = False) -> None:
             """`class_features`: of a validated epoch, so that images need no text tower later."""
@@ -222,7 +224,7 @@ def fit(
             if is_best:
                 state.best_value, state.best_epoch = value, state.epoch
             state.stopped_early = state.early_stopping.update(value)
-            save(class_features, save_best and is_best)
+            save(class_features, is_best)
             left = np.mean(state.history["epoch_seconds"][first:]) * (epochs - state.epoch)
             print(epoch_line(state.history, epochs, is_best, left), flush=True)
             if stuck_at_chance(state.history["train_loss_image_to_text"], chance_loss):

@@ -231,10 +231,10 @@ def keep_frozen_towers(folder: Path, model: CLIPModel) -> dict[str, str]:
 
 
 def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
-    """checkpoint_latest.pth and history.json, and where there is a new `best`, checkpoint_best.pth. What was
-    the latest stays as checkpoint_previous.pth.
+    """checkpoint_latest.pth and history.json, and where there is a new `best`, checkpoint_best.pth, which an
+    empty one removes. What was the latest stays as checkpoint_previous.pth.
     """
-    if best is not None:  # first: a run that is killed between the two does this epoch again
+    if best:  # first: a run that is killed between the two does this epoch again
         write_file(folder / BEST, best)
     latest, new = folder / LATEST, folder / f".{LATEST}.{os.getpid()}.new.tmp"
     try:
@@ -246,6 +246,8 @@ def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], best: Mapping[
                 except OSError:  # a file system without links
                     shutil.copyfile(latest, second_name)
         os.replace(new, latest)
+        if best == {}:  # only now: a run that goes on from the one before has it still
+            (folder / BEST).unlink(missing_ok=True)
     finally:
         new.unlink(missing_ok=True)
     write_json(folder / "history.json", checkpoint["history"])
@@ -261,8 +263,8 @@ class CheckpointWriter:
 
     LARGEST_SHARE = 0.01
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: torch.device, save_best: bool):
+        self.folder, self.device, self.save_best = folder, device, save_best
         self._latest: Mapping[str, Any] | None = None
         self._best: Mapping[str, Any] | None = None
         self._pool, self._writing = ThreadPoolExecutor(1), Future()
@@ -275,7 +277,8 @@ class CheckpointWriter:
     def write(self, checkpoint: Mapping[str, Any], is_best: bool, now: bool) -> None:
         """Without `now`, when the last one is written and the time it took is a small enough share."""
         if is_best:
-            self._best = {key: value for key, value in checkpoint.items() if key not in NOT_FOR_USE}
+            kept = checkpoint if self.save_best else {}
+            self._best = {key: value for key, value in kept.items() if key not in NOT_FOR_USE}
         self._latest = checkpoint
         if now or self._is_due():
             self._write_held()
