@@ -250,6 +250,7 @@ def test_typed_options_without_effect_are_refused(flags, named):
     ("flags", "said"),
     [
         (["--n-splits", "3"], "--n-splits has no effect without --use-cv"),
+        (["--n-splits", "3", "--resume-from", "r"], "--n-splits has no effect without --use-cv"),
         (["--n-splits", "3", "--use-cv"], ""),
         (
             ["--early-stopping-min-delta", "0.1"],

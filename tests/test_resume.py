@@ -98,7 +98,7 @@ def test_what_a_resumed_run_cannot_take_is_refused(finished, typed, said):
         (False, {"early_stopping_patience": 9}, "so --early-stopping-patience 9 would change nothing"),
         (False, {"loss": "ce", "epochs": 5}, None),
         (False, {"batch_size": 8, "use_amp": True}, "so --batch-size 8, .* would change nothing"),
-        (False, {"save_best": False, "num_workers": 3}, None),
+        (False, {"save_best": False, "num_workers": 3, "n_splits": 3}, None),
         (True, {"epochs": 9, "loss": "ce"}, "so --epochs 9, --loss ce would.*give a larger --early-"),
         (True, {"early_stopping_patience": 1}, "so --early-stopping-patience 1 would change nothing"),
         (True, {"epochs": 9, "loss": "ce", "early_stopping_patience": 3}, None),

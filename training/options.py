@@ -271,8 +271,12 @@ def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
     """Raises UserError for typed options that change nothing: whoever typed them meant something. Of two that
     the guide gives beside what they need, as its JSON does too, it is only said.
     """
-    if config.multi_config or config.resume_from:
-        return  # they may be meant for an entry, or for what the checkpoint says
+    if config.multi_config:
+        return  # they may be meant for an entry
+    if "n_splits" in typed and not config.use_cv:
+        print("note: --n-splits has no effect without --use-cv: this trains one model on one split")
+    if config.resume_from:
+        return  # they may be meant for what the checkpoint says
     cases = [
         ("val_ratio", not config.use_cv, "with --use-cv, whose folds are of equal size"),
         ("val_ratio", not config.val_dir, "with --val-dir"),
@@ -286,8 +290,6 @@ def refuse_without_effect(typed: Mapping[str, Any], config: Config) -> None:
     ]
     if problems:
         raise UserError(*problems)
-    if "n_splits" in typed and not config.use_cv:
-        print("note: --n-splits has no effect without --use-cv: this trains one model on one split")
     if "early_stopping_min_delta" in typed and config.early_stopping_patience is None:
         print("note: --early-stopping-min-delta has no effect without --early-stopping-patience")
 

@@ -86,7 +86,8 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
         )
     options = _options_of(checkpoint)
     for name, value in typed.items():
-        if name in _NOT_FROM_CHECKPOINT or value == options[name]:
+        # of --n-splits it is said that a run without folds takes no notice
+        if name in (*_NOT_FROM_CHECKPOINT, "n_splits") or value == options[name]:
             continue
         if FIELDS[name].metadata["on_resume"] == "fixed":
             before = options[name]
