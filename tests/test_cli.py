@@ -212,6 +212,7 @@ def test_unreadable_images_are_all_named_or_left_out(class_folder, tmp_path, qui
     assert train(data, tmp_path / "run", "--epochs", 1) == 2
     error = capsys.readouterr().err
     assert "22 of 94 images" in error and "zero20.png" in error and "cut.png" in error
+    assert f"(python -m data.check --data-dir {data} --output FILE.json names every one" in error
     assert train(data, tmp_path / "run", "--epochs", 1, "--skip-unreadable") == 0
     evaluated = ["--checkpoint", str(tmp_path / "run"), "--data-dir", str(data), "--output-dir"]
     evaluated += [str(tmp_path / "evaluated"), "--gpu-id", "-1", "--num-workers", "0", "--skip-unreadable"]

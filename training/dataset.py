@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -190,10 +191,11 @@ def read_images(
     if bad:
         listing = shorten([f"{files[i]}: {why}" for i, why in bad.items()], 50)
         if not config.skip_unreadable:
+            source = shlex.quote(str(config.data_dir if min(bad) < n_own else config.val_dir))
             raise UserError(
                 f"{len(bad)} of {len(files)} images cannot be read:\n{listing}\n"
                 "mend or remove them, or leave them out with --skip-unreadable (python -m data.check "
-                "--output FILE.json names every one)"
+                f"--data-dir {source} --output FILE.json names every one there)"
             )
         if patients is not None:
             patients = [p for i, p in enumerate(patients) if i not in bad]
