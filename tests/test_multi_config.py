@@ -196,3 +196,5 @@ def test_the_leaderboard_says_that_seconds_are_no_zero_minutes_and_an_error_s_wh
     _, *lines, long, short, _, _ = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[-3] for line in lines[1:]] == ["<0.1", "0.1"]
     assert [long.split()[-1], short.split()[-1]] == ["x" * 500, "y"]
+    print_leaderboard([{**row, "minutes": 1}, *failed], Path("out"))
+    assert "noise" not in capsys.readouterr().out  # there is nothing to compare

@@ -411,7 +411,10 @@ def print_leaderboard(ranked: Sequence[Mapping[str, Any]], output_dir: Path) -> 
             + f"  {row['million_parameters']:7.1f}  {row['images_per_second']:6.0f}  {minutes:>6}  "
             + f"{row['folder']}: {row['against_first']}"
         )
-    print("noise: McNemar's test (Holm) and the bootstrap of the accuracy's difference, see comparison.json")
+    if sum(row["status"] == "finished" for row in ranked) > 1:
+        print(
+            "noise: McNemar's test (Holm) and the bootstrap of the accuracy's difference, see comparison.json"
+        )
     print(
         f"files in {output_dir}: leaderboard.json, leaderboard.csv, leaderboard.tex, comparison.json, and a "
         "folder per configuration"
