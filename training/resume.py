@@ -103,7 +103,7 @@ def config_of_resumed_run(config: Config, checkpoint: Mapping[str, Any], typed: 
                 f"after {steps} of {checkpoint['in_epoch']['steps_per_epoch']} steps of epoch "
                 f"{checkpoint['epoch'] + 1}; finish that epoch without the change"
             )
-        if FIELDS[name].metadata["on_resume"] in ("same", "said"):
+        if FIELDS[name].metadata["on_resume"] == "said":
             changed.append(f"{shown(name, options[name])} -> {value_of(name, value)}")
     if problems:
         raise UserError(*problems)
