@@ -20,7 +20,7 @@ from data.splits import Split
 from evaluation.metrics import majority_baseline
 from training.begin import Ready
 from training.build import build_state, compile_image_tower
-from training.config import FIELDS, Config
+from training.config import FIELDS, Config, flag_of
 from training.dataset import DataSet, split_fingerprint
 from training.fit import duration, fit
 from training.losses import contrastive_loss
@@ -177,12 +177,17 @@ def refuse_disagreement(
     config: Config, data: DataSet, split: Split, state: TrainState, device: torch.device
 ) -> None:
     """Raises UserError when the processes of the run would not train the same model."""
-    options = {name: getattr(config, name) for name in FIELDS if name not in FREE_ON_CONTINUE}
-    facts = (options, split_fingerprint(data, split), state.epoch, state.in_epoch.steps, device.type)
-    if not agree_on(repr(facts)):
+    facts = {flag_of(name): getattr(config, name) for name in FIELDS if name not in FREE_ON_CONTINUE} | {
+        "images": data.fingerprint,
+        "split": split_fingerprint(data, split),
+        "steps trained": (state.epoch, state.in_epoch.steps),
+        "device": device.type,
+    }
+    differing = [what for what, fact in facts.items() if not agree_on(repr(fact))]
+    if differing:
         raise UserError(
-            "the processes of this run do not see the same: give all machines the same command, the same "
-            "images, an --output-dir that they share, and a working GPU each, or none"
+            f"the processes of this run do not see the same {', '.join(differing)}: give all machines the "
+            "same command, the same images, an --output-dir that they share, and a working GPU each, or none"
         )
 
 
