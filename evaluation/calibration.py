@@ -11,6 +11,7 @@ MAX_BINS = 15
 # On few images chance alone makes bins of a few look wrong, and the more bins, the larger the ECE (Roelofs et
 # al. 2022, arXiv 2012.08668): of 30 images, perfectly calibrated, 15 bins say 0.25, three say 0.11.
 FEWEST_OF_BIN = 10
+DRAWS = 1000  # of labels, for ece_if_calibrated
 MAX_TEMPERATURE = 20.0  # the smallest is 1/20
 
 
@@ -54,6 +55,22 @@ def ece(probs: np.ndarray, labels: np.ndarray) -> float:
     """Expected calibration error: |accuracy - mean confidence| of the adaptive bins, averaged over images."""
     gap = (probs.argmax(1) == labels) - probs.max(1)
     return float(np.abs(np.bincount(adaptive_bins(probs.max(1)), gap)).sum() / len(labels))
+
+
+def ece_if_calibrated(probs: np.ndarray, seed: int) -> dict[str, float]:
+    """The ECE that chance alone would give these images: of labels drawn from the probabilities themselves.
+
+    Consistency resampling (Bröcker & Smith 2007, doi 10.1175/WAF993.1), each image on its own. A prediction
+    is then right with the probability of its class.
+    """
+    confidence, n = probs.max(1), len(probs)
+    bins = adaptive_bins(confidence)
+    expected = np.bincount(bins, confidence)  # right ones of each bin
+    random = np.random.default_rng(seed)
+    drawn = [
+        np.abs(np.bincount(bins, random.random(n) < confidence) - expected).sum() / n for _ in range(DRAWS)
+    ]
+    return {"mean": float(np.mean(drawn)), "p95": float(np.quantile(drawn, 0.95))}
 
 
 def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:

@@ -52,6 +52,9 @@ calibration
   bins                    [{"mean_confidence", "accuracy", "count"}, ...] by rising confidence: at most 15, no
                           more than leave 10 images for each, and of equal counts as far as equal
                           confidences, which share a bin, allow
+  ece_if_calibrated       {"mean", "p95"}: of the ECE in 1000 draws of all labels from the probabilities of
+                          these images, each on its own: what chance alone gives a perfectly calibrated model.
+                          Where images of one patient are alike, chance gives more
   temperature_scaling     null where all images are in one part, else
     temperature           fitted on all images, for use on new ones
     nll_before, nll_after, ece_before, ece_after, brier_before, brier_after
@@ -70,6 +73,7 @@ from common.errors import UserError
 from evaluation.calibration import (
     adaptive_bins,
     brier_of_images,
+    ece_if_calibrated,
     nll_of_images,
     reliability_bins,
     temperature_scaling,
@@ -167,6 +171,7 @@ def full_metrics(
         "confusion_matrix": confusion.tolist(),
         "calibration": {
             "bins": reliability_bins(probs, labels),
+            "ece_if_calibrated": ece_if_calibrated(probs, seed),
             "temperature_scaling": temperature_scaling(
                 probs, labels, two_halves(units, seed) if parts is None else parts
             ),

@@ -290,6 +290,15 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
         if scaling["nll_after"] >= scaling["nll_before"]:
             en += " Here it does not lower the NLL: none is needed, or the images are too few to fit it."
             zh += "这里它没有降低 NLL：不需要，或图像太少。"
+    if chance := metrics["calibration"].get("ece_if_calibrated"):  # earlier versions did not write it
+        en += (
+            f" Were the model's own probabilities perfectly calibrated, chance alone would make their ECE "
+            f"{chance['mean']:.3f} on these images on average, and above {chance['p95']:.3f} once in twenty."
+        )
+        zh += (
+            f"即使模型自身的概率完全校准，仅因偶然，在这些图像上 ECE 平均也有 {chance['mean']:.3f}，"
+            f"二十次中有一次超过 {chance['p95']:.3f}。"
+        )
     models = run.models_trained_with(trained_with) if trained_with is not None else []
     evened = next(filter(weight_for_rare_classes, models), None)
     if evened:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
+from scipy.stats import binom
 from sklearn.metrics import brier_score_loss, log_loss
 
 from evaluation.calibration import (
@@ -15,6 +16,7 @@ from evaluation.calibration import (
     brier_of_images,
     cross_fitted_temperatures,
     ece,
+    ece_if_calibrated,
     fit_temperature,
     nll_of_images,
     reliability_bins,
@@ -77,6 +79,29 @@ def test_ece_is_near_0_for_calibrated_and_large_for_overconfident_probabilities(
     logits, labels = calibrated(40_000)
     assert ece(softmax(logits, axis=1), labels) < 0.01
     assert ece(softmax(3 * logits, axis=1), labels) > 0.1
+
+
+def test_ece_of_a_calibrated_model_by_hand():
+    # 15 images of one confidence share a bin: the ECE is |k / 15 - 0.75| with k of Binomial(15, 0.75)
+    k = np.arange(16)
+    gaps, chances = np.abs(k / 15 - 0.75), binom.pmf(k, 15, 0.75)
+    by_size = np.argsort(gaps)
+    p95 = gaps[by_size][np.searchsorted(chances[by_size].cumsum(), 0.95)]
+    found = ece_if_calibrated(np.array([[0.05, 0.75, 0.2]] * 15), 0)
+    spread = np.sqrt(chances @ gaps**2 - (chances @ gaps) ** 2) / np.sqrt(1000)
+    assert found["mean"] == pytest.approx(chances @ gaps, abs=3 * spread)
+    assert found["p95"] == pytest.approx(p95)
+
+
+@pytest.mark.parametrize("n", [9, 102])
+def test_ece_of_a_calibrated_model_is_that_of_labels_drawn_from_its_probabilities(n):
+    probs = softmax(calibrated(n)[0], axis=1)
+    random = np.random.default_rng(99)
+    drawn = [ece(probs, random.multinomial(1, probs).argmax(1)) for _ in range(3000)]
+    found = ece_if_calibrated(probs, 0)
+    assert found["mean"] == pytest.approx(np.mean(drawn), rel=0.04)
+    assert found["p95"] == pytest.approx(np.quantile(drawn, 0.95), rel=0.06)
+    assert found == ece_if_calibrated(probs, 0) != ece_if_calibrated(probs, 1)
 
 
 @pytest.mark.parametrize("n_classes", [2, 5])
