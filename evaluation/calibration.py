@@ -74,25 +74,24 @@ def ece_if_calibrated(probs: np.ndarray, seed: int) -> dict[str, float]:
 
 
 def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature T, 1/20 .. 20, for which softmax(log(probs) / T) has the lowest mean NLL.
+    """The temperature T between 1/20 and 20 for which softmax(log(probs) / T) has the lowest mean NLL.
 
-    Above 1 it makes the model less sure (Guo et al. 2017, arXiv 1706.04599). The NLL is convex in 1/T, so it
-    has one minimum in log T. It lies at a bound where the images do not settle it, as when all are classified
-    rightly.
+    Above 1 it makes the model less sure (Guo et al. 2017, arXiv 1706.04599). NaN where none in between is the
+    best: the images do not settle it, as when all are classified rightly, and the sharper the better.
     """
     logs = np.log(np.maximum(probs, SMALLEST))
     logs -= logs.max(1, keepdims=True)  # so that exp never overflows
     of_label = logs[np.arange(len(labels)), labels]
 
-    def mean_nll(log_temperature: float) -> float:
-        inverse = np.exp(-log_temperature)
-        return float((np.log(np.exp(logs * inverse).sum(1)) - of_label * inverse).mean())
+    def slope(inverse: float) -> float:
+        """Of the mean NLL over 1/T; it only rises, the NLL being convex in 1/T."""
+        return float(((softmax(logs * inverse, axis=1) * logs).sum(1) - of_label).mean())
 
-    limit = np.log(MAX_TEMPERATURE)
-    from scipy.optimize import minimize_scalar  # slow to import, and only the end of a run needs it
+    if not slope(1 / MAX_TEMPERATURE) < 0 < slope(MAX_TEMPERATURE):
+        return np.nan
+    from scipy.optimize import brentq  # slow to import, and only the end of a run needs it
 
-    found = minimize_scalar(mean_nll, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))
+    return 1 / brentq(slope, 1 / MAX_TEMPERATURE, MAX_TEMPERATURE)
 
 
 def apply_temperature(probs: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
@@ -104,7 +103,7 @@ def apply_temperature(probs: np.ndarray, temperature: float | np.ndarray) -> np.
 def cross_fitted_temperatures(probs: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """For each image (N,) the temperature fitted on the images of all other parts; `parts` (N,) numbers them.
 
-    Needs two parts at least.
+    Needs two parts at least. NaN where the others settle no temperature.
     """
     temperatures = np.empty(len(labels))
     for part in np.unique(parts):
@@ -122,15 +121,19 @@ def two_halves(units: np.ndarray, seed: int) -> np.ndarray:
 
 
 def temperature_scaling(probs: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> dict[str, float] | None:
-    """The entry "temperature_scaling" of metrics.json, see evaluation.metrics; None with less than two parts.
+    """The entry "temperature_scaling" of metrics.json, see evaluation.metrics.
 
     The temperature to use from now on is fitted on all images. What it is worth is measured on
-    probabilities that were each scaled by a temperature fitted on the other parts.
+    probabilities that were each scaled by a temperature fitted on the other parts. None with less than two
+    parts, and where any of these fits settles no temperature.
     """
     if len(np.unique(parts)) < 2:
         return None
-    scaled = apply_temperature(probs, cross_fitted_temperatures(probs, labels, parts))
-    entry = {"temperature": fit_temperature(probs, labels)}
+    temperature, of_images = fit_temperature(probs, labels), cross_fitted_temperatures(probs, labels, parts)
+    if np.isnan([temperature, *of_images]).any():
+        return None
+    scaled = apply_temperature(probs, of_images)
+    entry = {"temperature": temperature}
     for when, p in (("before", probs), ("after", scaled)):
         entry[f"nll_{when}"] = float(nll_of_images(p, labels).mean())
         entry[f"ece_{when}"] = ece(p, labels)

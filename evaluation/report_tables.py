@@ -264,8 +264,18 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
     if scaling is None:
         header = ["", "Value 值"]
         rows = [[title, f"{metrics[key]['value']:.3f}"] for key, title in names.items()]
-        en = "No temperature was fitted: there is nothing to fit on."
-        zh = "没有可供拟合的图像，未拟合温度。"
+        if metrics["accuracy"]["value"] == 1:
+            en = "No temperature was fitted: every image is right, so the sharper the better."
+            zh = "未拟合温度：所有图像都判对，概率越尖锐越好，没有最佳温度。"
+        else:
+            en = (
+                "No temperature was fitted: the images do not settle one. They are too few, hardly any is "
+                "wrong, or the best for them, or for a part of them, is not between 1/20 and 20."
+            )
+            zh = (
+                "未拟合温度：这些图像不足以确定温度。图像太少、几乎没有判错的，"
+                "或全部（或一部分）图像的最佳温度不在 1/20 到 20 之间。"
+            )
     else:
         header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
         rows = [

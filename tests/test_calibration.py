@@ -130,11 +130,33 @@ def test_the_temperature_that_was_put_in_is_found(factor):
     assert min(nll) == nll[0]
 
 
-def test_temperature_stays_finite_where_the_images_do_not_settle_it():
-    probs = np.array([[0.8, 0.2], [0.3, 0.7]])
-    assert fit_temperature(probs, np.array([0, 1])) == pytest.approx(1 / 20, rel=1e-3)
-    assert fit_temperature(probs, np.array([1, 0])) == pytest.approx(20, rel=1e-3)
-    assert np.isfinite(fit_temperature(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([0, 1])))
+@pytest.mark.parametrize(
+    ("probs", "labels", "better"),
+    [
+        ([[0.8, 0.2], [0.3, 0.7]], [0, 1], 0.04),  # all right
+        ([[0.999, 0.001], [0.001, 0.999]], [0, 1], 0.04),  # below 0.18 the NLL is 0 to the last digit
+        ([[0.501, 0.499], [0.499, 0.501], [0.499, 0.501]], [0, 1, 0], 0.04),  # right in the main, and unsure
+        ([[0.8, 0.2], [0.3, 0.7]], [1, 0], 25),  # all wrong
+        ([[1.0, 0.0], [1.0, 0.0]], [0, 1], 25),  # tell nothing
+    ],
+)
+def test_no_temperature_is_fitted_where_one_beyond_the_bounds_is_as_good_or_better(probs, labels, better):
+    probs, labels = np.array(probs), np.array(labels)
+    nll = [
+        log_loss(labels, apply_temperature(probs, t), labels=[0, 1])
+        for t in (*np.geomspace(0.05, 20), better)
+    ]
+    assert min(nll) == nll[-1]
+    assert np.isnan(fit_temperature(probs, labels))
+    assert temperature_scaling(probs.repeat(2, 0), labels.repeat(2), np.tile([0, 1], len(labels))) is None
+
+
+def test_a_part_that_settles_no_temperature_leaves_none_for_all():
+    logits, labels = calibrated(300)
+    probs = softmax(2 * logits, axis=1)
+    parts = (probs.argmax(1) != labels).astype(int)  # all that are right in one part
+    assert fit_temperature(probs, labels) > 1
+    assert temperature_scaling(probs, labels, parts) is None
 
 
 def test_apply_temperature():

@@ -107,7 +107,7 @@ def make_run(root, classes, kind, **options):
     }
     probs = np.full((24, 3), 0.1)
     probs[np.arange(24), labels] = 0.8
-    wrong = [0, 9, 17]
+    wrong = [0, 9, 18]  # in both folds
     probs[wrong] = np.roll(probs[wrong], 1, axis=1)
     probs[0] = 0.02, 0.95, 0.03  # the most confident mistake
     groups = np.arange(24) // 2
@@ -574,14 +574,18 @@ def test_an_evaluations_calibration_says_how_its_model_was_trained(tmp_path):
     assert caption not in Page(write_report(run)).text  # the model is not known any more
 
 
-def test_where_no_temperature_was_fitted_it_says_so_and_how_the_model_was_trained(tmp_path):
+@pytest.mark.parametrize(
+    ("accuracy", "words"), [(1.0, "every image is right"), (0.9, "the images do not settle one")]
+)
+def test_where_no_temperature_was_fitted_it_says_so_and_how_the_model_was_trained(tmp_path, accuracy, words):
     run = make_run(tmp_path, CHINESE, "evaluation", logit_adjustment=True)
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     metrics["calibration"]["temperature_scaling"] = None
+    metrics["accuracy"]["value"] = accuracy
     del metrics["calibration"]["ece_if_calibrated"]  # as earlier versions wrote it
     (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     text = Page(write_report(run)).text
-    assert "No temperature was fitted" in text and "chance alone" not in text
+    assert f"No temperature was fitted: {words}" in text and "chance alone" not in text
     assert "Training made up for rare classes" in text
 
 
