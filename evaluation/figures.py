@@ -211,6 +211,8 @@ def _per_class_curves(
         else:
             recall, precision = _precision_at(labels == c, probs[:, c])
             axes.step(recall, precision, where="pre", label=names[-1], linewidth=thickness, **_class_style(c))
+    if not names:
+        axes.text(0.03, 0.93, "No curve: the images are of a single class")
     titles = ("1 − specificity", "Sensitivity") if kind == "roc" else ("Recall (sensitivity)", "Precision")
     axes.set(xlabel=titles[0], ylabel=titles[1], xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
     _legend_below(figure, axes, names)

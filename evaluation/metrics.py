@@ -22,8 +22,8 @@ accuracy                  a proportion; the predicted class is the one of highes
 balanced_accuracy         mean sensitivity of the classes that have images
 macro_f1                  mean F1 of the classes that have images or were predicted; one that has none and was
                           predicted counts as 0
-mcc                       Matthews' correlation for C classes (Gorodkin 2004); 0 where all labels, or all
-                          predictions, are one class
+mcc                       Matthews' correlation for C classes (Gorodkin 2004); null where all labels are one
+                          class, else 0 where all predictions are
 cohen_kappa               unweighted; null where all labels and all predictions are one and the same class
 macro_roc_auc             mean of roc_auc over the classes for which it is defined
 macro_average_precision   mean of average_precision over the classes for which it is defined
@@ -42,8 +42,8 @@ per_class                 {name: {...}}, each class against the rest
   precision               a proportion; null for a class never predicted
   f1                      2 TP / (2 TP + FP + FN); null for a class without images that was never predicted
   roc_auc                 null where the class, or the rest, has no images; a tie is half right
-  average_precision       sum of (step of recall) x (precision there), equal scores being one step; null for a
-                          class without images
+  average_precision       sum of (step of recall) x (precision there), equal scores being one step; null where
+                          the class, or the rest, has no images
                           (sensitivity to average_precision are interval entries)
 
 confusion_matrix          C x C counts: a row per true class, a column per predicted class
@@ -271,12 +271,13 @@ def _of_confusion(
     # chance: what labels and predictions of these frequencies would agree on if independent, times total**2
     chance = (support * predicted).sum(1)
     covariance = all_right * total - chance
-    spread = (total**2 - (support**2).sum(1)) * (total**2 - (predicted**2).sum(1))
+    of_labels, of_predictions = (total**2 - (n**2).sum(1) for n in (support, predicted))
+    mcc = _ratio(covariance, np.sqrt(of_labels * of_predictions))
     return {
         "accuracy": all_right / total,
         "balanced_accuracy": _mean_over(present, sensitivity),
         "macro_f1": _mean_over(present | only_predicted, np.where(present & (support == 0), np.nan, f1)),
-        "mcc": np.where(spread == 0, 0.0, _ratio(covariance, np.sqrt(spread))),
+        "mcc": np.where((of_labels > 0) & (of_predictions == 0), 0.0, mcc),
         "cohen_kappa": _ratio(covariance, total**2 - chance),
         "sensitivity": sensitivity,
         "specificity": _ratio(rest - (predicted - right), rest),
@@ -322,8 +323,8 @@ class _Ranking:
         # pairs in the wrong order; of two equal scores half a pair is wrong
         wrong = (of_positives * (rest_above + rest_down_to)).sum(1) / 2
         precision = own_down_to / np.maximum(all_down_to, 1)  # 0 / 1 only where the image has no weight
-        auc = 1 - _ratio(wrong, total * (cumulated[:, -1] - total))
-        return auc, _ratio((of_positives * precision).sum(1), total)
+        rest = cumulated[:, -1] - total
+        return 1 - _ratio(wrong, total * rest), _ratio((of_positives * precision).sum(1), total * (rest > 0))
 
 
 def _cumulated(weights: np.ndarray) -> np.ndarray:

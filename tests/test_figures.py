@@ -152,8 +152,21 @@ def test_a_class_without_images_has_no_curve():
     probs, labels = example(3)
     probs, labels = probs[labels != 1], labels[labels != 1]
     per_class = metrics_of(probs, labels, CHINESE)["per_class"]
-    drawn = figures.precision_recall_curves(probs, labels, per_class).axes[0].lines
-    assert [line.get_label().split()[0] for line in drawn] == ["正常", "气胸"]
+    drawn = figures.precision_recall_curves(probs, labels, per_class).axes[0]
+    assert [line.get_label().split()[0] for line in drawn.lines] == ["正常", "气胸"] and not drawn.texts
+
+
+@pytest.mark.parametrize("curves", [figures.roc_curves, figures.precision_recall_curves])
+def test_images_of_a_single_class_have_no_curve_and_the_figure_says_so(curves, tmp_path):
+    probs, labels = example(3)
+    probs, labels = probs[labels == 1], labels[labels == 1]
+    figure = curves(probs, labels, metrics_of(probs, labels, CHINESE)["per_class"])
+    figures.save(figure, tmp_path, "curves")
+    axes = figure.axes[0]
+    (text,) = axes.texts
+    assert "single class" in text.get_text()
+    box = text.get_window_extent()
+    assert axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and box.y1 < axes.bbox.y1
 
 
 def test_the_mean_over_folds_ends_where_the_shortest_fold_ends():

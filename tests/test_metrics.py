@@ -42,7 +42,7 @@ def reference(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "accuracy": sk.accuracy_score(labels, predictions),
         "balanced_accuracy": sk.balanced_accuracy_score(labels, predictions),
         "macro_f1": sk.f1_score(labels, predictions, average="macro", zero_division=0),
-        "mcc": sk.matthews_corrcoef(labels, predictions),
+        "mcc": sk.matthews_corrcoef(labels, predictions) if len(set(labels)) > 1 else np.nan,
         "cohen_kappa": sk.cohen_kappa_score(labels, predictions),
         "nll": sk.log_loss(labels, probs, labels=range(n_classes)),
         "brier": sk.brier_score_loss(labels, probs, labels=range(n_classes), scale_by_half=False),
@@ -51,7 +51,7 @@ def reference(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     for c in range(n_classes):
         true, said = labels == c, predictions == c
         aucs.append(sk.roc_auc_score(true, probs[:, c]) if 0 < true.sum() < len(true) else np.nan)
-        aps.append(sk.average_precision_score(true, probs[:, c]) if true.any() else np.nan)
+        aps.append(sk.average_precision_score(true, probs[:, c]) if 0 < true.sum() < len(true) else np.nan)
         found |= {
             f"sensitivity of {c}": sk.recall_score(true, said, zero_division=np.nan),
             f"specificity of {c}": sk.recall_score(~true, ~said, zero_division=np.nan),
@@ -142,15 +142,25 @@ def test_an_absent_class_is_null_not_0():
 def test_only_one_class_present():
     probs, labels = draw(50, 3, present=[1])
     found = assert_equals_reference(probs, labels)
-    assert found["macro_roc_auc"]["value"] is None
-    assert found["per_class"]["乙"]["specificity"]["value"] is None
-    assert found["mcc"]["value"] == 0
+    own = found["per_class"]["乙"]
+    for entry in (found["macro_roc_auc"], found["macro_average_precision"], found["mcc"], own["specificity"]):
+        assert entry["value"] is entry["low"] is entry["method"] is None
+    assert own["average_precision"]["value"] is own["roc_auc"]["value"] is None
 
 
 def test_one_class_present_and_predicted():
     found = full_metrics(np.array([[0.9, 0.1]] * 5), np.zeros(5, int), ["a", "b"], resamples=50)
-    assert found["cohen_kappa"]["value"] is None and found["mcc"]["value"] == 0
+    assert found["cohen_kappa"]["value"] is found["mcc"]["value"] is None
     assert found["accuracy"]["value"] == 1
+
+
+def test_a_resample_of_one_class_says_nothing_of_the_mcc_and_predictions_of_one_class_make_it_0():
+    labels = np.array([0, 1] * 3)  # one resample in 32 is of one class
+    found = full_metrics(np.eye(2)[labels], labels, ["a", "b"])
+    for key in ("mcc", "cohen_kappa", "balanced_accuracy"):
+        assert found[key] == {"value": 1, "low": None, "high": None, "method": "bootstrap"}
+    alike = full_metrics(np.array([[0.7, 0.3]] * 6), labels, ["a", "b"])["mcc"]
+    assert alike["value"] == sk.matthews_corrcoef(labels, np.zeros(6)) == 0
 
 
 def slow_bootstrap(probs, labels, units, resamples, seed) -> dict[str, list[float]]:
