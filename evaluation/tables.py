@@ -62,10 +62,12 @@ def value_and_interval(entry: Mapping[str, Any], title: str, sign: str = " %") -
     if entry["value"] is None:
         return "–", ""
     factor, form, unit = (100, ".1f", sign) if "%" in title else (1, ".3f", "")
-    value = f"{factor * entry['value']:{form}}{unit}"
-    if entry["low"] is None:
-        return value, ""
-    return value, f"{factor * entry['low']:{form}} to {factor * entry['high']:{form}}{unit}"
+    # without it 57 of 80, 71.25 %, would become 71.2 and 49 of 80, 61.25 %, 61.3: binary fractions
+    value, low, high = (
+        None if entry[key] is None else f"{factor * entry[key] + 1e-9:{form}}"
+        for key in ("value", "low", "high")
+    )
+    return f"{value}{unit}", "" if low is None else f"{low} to {high}{unit}"
 
 
 def why_missing(entries: Iterable[Mapping[str, Any]]) -> tuple[str, str]:

@@ -133,6 +133,7 @@ def test_with_interval():
     assert with_interval({"value": 0.87, "low": 0.8512, "high": 0.8888}, "%") == "87.0 (85.1 to 88.9)"
     assert with_interval({"value": 0.87, "low": 0.8512, "high": 0.8888}, "") == "0.870 (0.851 to 0.889)"
     assert with_interval({"value": 1.0, "low": None, "high": None}, "%") == "100.0"
+    assert with_interval({"value": 57 / 80, "low": 49 / 80, "high": 0.98125}, "%") == "71.3 (61.3 to 98.1)"
     assert with_interval({"value": None, "low": None, "high": None}, "%") == "–"
 
 
