@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
-from common.errors import PIPE_CLOSED, RunFailed, UserError, did_you_mean
+from common.errors import DISK_FULL, PIPE_CLOSED, RunFailed, UserError, did_you_mean
 from common.files import printable
 from common.stopping import exit_code, sigterm_stops
 
@@ -135,8 +135,16 @@ def exit_code_of(program: Callable[[], int], interrupted: str) -> int:
             print(f"\ninterrupted; {interrupted}", file=sys.stderr)
             return exit_code(stop)
         except (MemoryError, OSError) as error:
-            print(f"error: {PIPE_CLOSED if isinstance(error, BrokenPipeError) else error}", file=sys.stderr)
-            return 1
+            return say(RunFailed(_in_words(error)))
+
+
+def _in_words(error: MemoryError | OSError) -> str:
+    if isinstance(error, BrokenPipeError):
+        return PIPE_CLOSED
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f"the disk of {error.filename}" if error.filename else "a disk that it writes to"
+        return f"no space left on {where} ({error.strerror}); make room there, or write elsewhere"
+    return str(error)
 
 
 @contextlib.contextmanager

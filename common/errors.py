@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this"."""
 
 import difflib
+import errno
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +39,7 @@ class RunFailed(UserError):
     """The run could not go on though its input was accepted. Exit code 1."""
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PIPE_CLOSED = "the program that this one's output went to has ended (as head does after some lines)"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from common.errors import UserError
+from common.errors import DISK_FULL, UserError
 
 # What Python makes of JSON can take twenty times as much memory.
 MOST_JSON_BYTES = 64 * 2**20
@@ -41,6 +41,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in DISK_FULL and error.filename is None:  # as where data is refused to an open file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

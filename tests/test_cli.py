@@ -1,6 +1,7 @@
 """The programs as a user starts them: processes, exit codes, messages, Ctrl-C."""
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ import evaluate_clip
 import test_clip_model
 import train_clip
 from common.cli import exit_code_of
+from common.files import write_whole
 from evaluation.claim import claim_items
 from evaluation.run_folder import read_run_folder
 from models.clip import build_image_tower
@@ -336,9 +338,17 @@ def test_output_into_a_program_that_ends_is_said_in_words(class_folder, tmp_path
     assert "has ended (as head does" in error and "Traceback" not in error
 
 
-def test_a_closed_pipe_reads_alike_in_the_other_programs(capsys):
-    def program():
-        raise BrokenPipeError(32, "Broken pipe")
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "has ended (as head does"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk of {}/a.csv (No space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "{}/a.csv (Disk quota exceeded); make room there, or"),
+    ],
+)
+def test_a_closed_pipe_and_a_full_disk_read_alike_in_the_other_programs(error, said, tmp_path, capsys):
+    def refuse(file):
+        raise error
 
-    assert exit_code_of(program, "nothing was written") == 1
-    assert "has ended (as head does" in capsys.readouterr().err
+    assert exit_code_of(lambda: write_whole(tmp_path / "a.csv", refuse), "nothing was written") == 1
+    assert said.format(tmp_path) in capsys.readouterr().err

@@ -1,13 +1,12 @@
 """Failures that come from the machine, in words."""
 
 import contextlib
-import errno
 from collections.abc import Iterator
 
 import torch
 
 from common.distributed import lost_another
-from common.errors import PIPE_CLOSED, RunFailed, first_line, last_line
+from common.errors import DISK_FULL, PIPE_CLOSED, RunFailed, first_line, last_line
 from data.pixels import UnreadableImage
 from training.config import Config
 
@@ -49,7 +48,7 @@ def explain_failure(error: BaseException, config: Config | None) -> str | None:
         )
     if isinstance(error, UnreadableImage):
         return f"an image could be read at the start but not any more: {last_line(error, 500)}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and config:
+    if isinstance(error, OSError) and error.errno in DISK_FULL and config:
         return f"no space left on the disk of --output-dir {config.output_dir} ({error}); make room there"
     if isinstance(error, BrokenPipeError):
         return PIPE_CLOSED

@@ -256,8 +256,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
                 yield
                 return
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: the run's own files say so better
+                os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
             for left_over in (*folder.glob(".*.tmp"), *folder.glob("figures/.*.tmp")):
                 left_over.unlink(missing_ok=True)
         yield
