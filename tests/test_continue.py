@@ -179,6 +179,16 @@ def test_what_a_checkpoint_does_not_fit_is_said_before_images_are_read(
         assert train(class_folder, tmp_path / "out", "--resume-from", checkpoint, *flags) == 2
         streams = capsys.readouterr()
         assert message in streams.err and "read 72 images" not in streams.out
+    (tmp_path / "texts.json").write_text(json.dumps({"肺炎": "肺炎影像", "气胸": "气胸影像"}))
+    for name in ("正常", "肺炎"):
+        shutil.copytree(class_folder / name, tmp_path / "two" / name)
+    with_file = read_checkpoint(latest)
+    with_file["config"]["class_texts_file"] = str(tmp_path / "texts.json")
+    write_file(tmp_path / "file.pth", with_file)
+    assert train(tmp_path / "two", tmp_path / "out", "--resume-from", tmp_path / "file.pth") == 2
+    said = capsys.readouterr().err
+    assert "trained on the classes 正常, 气胸, 肺炎; --data-dir has 正常, 肺炎" in said
+    assert "no class" not in said
 
 
 def test_a_run_resumed_in_another_folder_brings_its_best_epoch(class_folder, finished, tmp_path):

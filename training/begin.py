@@ -18,6 +18,7 @@ from training.build import build_model, refuse_unfit, tokenise
 from training.config import PRESETS, Config, as_typed, named
 from training.dataset import DataSet, patients_of, read_images, scan, sentences_of
 from training.outputs import refuse_full_disk
+from training.resume import check_same_classes, check_same_sentences
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,28 @@ class Ready:
     data: DataSet
 
 
-def look(config: Config, class_texts: Mapping[str, Any] | None, *checks: Callable[[], object]) -> Found:
-    """Raises UserError for all that can be refused before the images are read, by `checks` too."""
+def look(
+    config: Config,
+    class_texts: Mapping[str, Any] | None,
+    *checks: Callable[[], object],
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Found:
+    """Raises UserError for all that can be refused before the images are read, by `checks` too. checkpoint:
+    the one to go on from.
+    """
     refuse_for_processes(config)
     say_what_options_do(config)
     hardware = choose_hardware(config.gpu_id, config.use_amp)
     with first_here_first():  # the others find the shards fetched
         folder, val_folder = scan(config, *checks, partial(refuse_unfit, config))
+    where = f"--resume-from {config.resume_from}"
+    if checkpoint:  # first: its sentences would not fit other classes either
+        check_same_classes(checkpoint, where, folder.classes)
     texts, patients = all_of(
         partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, val_folder)
     )
+    if checkpoint:
+        check_same_sentences(checkpoint, where, texts)
     return Found(hardware, folder, val_folder, texts, patients)
 
 

@@ -36,7 +36,7 @@ from training.outputs import (
     refuse_full_disk,
     run_record,
 )
-from training.resume import check_same_classes, check_same_data, read_to_resume
+from training.resume import check_same_classes, check_same_data, check_same_sentences, read_to_resume
 from training.state import keep_frozen_towers
 
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1")
@@ -126,8 +126,8 @@ def train_fold(config: Config, ready: Ready, folds: Folds, number: int) -> None:
         checkpoint, file = None, saved_in(folder)
         if file:
             checkpoint, file = read_to_resume(file, "the fold's")
-            texts = ready.sentences.texts
-            check_same_classes(checkpoint, f"the fold's {file}", data.folder.classes, texts)
+            check_same_classes(checkpoint, f"the fold's {file}", data.folder.classes)
+            check_same_sentences(checkpoint, f"the fold's {file}", ready.sentences.texts)
             check_same_data(checkpoint, data, split)
         ready.model.load_state_dict(folds.initial)
         result = train_on_split(

@@ -179,17 +179,21 @@ def changed_on_resume(config: Config, checkpoint: Mapping[str, Any] | None) -> l
     return [*checkpoint.get("changed_on_resume", []), *new]
 
 
-def check_same_classes(
-    checkpoint: Mapping[str, Any], where: str, classes: Sequence[str], texts: Mapping[str, Sequence[str]]
-) -> None:
-    """A resumed run goes on with the classes and sentences it has learnt. `where` names the checkpoint."""
+def check_same_classes(checkpoint: Mapping[str, Any], where: str, classes: Sequence[str]) -> None:
+    """A resumed run goes on with the classes it has learnt. `where` names the checkpoint."""
     if tuple(checkpoint["classes"]) != tuple(classes):
         raise UserError(
             f"{where} was trained on the classes {listed(checkpoint['classes'])}; --data-dir has "
             f"{listed(classes)}"
         )
+
+
+def check_same_sentences(
+    checkpoint: Mapping[str, Any], where: str, texts: Mapping[str, Sequence[str]]
+) -> None:
+    """And with their sentences; the classes are the same."""
     if checkpoint["class_texts"] != texts:
-        changed = [name for name in classes if checkpoint["class_texts"][name] != texts[name]]
+        changed = [name for name in texts if checkpoint["class_texts"][name] != texts[name]]
         raise UserError(
             f"{where} was trained with other sentences for {listed(changed)}; give it the same ones, or "
             "start a new run in another --output-dir"

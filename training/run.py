@@ -32,7 +32,6 @@ from training.outputs import (
 )
 from training.resume import (
     changed_on_resume,
-    check_same_classes,
     check_same_data,
     config_of_resumed_run,
     read_to_resume,
@@ -82,10 +81,8 @@ def train_single(
         config = dataclasses.replace(config, resume_from=str(file))
         config = config_of_resumed_run(config, checkpoint, typed)
     output_dir = Path(config.output_dir)
-    found = look(config, class_texts, missing, partial(refuse_taken, output_dir, config))
-    if checkpoint:
-        where = f"--resume-from {config.resume_from}"
-        check_same_classes(checkpoint, where, found.folder.classes, found.texts)
+    taken = partial(refuse_taken, output_dir, config)
+    found = look(config, class_texts, missing, taken, checkpoint=checkpoint)
     ready = build_and_read(config, found, checkpoint)
     data, split = ready.data, split_of(config, ready.data)
     refuse_few_images(config, split)
