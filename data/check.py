@@ -18,7 +18,7 @@ from typing import Any
 
 from common.cli import Parser, exit_code_of, imports
 from common.errors import UserError, number, one_line
-from common.files import MOST_OF_SPLITS, read_json, unwritable, write_json
+from common.files import MOST_OF_SPLITS, read_json, why_unwritable, write_json
 
 with imports():
     import numpy as np
@@ -371,8 +371,10 @@ def _refuse_unfit(args: argparse.Namespace) -> None:
         if path and not os.path.exists(path):
             problems.append(f"{flag} {path} does not exist")
     folder = args.output.absolute().parent
-    if args.output.is_dir() or not folder.is_dir() or unwritable(folder):
+    if args.output.is_dir() or not folder.is_dir():
         problems.append(f"--output {args.output} cannot be written; give a file in a folder that exists")
+    elif problem := why_unwritable(f"--output {args.output}", folder):
+        problems.append(problem)
     elif args.output.exists() and not _is_of_check(args.output):
         problems.append(
             f"--output {args.output} exists and was not written by this program; give another file"

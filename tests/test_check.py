@@ -389,7 +389,7 @@ def test_the_command_prints_and_writes_the_same(folder, tmp_path_factory):
     assert not re.search(r"\b1 (images|patients|files)\b", done.stdout)
 
 
-def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory):
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory, monkeypatch):
     out = tmp_path_factory.mktemp("out")
     (out / "empty.json").write_text("{}")
     (out / "unknown.json").write_text(json.dumps({"folds": [{"train": ["正常/none.png"], "val": []}]}))
@@ -423,6 +423,9 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, tmp_path_factory)
     parts = ("none is not a folder", "exclude each other", "x.csv does not", "s.json does not",
              "cannot be written", "not a regular expression")  # fmt: skip
     assert len(said) == 6 and all(part in line for part, line in zip(parts, said, strict=True))
+    monkeypatch.setattr("common.files.os.access", lambda *_: False)  # as in a folder that is only read
+    assert main(["--data-dir", str(folder), "--output", str(out / "x.json")]) == 2
+    assert f"cannot be written: {out} is no folder that may be written" in capsys.readouterr().err
 
 
 def test_the_splits_of_a_run_are_read_by_path(folder, tmp_path_factory):
