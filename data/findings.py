@@ -21,13 +21,12 @@ Finding = dict[str, Any]
 LEVELS = ("danger", "warning", "note")
 # Within a level, the more dangerous first.
 KINDS = (
-    "known_to_model", "known_to_model_unknown",
+    "known_to_model", "known_to_model_unknown", "unreadable",
     "identical_across_splits", "near_across_splits", "patient_across_splits", "identical_across_classes",
     "shortcut_shape", "shortcut_format", "shortcut_brightness",
     "shortcut_everything", "class_too_small", "near_across_classes", "near_across_patients", "near_within",
-    "patient_in_several_classes", "unreadable",
-    "constant", "nearly_constant", "tiny", "identical_within", "class_small", "lopsided",
-    "not_audited", "outside_splits", "wrong_suffix", "mixed_format", "mixed_mode", "mixed_bits",
+    "patient_in_several_classes", "constant", "nearly_constant", "tiny", "identical_within", "class_small",
+    "lopsided", "not_audited", "outside_splits", "wrong_suffix", "mixed_format", "mixed_mode", "mixed_bits",
     "mixed_size", "no_class", "passed_over",
 )  # fmt: skip
 MOST_EXAMPLES = 20

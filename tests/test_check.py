@@ -242,6 +242,8 @@ def test_the_quick_part_reads_no_file_again(folder):
     assert order == sorted(order) and [f["level"] for f in found] == sorted(
         (f["level"] for f in found), key=LEVELS.index
     )
+    warnings = [f["kind"] for f in found if f["level"] == "warning"]
+    assert warnings == ["unreadable", "patient_in_several_classes"]  # a training stops at the first
     assert {f["kind"] for f in found} == {
         "identical_across_splits", "patient_across_splits", "identical_across_classes", "class_too_small",
         "patient_in_several_classes", "unreadable",
