@@ -283,7 +283,8 @@ def folder_of_classes(
         )
     if len(used) < at_least:
         have = f"only {used[0]!r}" if used else "none"
-        hint = " (its images lie loose in the folder)" if loose and not used else ""
+        one_class = " (its images lie loose in it; if it is the folder of one class, give the one above)"
+        hint = one_class if loose and not used else ""
         if not used and any(root.glob("*.tar")):
             hint = " (tar shards are read where no folder lies beside them)"
         wanted = "two class folders" if at_least == 2 else "one class folder"

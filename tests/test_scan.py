@@ -226,7 +226,7 @@ def test_a_file_that_may_not_be_read_is_refused_only_where_it_could_be_an_image_
     ("paths", "says"),
     [
         ((), "found none"),
-        (("1.png", "2.png"), "found none (its images lie loose in the folder)"),
+        (("1.png", "2.png"), "none (its images lie loose in it; if it is the folder of one class, give"),
         (("a/1.png", "b/"), "found only 'a'"),
         (("a/1.png", "b/x.txt"), "found only 'a'"),
     ],
