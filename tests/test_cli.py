@@ -126,8 +126,9 @@ def test_bad_input_gets_one_clear_message_exit_code_2_and_writes_nothing(
     folder = class_folder if data == "good" else tmp_path / data
     _, *arguments = map(str, small(folder, tmp_path / "out", *flags))
     assert train_clip.main(arguments) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert error.startswith("error: ") and error.count("error: ") == 1 and message in error
+    assert "read 72 images" not in out
     assert not (tmp_path / "out").exists()
 
 

@@ -85,7 +85,7 @@ def test_weights_and_gpus_of_an_entry_are_missed_before_any_is_trained(tmp_path)
 @pytest.mark.parametrize(
     ("n_images", "entries", "said"),
     [
-        (1, [{"val_dir": "v"}, {}, {"use_cv": True}], "entry 2, 3: every class needs at least 2 images"),
+        (1, [{"val_dir": "v"}, {}, {"epochs": 2}], "entry 2, 3: every class needs at least 2 images"),
         (3, [{"group_pattern": r"^(X)"}, {}], "entry 1: --group-pattern '^(X)' matches no patient in 6 of 6"),
         (3, [{}, {"group_pattern": r"^(P)"}], "entry 2: to split by patient every class needs at least 2"),
         (3, [{"val_dir": "v", "group_pattern": r"^(P)"}, {"groups_file": "c.json"}], "entry 2: --groups"),
