@@ -51,6 +51,7 @@ def write_report(run_dir: Path) -> Path:
     that every finished run has is missing or damaged.
     """
     run = read_run_folder(run_dir)
+    print("drawing the report ...", flush=True)  # it takes seconds, on a busy machine more
     views = look(run)
     html = page(run, views, training_options(run, views), draw(run, views))
     path = run_dir / "report.html"

@@ -544,9 +544,9 @@ def test_a_class_without_images_is_said_and_where_it_lowers_the_macro_f1(runs, t
     assert ("1 image was taken for 骨折, whose F1 therefore counts as 0" in note) is said
 
 
-def test_main_prints_the_file_and_refuses_other_folders(run, tmp_path, capsys):
+def test_main_says_what_takes_time_and_the_file_and_refuses_other_folders(run, tmp_path, capsys):
     assert main([str(run)]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert capsys.readouterr().out.splitlines() == ["drawing the report ...", str(run / "report.html")]
     assert main([str(tmp_path / "nothing")]) == 2
     assert main([str(tmp_path)]) == 2
     assert "metrics.json" in capsys.readouterr().err
