@@ -293,10 +293,12 @@ def known_findings(
         finding("warning", "known_to_model_unknown", f"{', '.join(of)}: {why}", count=len(of))
         for why, of in silent.items()
     ]
+    which = f"of {number(n_images, 'image', 'images')} {number(len(known), 'was', 'were')}"
+    if len(known) == n_images:
+        which = "all " * (n_images > 1) + number(n_images, "image was", "images were")
     message = (
-        f"of {number(n_images, 'image', 'images')} {number(len(known), 'was', 'were')} used to train or "
-        f"validate a model, so what follows is too good; {KNOWN_IMAGES} names them; remove them from the "
-        "folder, or take the honest numbers from the run's own metrics.json"
+        f"{which} used to train or validate a model, so what follows is too good; {KNOWN_IMAGES} names them; "
+        "remove them from the folder, or take the honest numbers from the run's own metrics.json"
     )
     return [finding("danger", "known_to_model", message, known), *unknown] if known else unknown
 

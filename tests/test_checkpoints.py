@@ -555,4 +555,5 @@ def test_too_full_a_disk_is_said_before_images_are_read(class_folder, tmp_path, 
     streams = capsys.readouterr()
     # resnet18 and a tiny text tower, 47 MB: three latest with two moments each, two best
     assert "checkpoints will need about 5" in streams.err and "100 MB are free" in streams.err
+    assert "counting the copies kept while they are replaced" in streams.err
     assert "read 72 images" not in streams.out and not (tmp_path / "out").exists()

@@ -120,7 +120,7 @@ def known_to_model(folder):
 def test_images_that_the_model_was_trained_on_are_named(finished, class_folder, elsewhere, tmp_path, capsys):
     assert evaluate([finished], class_folder, tmp_path / "own") == 0
     n = len(scan_folder(class_folder).paths)
-    assert f"danger: of {n} images {n} were used to train or validate" in capsys.readouterr().out
+    assert f"danger: all {n} images were used to train or validate" in capsys.readouterr().out
     assert known_to_model(tmp_path / "own") == (n, scan_folder(class_folder).paths)
 
     fits = ["--rename", "pneumonia=肺炎", "--skip-extra"]

@@ -146,8 +146,9 @@ def refuse_full_disk(output_dir: Path, model: CLIPModel, config: Config) -> None
     free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())).free
     if needed > free:
         raise UserError(
-            f"--output-dir {output_dir}: checkpoints will need about {needed / 1e6:.0f} MB more there, and "
-            f"{free / 1e6:.0f} MB are free; make room, or give a folder on another disk"
+            f"--output-dir {output_dir}: checkpoints will need about {needed / 1e6:.0f} MB more there, "
+            f"counting the copies kept while they are replaced, and {free / 1e6:.0f} MB are free; make room, "
+            "or give a folder on another disk"
         )
 
 
