@@ -294,7 +294,7 @@ def embedding_map(
         *points[wrong].T, s=34, facecolors="none", edgecolors=INK, linewidth=0.7, label="misclassified"
     )
     names.append("misclassified")
-    under = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1} if few else None
+    under = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.5, "pad": 1} if few else None
     for c, place in enumerate(sentences):
         axes.scatter(
             *place,
@@ -303,11 +303,11 @@ def embedding_map(
             marker="*",
             edgecolors=INK,
             linewidth=0.9,
-            zorder=4,
+            zorder=5,  # above all names: one may lie on the star of another class
         )
         axes.annotate(
             short(classes[c], 16) if few else str(c + 1), place, xytext=(7, 6), textcoords="offset points",
-            fontsize=8.5, zorder=5, bbox=under,
+            fontsize=8.5, zorder=4, bbox=under,
         )  # fmt: skip
     axes.scatter(
         [], [], s=110, color="none", marker="*", edgecolors=INK, linewidth=0.9, label="class sentences"

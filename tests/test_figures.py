@@ -126,6 +126,13 @@ def test_no_row_of_a_legend_is_almost_empty_and_curves_stand_in_the_middle_of_th
         assert whole.x1 - box.x1 < 0.06 * whole.width, name
 
 
+def test_no_name_hides_the_star_of_another_class_or_most_of_a_point():
+    axes = every_figure(CHINESE)["map"].axes[0]
+    stars = axes.collections[-len(CHINESE) - 1 : -1]
+    assert min(star.zorder for star in stars) > max(name.zorder for name in axes.texts)
+    assert all(name.get_bbox_patch().get_alpha() <= 0.5 for name in axes.texts)
+
+
 def test_thirty_classes_can_be_told_apart():
     probs, labels = example(30)
     names = [f"class {i}" for i in range(30)]
