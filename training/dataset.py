@@ -107,8 +107,9 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
 
 def check_sizes(config: Config, folder: ImageFolder) -> None:
     if config.use_cv:
-        return check_folds(folder.labels, None, config.n_splits, folder.classes)
-    check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
+        check_folds(folder.labels, None, config.n_splits, folder.classes)
+    else:
+        check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
 
 
 def check_by_names(config: Config, folder: ImageFolder) -> None:
