@@ -218,6 +218,7 @@ def evaluate(typed: Sequence[str]) -> int:
     from evaluation.predict import Ensemble
     from evaluation.report import write_report
     from evaluation.results import headline, write_results
+    from evaluation.tables import rounded
     from evaluation.trained import load_models
     from training.dataset import findings_of, patients_of, read_images
     from training.failures import failures_explained
@@ -250,7 +251,7 @@ def evaluate(typed: Sequence[str]) -> int:
         metrics = write_results(output_dir, predictions, "predictions.csv")
         share = 100 * np.bincount(predictions.labels).max() / len(predictions.labels)
         n = number(len(predictions.paths), "image", "images")
-        print(f"{n}, {share:.1f} % of the most frequent class: {headline(metrics)}")
+        print(f"{n}, {rounded(share)} % of the most frequent class: {headline(metrics)}")
         write_report(output_dir)
     print_files(output_dir)
     return 0

@@ -60,8 +60,8 @@ def ece(probs: np.ndarray, labels: np.ndarray) -> float:
 def ece_if_calibrated(probs: np.ndarray, seed: int) -> dict[str, float]:
     """The ECE that chance alone would give these images: of labels drawn from the probabilities themselves.
 
-    Consistency resampling (Bröcker & Smith 2007, doi 10.1175/WAF993.1), each image on its own. A prediction
-    is then right with the probability of its class.
+    Consistency resampling (Bröcker & Smith 2007, doi 10.1175/WAF993.1) of these images as they are, each on
+    its own. A prediction is then right with the probability of its class.
     """
     confidence, n = probs.max(1), len(probs)
     bins = adaptive_bins(confidence)
@@ -125,12 +125,12 @@ def temperature_scaling(probs: np.ndarray, labels: np.ndarray, parts: np.ndarray
 
     The temperature to use from now on is fitted on all images. What it is worth is measured on
     probabilities that were each scaled by a temperature fitted on the other parts. None with less than two
-    parts, and where any of these fits settles no temperature.
+    parts, and where one of these fits settles no temperature.
     """
     if len(np.unique(parts)) < 2:
         return None
     temperature, of_images = fit_temperature(probs, labels), cross_fitted_temperatures(probs, labels, parts)
-    if np.isnan([temperature, *of_images]).any():
+    if np.isnan(of_images).any():  # else all of them together settle one too
         return None
     scaled = apply_temperature(probs, of_images)
     entry = {"temperature": temperature}

@@ -20,6 +20,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from common.files import write_whole
 from evaluation.intervals import wilson_interval
+from evaluation.tables import rounded, with_interval
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#5b6773", "#d9dee4", "#ffffff"  # follow the page where it is dark
 ON_BLUE = "#fffffe"  # text on a strong colour: stays white
@@ -170,7 +171,9 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     for i, j in zip(*(np.indices((n, n)).reshape(2, -1)), strict=True):
         if not few and counts[i, j] == 0:
             continue
-        text = f"{counts[i, j]}\n{100 * share[i, j]:.1f} %" if few and counts[i, j] else f"{counts[i, j]}"
+        text = (
+            f"{counts[i, j]}\n{rounded(100 * share[i, j])} %" if few and counts[i, j] else f"{counts[i, j]}"
+        )
         axes.text(
             j + 0.5, i + 0.5, text, ha="center", va="center", linespacing=1.15,
             fontsize=8.5 if few else 7, color=ON_BLUE if share[i, j] > 0.8 else INK,
@@ -188,8 +191,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
 
 
 def _score(name: str, measure: str, entry: Mapping[str, Any]) -> str:
-    text = f"{short(name)}  {measure} {entry['value']:.3f}"
-    return text if entry["low"] is None else f"{text} ({entry['low']:.3f}–{entry['high']:.3f})"
+    return f"{short(name)}  {measure} {with_interval(entry, measure).replace(' to ', '–')}"
 
 
 def _per_class_curves(

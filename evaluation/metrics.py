@@ -56,8 +56,8 @@ calibration
                           these images, each on its own: what chance alone gives a perfectly calibrated model.
                           Where images of one patient are alike, chance gives more
   temperature_scaling     null where all images are in one part, and where no temperature between 1/20 and 20
-                          is the best for them, or for those outside one part: all are right, and the sharper
-                          the better, or the probabilities tell nothing. Else
+                          is the best for those outside one part: all are right, and the sharper the better,
+                          or the probabilities tell nothing. Else
     temperature           fitted on all images, for use on new ones
     nll_before, nll_after, ece_before, ece_after, brier_before, brier_after
                           "after" is cross-fitted: each image is scaled by the temperature fitted on the parts

@@ -19,7 +19,7 @@ from evaluation.run_folder import (
     weight_for_rare_classes,
     which_epoch,
 )
-from evaluation.tables import OVERALL, PER_CLASS, value_and_interval
+from evaluation.tables import OVERALL, PER_CLASS, rounded, value_and_interval
 
 Table = dict[str, Sequence[Any]]  # "header" (may be empty) and "rows"
 _HISTORY = {
@@ -242,7 +242,7 @@ def _mean_std(run: RunFolder, key: str, epochs: Mapping[int, int]) -> str:
 def confusion_table(run: RunFolder) -> Table:
     counts = np.array(run.metrics["confusion_matrix"])
     rows = [
-        [name, *(f"{n} ({100 * n / own.sum():.1f})" if own.sum() else str(n) for n in own)]
+        [name, *(f"{n} ({rounded(100 * n / own.sum())})" if own.sum() else str(n) for n in own)]
         for name, own in zip(run.predictions.classes, counts, strict=True)
     ]
     return {"header": ["true \\ predicted 真实 \\ 预测", *run.predictions.classes], "rows": rows}
@@ -269,12 +269,12 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
             zh = "未拟合温度：所有图像都判对，概率越尖锐越好，没有最佳温度。"
         else:
             en = (
-                "No temperature was fitted: the images do not settle one. They are too few, hardly any is "
-                "wrong, or the best for them, or for a part of them, is not between 1/20 and 20."
+                "No temperature was fitted: the images do not settle one. They are too few, of one patient, "
+                "or hardly any is wrong, or the best for a part of them is not between 1/20 and 20."
             )
             zh = (
-                "未拟合温度：这些图像不足以确定温度。图像太少、几乎没有判错的，"
-                "或全部（或一部分）图像的最佳温度不在 1/20 到 20 之间。"
+                "未拟合温度：这些图像不足以确定温度。图像太少、都属于同一位患者、几乎没有判错的，"
+                "或一部分图像的最佳温度不在 1/20 到 20 之间。"
             )
     else:
         header = ["", "Before\n校准前", "After temperature scaling\n温度缩放后"]
@@ -303,12 +303,16 @@ def temperature_table(run: RunFolder, trained_with: Mapping[str, Any] | None) ->
     if chance := metrics["calibration"].get("ece_if_calibrated"):  # earlier versions did not write it
         en += (
             f" Were the model's own probabilities perfectly calibrated, chance alone would make their ECE "
-            f"{chance['mean']:.3f} on these images on average, and above {chance['p95']:.3f} once in twenty."
+            f"{chance['mean']:.3f} on these images on average, and seldom more than {chance['p95']:.3f} "
+            "(95th percentile)"
         )
         zh += (
             f"即使模型自身的概率完全校准，仅因偶然，在这些图像上 ECE 平均也有 {chance['mean']:.3f}，"
-            f"二十次中有一次超过 {chance['p95']:.3f}。"
+            f"很少超过 {chance['p95']:.3f}（第 95 百分位）"
         )
+        several = metrics["n_groups"] not in (None, metrics["n_images"])
+        en += "; more where images of one patient are alike." if several else "."
+        zh += "；同一患者的图像相似时更大。" if several else "。"
     models = run.models_trained_with(trained_with) if trained_with is not None else []
     evened = next(filter(weight_for_rare_classes, models), None)
     if evened:

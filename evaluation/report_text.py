@@ -5,7 +5,7 @@ from typing import Any
 from common.errors import number
 from evaluation.model_views import Views
 from evaluation.run_folder import CROSS_VALIDATION, EVALUATION, SINGLE, RunFolder
-from evaluation.tables import OVERALL, value_and_interval, why_missing
+from evaluation.tables import OVERALL, rounded, value_and_interval, why_missing
 
 Text = dict[str, str]  # "en" and "zh"
 
@@ -44,7 +44,7 @@ def cards(run: RunFolder) -> list[dict[str, Any]]:
     made.append(
         {
             **both("Majority baseline", "多数类基线"),
-            "value": f"{100 * share:.1f} %",
+            "value": f"{rounded(100 * share)} %",
             "below": f"accuracy of always answering {answer}",
             "plain": True,
         }

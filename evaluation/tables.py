@@ -47,6 +47,11 @@ def latex(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).translate(_LATEX)
 
 
+def rounded(value: float, form: str = ".1f") -> str:
+    """57 of 80, 71.25 %, becomes 71.3 as 49 of 80, 61.25 %, becomes 61.3; binary fractions would differ."""
+    return f"{value + 1e-9:{form}}"
+
+
 def with_interval(entry: Mapping[str, Any], title: str) -> str:
     """The like of 87.0 (85.1 to 88.9) from an interval entry of fractions where the title of the measure says
     percent, else of 0.870 (0.851 to 0.889); "–" where undefined.
@@ -62,10 +67,8 @@ def value_and_interval(entry: Mapping[str, Any], title: str, sign: str = " %") -
     if entry["value"] is None:
         return "–", ""
     factor, form, unit = (100, ".1f", sign) if "%" in title else (1, ".3f", "")
-    # without it 57 of 80, 71.25 %, would become 71.2 and 49 of 80, 61.25 %, 61.3: binary fractions
     value, low, high = (
-        None if entry[key] is None else f"{factor * entry[key] + 1e-9:{form}}"
-        for key in ("value", "low", "high")
+        None if entry[key] is None else rounded(factor * entry[key], form) for key in ("value", "low", "high")
     )
     return f"{value}{unit}", "" if low is None else f"{low} to {high}{unit}"
 

@@ -224,7 +224,10 @@ def test_the_page_says_the_numbers(runs, kind):
         assert name in text
     assert f"{metrics['calibration']['temperature_scaling']['nll_after']:.3f}" in text
     chance = metrics["calibration"]["ece_if_calibrated"]
-    assert f"ECE {chance['mean']:.3f} on these images on average, and above {chance['p95']:.3f} once" in text
+    assert (
+        f"ECE {chance['mean']:.3f} on these images on average, and seldom more than {chance['p95']:.3f}"
+        in text
+    )
 
 
 @pytest.mark.parametrize("kind", ["single", "cv", "evaluation"])
@@ -552,7 +555,10 @@ def test_main_says_what_takes_time_and_the_file_and_refuses_other_folders(run, t
     assert "metrics.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("check", [[], {}, {"findings": [{"level": "danger"}]}])
+@pytest.mark.parametrize("check", [
+    [], {}, {"findings": [{"level": "danger"}]},
+    {"findings": [{"level": "x", "message": "", "count": 0, "examples": []}]},
+])  # fmt: skip
 def test_a_damaged_data_check_is_refused(run, check):
     write_json(run / "data_check.json", check)
     with pytest.raises(UserError, match=r"data_check\.json holds no findings .* or remove it"):

@@ -18,6 +18,7 @@ from data.augment import Augmentation
 from data.loader import EpochBatches, ImageDataset, build_loader
 from data.splits import Split
 from evaluation.metrics import majority_baseline
+from evaluation.tables import rounded
 from training.begin import Ready
 from training.build import build_state, compile_image_tower
 from training.config import FIELDS, Config, flag_of
@@ -77,7 +78,7 @@ def train_on_split(
     majority, baseline = majority_baseline(data.labels[split.train], data.labels[split.val])
     print(
         f"training on {len(split.train)} images, validating on {len(split.val)}{_grouping(config)}; "
-        f"always answering {data.folder.classes[majority]!r} would score {100 * baseline:.1f} %"
+        f"always answering {data.folder.classes[majority]!r} would score {rounded(100 * baseline)} %"
     )
     facts = facts_of(config, ready, split, checkpoint)
     if is_main():
@@ -179,7 +180,7 @@ def refuse_disagreement(
     """Raises UserError when the processes of the run would not train the same model."""
     facts = {flag_of(name): getattr(config, name) for name in FIELDS if name not in FREE_ON_CONTINUE} | {
         "images": data.fingerprint,
-        "split": split_fingerprint(data, split),
+        "split": split.val.tobytes(),
         "steps trained": (state.epoch, state.in_epoch.steps),
         "device": device.type,
     }
