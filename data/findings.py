@@ -190,8 +190,8 @@ def _class_findings(
     if fewest:
         has = number(len(fewest), "class has", "classes have")
         message = (
-            f"{has} fewer than {FEWEST} {unit}, too few for {FEWEST} folds; add some, leave the class out, "
-            "or use fewer folds"
+            f"{has} fewer than {FEWEST} {unit}, too few for the usual {FEWEST} folds; add some, leave the "
+            "class out, or use fewer folds"
         )
         findings.append(finding("danger", "class_too_small", message, fewest))
     few = [f"{name}: {n}" for name, n in sizes.items() if FEWEST <= n < FEW]

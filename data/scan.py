@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.errors import UserError, number, shorten
+from common.errors import UserError, listed, number, shorten
 from data.members import Member, Members
 from data.names import Names, all_but
 
@@ -259,7 +259,7 @@ def folder_of_classes(
         notes.append(f"{lie} beside the class folders of {root}, unused")
     empty = [name for name, n in counts.items() if not n]
     if empty:
-        notes.append(f"folders without images are no classes: {', '.join(empty)}")
+        notes.append(f"folders without images are no classes: {listed(empty)}")
     notes += passed_over(ignored)
     alike = first_of_name(paths)
     again = np.flatnonzero(alike != np.arange(len(alike)))

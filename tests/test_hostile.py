@@ -143,6 +143,7 @@ def test_no_name_begins_a_line(tmp_path, capsys):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(n):
             Image.new("L", (40, 20 + 20 * (n == 9)), 25 * i).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "empty\nerror: and so on").mkdir()
     assert train(tmp_path / "data", tmp_path / "run", "--epochs", 1) == 0
     data = ["--data-dir", str(tmp_path / "data")]
     with as_program():

@@ -93,6 +93,7 @@ def test_weights_and_gpus_of_an_entry_are_missed_before_any_is_trained(tmp_path)
         (3, [{"use_cv": True, "n_splits": 2, "group_pattern": r"^(P\d)"},
              {"use_cv": True, "n_splits": 3, "group_pattern": r"^(P\d+)_"}],
          "entry 1: to split by patient every class needs at least 2 patients"),
+        (3, 2 * [{"image_encoder_name": "resnt18"}], "--config-file c.json, entry 1, 2: unknown"),
     ],
 )  # fmt: skip
 def test_what_the_names_of_images_show_is_refused_before_any_entry_is_trained(

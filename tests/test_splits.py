@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from quick import train
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import UserError
@@ -343,3 +345,16 @@ def test_record_holds_facts_and_paths():
             {"train": ["a/1.png"], "val": ["a/2.png", "肺/3.png"]},
         ],
     }
+
+
+def test_folds_of_too_few_patients_are_refused_before_images_are_read_with_how_many_there_may_be(
+    tmp_path, capsys
+):
+    for name, i, j in itertools.product("ab", range(3), range(2)):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        grey = 40 * i + 20 * j + 5 * (name == "b")
+        Image.new("L", (8, 8), grey).save(tmp_path / "data" / name / f"P{i}_{j}.png")
+    flags = ["--use-cv", "--n-splits", "7", "--group-pattern", r"^(P\d)", "--epochs", "1"]
+    assert train(tmp_path / "data", tmp_path / "run", *flags) == 2
+    said = capsys.readouterr()
+    assert "or use --n-splits 3\n" in said.err and "images in" not in said.out

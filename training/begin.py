@@ -16,7 +16,7 @@ from data.scan import ImageFolder
 from models.clip import ClassSentences, CLIPModel
 from training.build import build_model, refuse_unfit, tokenise
 from training.config import PRESETS, Config, as_typed, named
-from training.dataset import DataSet, patients_of, read_images, scan, sentences_of
+from training.dataset import DataSet, check_patients, patients_of, read_images, scan, sentences_of
 from training.outputs import refuse_full_disk
 from training.resume import check_same_classes, check_same_sentences
 
@@ -62,6 +62,7 @@ def look(
     texts, patients = all_of(
         partial(sentences_of, config, folder, class_texts), partial(patients_of, config, folder, val_folder)
     )
+    check_patients(config, folder, patients)
     if checkpoint:
         check_same_sentences(checkpoint, where, texts)
     return Found(hardware, folder, val_folder, texts, patients)

@@ -106,7 +106,7 @@ def scan(config: Config, *checks: Callable[[], object]) -> tuple[ImageFolder, Im
 
 
 def check_sizes(config: Config, folder: ImageFolder) -> None:
-    if config.use_cv:
+    if config.use_cv and not (config.group_pattern or config.groups_file):  # folds are of patients then
         check_folds(folder.labels, None, config.n_splits, folder.classes)
     else:
         check_class_sizes(folder, 2 if config.val_dir is None else 1, "(one to train on, one to validate on)")
@@ -117,10 +117,17 @@ def check_by_names(config: Config, folder: ImageFolder) -> None:
     do not tell their patients.
     """
     _, patients = all_of(partial(check_sizes, config, folder), partial(patients_of, config, folder, None))
-    groups = None if patients is None else first_alike(patients)
+    check_patients(config, folder, patients)
+
+
+def check_patients(config: Config, folder: ImageFolder, patients: Sequence[str] | None) -> None:
+    """Raises UserError where they are too few to split by. patients: see `patients_of`."""
+    if patients is None or config.val_dir:
+        return
+    groups = first_alike(patients)
     if config.use_cv:
         check_folds(folder.labels, groups, config.n_splits, folder.classes)
-    elif groups is not None and not config.val_dir:
+    else:
         check_groups(groups_per_class(folder.labels, groups, len(folder.classes)), folder.classes, 2)
 
 

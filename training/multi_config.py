@@ -24,7 +24,7 @@ from data.scan import ImageFolder
 from data.shards import may_run_a_command, scan_images
 from evaluation.compare import compare
 from evaluation.results import Predictions, read_run_predictions
-from evaluation.tables import latex, tabular, write_latex
+from evaluation.tables import latex, rounded, tabular, write_latex
 from training.begin import refuse_for_processes
 from training.build import refuse_unfit
 from training.config import Config, as_typed, of_preset
@@ -62,6 +62,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+class _Problems:
+    """Of entries, by their numbers. What is wrong for several is said once."""
+
+    def __init__(self):
+        self._entries_with: dict[str, list[str]] = {}
+
+    def add(self, number: int, *problems: str) -> None:
+        for problem in problems:
+            self._entries_with.setdefault(problem, []).append(str(number))
+
+    def refuse(self, where: str = "") -> None:
+        """Raises UserError where there is any."""
+        if self._entries_with:
+            said = self._entries_with.items()
+            raise UserError(*(f"{where}entry {', '.join(numbers)}: {what}" for what, numbers in said))
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One configuration of --config-file, with the folder its results go to."""
@@ -85,20 +102,17 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
 
     Raises UserError with each mistake's entry number.
     """
-    entries, problems, said = [], [], set()
+    entries, problems, said = [], _Problems(), set()
     for number, own in enumerate(read_config_file(Path(config.config_file)), 1):
         options = dict(own)
         name = options.pop("name", None)
         fixed = [key for key in _NOT_PER_ENTRY if key in options]
         if fixed:
-            problems.append(
-                f"entry {number}: {', '.join(fixed)} cannot be set per entry; give it on the command line"
-            )
+            problems.add(number, f"{', '.join(fixed)} cannot be set per entry; give it on the command line")
             continue
         if "val_dir" not in typed and may_run_a_command(options.get("val_dir")):
-            problems.append(
-                f"entry {number}: val_dir may be a command to run or an address; type --val-dir to allow that"
-            )
+            why = "val_dir may be a command to run or an address; type --val-dir to allow that"
+            problems.add(number, why)
             continue
         for key, value in {**of_preset(typed), **typed}.items():
             if key in options and options[key] != value and key not in said:
@@ -122,9 +136,8 @@ def read_entries(config: Config, typed: Mapping[str, Any]) -> list[Entry]:
             )
             entries.append(entry)
         except UserError as error:
-            problems += [f"entry {number}: {problem}" for problem in error.problems]
-    if problems:
-        raise UserError(*(f"--config-file {config.config_file}, {problem}" for problem in problems))
+            problems.add(number, *error.problems)
+    problems.refuse(f"--config-file {config.config_file}, ")
     return entries
 
 
@@ -187,16 +200,14 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
 
 
 def _refuse_by_names(entries: Sequence[Entry], images: ImageFolder) -> None:
-    """As `check_by_names`, of each entry; what is wrong for several is said once."""
-    problems: dict[str, list[str]] = {}
+    """As `check_by_names`, of each entry."""
+    problems = _Problems()
     for entry in entries:
         try:
             check_by_names(entry.config, images)
         except UserError as error:
-            for problem in error.problems:
-                problems.setdefault(problem, []).append(str(entry.number))
-    if problems:
-        raise UserError(*(f"entry {', '.join(numbers)}: {what}" for what, numbers in problems.items()))
+            problems.add(entry.number, *error.problems)
+    problems.refuse()
 
 
 def _refuse_pipes(config: Config) -> None:
@@ -370,7 +381,7 @@ def leaderboard_table(ranked: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         [
             row["folder"],
             *(_mean_std(row, key) for key in SHOWN),
-            f"{row['accuracy']:.1f} ({row['accuracy_low']:.1f} to {row['accuracy_high']:.1f})",
+            "{} ({} to {})".format(*(rounded(row[f"accuracy{side}"]) for side in ("", "_low", "_high"))),
             row["against_first"],
             f"{row['million_parameters']:.1f}",
         ]
@@ -383,7 +394,7 @@ def leaderboard_table(ranked: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         f"validated in any fold, with the 95 % interval over {over}. Beyond noise: McNemar's p after Holm is "
         "below 0.05 and the paired bootstrap's 95 % interval excludes 0."
     )
-    return tabular(header, rows), latex(note)
+    return tabular(header, rows), latex(note) if finished else ""
 
 
 def _mean_std(row: Mapping[str, Any], key: str) -> str:
