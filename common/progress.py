@@ -1,6 +1,5 @@
-"""How far something is that takes longer than two seconds: a bar on a terminal, elsewhere a line a minute."""
+"""How far something is that takes long: a bar on a terminal, elsewhere a line a minute."""
 
-import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -22,13 +21,11 @@ class _Log:
 
 
 def progress(things: Iterable | None = None, desc: str = "", delay: float = 0, **options: Any) -> tqdm:
-    """tqdm over `things`, or to be told by update(); other `options` are tqdm's. Of the processes that
-    torchrun started the first one shows it.
-    """
+    """tqdm over `things`, or to be told by update(); other `options` are tqdm's."""
     if not sys.stderr.isatty():
         options |= {
             "file": _Log(), "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1,
             "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left",
         }  # fmt: skip
         delay = SECONDS_BETWEEN_LINES
-    return tqdm(things, desc, leave=False, delay=delay, disable=os.environ.get("RANK", "0") != "0", **options)
+    return tqdm(things, desc, leave=False, delay=delay, **options)

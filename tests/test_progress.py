@@ -28,6 +28,14 @@ def test_a_log_gets_a_line_a_minute_and_says_what_is_left(monkeypatch):
     assert log.getvalue() == "".join(lines)
 
 
+def test_a_log_gets_its_line_also_where_things_become_slow(monkeypatch):
+    log, now = stderr_of(monkeypatch, False), [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for i in progress(range(130), "reading images"):
+        now[0] += 1 if i < 100 else 50
+    assert [line.split()[2] for line in log.getvalue().splitlines()] == ["60", *map(str, range(101, 131, 2))]
+
+
 def test_what_ends_within_a_minute_leaves_a_log_alone(monkeypatch):
     log = stderr_of(monkeypatch, False)
     with progress(total=3, desc="reading images", unit="img") as bar:
@@ -39,10 +47,3 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch):
     terminal = stderr_of(monkeypatch, True)
     list(progress(range(3), "drawing"))
     assert "drawing:   0%" in terminal.getvalue() and terminal.getvalue().endswith("\r")
-
-
-def test_of_several_processes_the_first_shows_it(monkeypatch):
-    terminal = stderr_of(monkeypatch, True)
-    monkeypatch.setenv("RANK", "1")
-    list(progress(range(3), "drawing"))
-    assert terminal.getvalue() == ""
