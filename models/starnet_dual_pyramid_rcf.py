@@ -18,12 +18,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.image_encoders import OPTION, OWN_PREFIX, ImageTower, published_weights
-from models.registry import IMAGE_ENCODERS, STRIDES, register
+from models.registry import IMAGE_ENCODERS, register
 from models.weights import load_into, part_of
 from models.wide import wide
 
 CHANNELS = (24, 48, 96, 192)
-STRIDES["starnet_dual_pyramid_rcf"] = 32
 # Adapters end in a normalisation, so a_i is the size of what is injected, in units of one standard deviation.
 INITIAL_FUSION_GAIN = 0.2
 
@@ -198,7 +197,7 @@ class StarNetDualPyramidRCF(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
-@register(IMAGE_ENCODERS, "starnet_dual_pyramid_rcf")
+@register(IMAGE_ENCODERS, "starnet_dual_pyramid_rcf", stride=32)
 def starnet_dual_pyramid_rcf(weights: str, img_size: int) -> ImageTower:
     """`weights`: none (also auto); pretrained (StarNet-S1's published weights in the local pyramid); or a
     path to either those or a checkpoint of this encoder.
