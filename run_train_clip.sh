@@ -111,7 +111,8 @@ from common.cli import exit_code_of
 from common.device import gpu_meant
 from common.errors import all_of
 from common.files import check_writable
-from training.multi_config import print_leaderboard, read_entries, write_leaderboard
+from training.leaderboard import print_leaderboard, write_leaderboard
+from training.multi_config import read_entries
 from training.options import make_config, options_from_flags, resolve_auto
 
 def main():

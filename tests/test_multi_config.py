@@ -12,7 +12,9 @@ from quick import quick_clip
 import training.begin as begin
 from common.errors import UserError
 from train_clip import main
-from training.multi_config import METRICS, print_leaderboard, read_entries
+from training.cross_validation import METRICS
+from training.leaderboard import print_leaderboard
+from training.multi_config import read_entries
 from training.options import make_config
 
 pytestmark = pytest.mark.usefixtures("quick_report")
