@@ -2,18 +2,24 @@
 
 import hashlib
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 MOST_PARTS = 2_000_000  # of a checkpoint's content: lists can hold each other a billion times in a few bytes
 
 
-def checksum(value: Any) -> str:
-    """SHA-256 over the tensors (type, shape, numbers) and plain values of nested dicts and lists."""
-    digest, parts = hashlib.sha256(), itertools.count()
+def checksum(content: Mapping[str, Any]) -> str:
+    """XXH3 of 128 bits over the tensors (type, shape, numbers) and plain values of nested dicts and lists;
+    SHA-256 where `content` says that it is of format 3. Either finds damage; XXH3 in an eighth of the time,
+    which training beside it lacks.
+    """
+    digest = hashlib.sha256() if content.get("format") == 3 else xxhash.xxh3_128()
+    parts = itertools.count()
 
     def add(part: Any) -> None:
         if next(parts) > MOST_PARTS:
@@ -39,5 +45,5 @@ def checksum(value: Any) -> str:
         else:
             raise TypeError(f"a checkpoint holds no {type(part).__name__}")
 
-    add(value)
+    add(content)
     return digest.hexdigest()

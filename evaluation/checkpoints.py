@@ -25,7 +25,8 @@ from common.errors import UserError, why_not_loaded
 from common.files import whole_file
 from common.run_files import LATEST, frozen_beside, frozen_file
 
-FORMAT = 3  # 3 added the checksum and put frozen towers into files of their own
+FORMAT = 4  # 3 added the checksum and put frozen towers into files of their own; 4 has another checksum
+READ = (FORMAT, 3)
 DAMAGED = "checkpoint_latest.pth.damaged"  # what a run found as its latest and could not read
 TOWERS = ("image_tower", "text_tower")
 NOT_FOR_USE = ("optimizer", "scheduler", "scaler", "rng", "in_epoch", "early_stopping")
@@ -53,8 +54,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError("it has no format")
-    if content["format"] != FORMAT:
-        raise ValueError(f"it is of format {content['format']!r}; this version reads {FORMAT}")
+    if content["format"] not in READ:
+        known = " and ".join(map(str, sorted(READ)))
+        raise ValueError(f"it is of format {content['format']!r}; this version reads {known}")
     if content.pop("checksum", None) != checksum(content):
         raise ValueError("its checksum is wrong: it was changed after it was written")
     return content
@@ -175,11 +177,13 @@ def write_frozen_tower(folder: Path, tower: str, weights: Mapping[str, torch.Ten
 
     Raises UserError when the folder holds another one: checkpoints there may need it.
     """
-    content = {"format": FORMAT, "tower": dict(weights)}
-    own, file = checksum(content), folder / frozen_file(tower)
+    content, file = {"format": FORMAT, "tower": dict(weights)}, folder / frozen_file(tower)
     if not file.exists():
         write_file(file, content)
-    elif checksum(_read(file, str(file), "remove it to start anew")) != own:
+        return checksum(content)
+    there = _read(file, str(file), "remove it to start anew")
+    own = checksum(there)
+    if checksum(content | {"format": there["format"]}) != own:
         raise UserError(
             f"{file} holds other weights than those of this run, and checkpoints there may need them; use "
             "another --output-dir, or --overwrite to start anew"

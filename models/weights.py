@@ -131,24 +131,8 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
         older = path / "pytorch_model.bin"
         newer = path / "model.safetensors"
         path = older if older.is_file() and not newer.is_file() else newer
-    if not path.is_file():
-        raise UserError(f"{option} {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            with open(path, "rb") as file:
-                if file.read(2) == b"PK":  # torch.load has many words for a zip without its end
-                    zipfile.ZipFile(file).close()
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises many kinds
-        raise UserError(
-            f"{option} {path} cannot be read as weights: {why_not_loaded(error)}; "
-            "give a .safetensors file, or a .pth file that holds tensors only"
-        ) from None
-    tower, frozen = _TOWER_OF.get(option), state.get("frozen") if isinstance(state, dict) else None
+    content = _content_of(path, option)
+    tower, frozen = _TOWER_OF.get(option), content.get("frozen") if isinstance(content, dict) else None
     if isinstance(frozen, dict) and tower in frozen:
         file = frozen_beside(path.absolute(), tower)
         if not file.is_file():
@@ -156,16 +140,41 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
                 f"{option} {path} was trained with a frozen {tower.replace('_', ' ')}, which is kept once in "
                 f"{file.name}; put that file of the run beside it, or give its own path"
             )
-        own = read_state_dict(file, option)
-        if checksum({"format": state.get("format"), "tower": own}) != frozen[tower]:
+        content = _content_of(file, option)
+        tensors = _tensors_in(content, f"{option} {file}")
+        if checksum({"format": content.get("format"), "tower": tensors}) != frozen[tower]:
             raise UserError(f"{file} is of another run than {path}; put the file of that run beside it")
-        return own
+        return tensors
+    return _tensors_in(content, f"{option} {path}")
+
+
+def _tensors_in(content: Any, named: str) -> dict[str, torch.Tensor]:
     for wrapper in ("model", "state_dict", "tower"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{option} {path} holds no table of tensors")
-    return state
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UserError(f"{named} holds no table of tensors")
+    return content
+
+
+def _content_of(path: Path, option: str) -> Any:
+    """What a file of weights holds, on the CPU. Raises UserError where it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{option} {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":  # torch.load has many words for a zip without its end
+                zipfile.ZipFile(file).close()
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(
+            f"{option} {path} cannot be read as weights: {why_not_loaded(error)}; "
+            "give a .safetensors file, or a .pth file that holds tensors only"
+        ) from None
 
 
 def part_of(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

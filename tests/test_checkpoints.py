@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import threading
+import weakref
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -112,6 +113,9 @@ def test_the_checksum_tells_any_two_contents_apart():
     ]
     sums = [checksum(one) for one in (base, *others)]
     assert len(set(sums)) == len(sums)
+    # as the version that wrote format 3 computed it
+    of_format_3 = {"format": 3, "model": {"w": torch.arange(6.0).reshape(2, 3)}, "epoch": 1}
+    assert checksum(of_format_3) == "f1844596a862e085b1873b6117f0c6573d2bd9da761b297e5b2b04d1e442bd0c"
     channels_last = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
     assert checksum(copy.deepcopy(base)) == sums[0]
     assert checksum({"w": channels_last}) == checksum({"w": channels_last.contiguous()})
@@ -167,7 +171,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
 
 def test_an_older_format_is_named(tmp_path):
     torch.save(checkpoint(1) | {"format": 2}, tmp_path / "old.pth")
-    with pytest.raises(UserError, match="of format 2; this version reads 3"):
+    with pytest.raises(UserError, match="of format 2; this version reads 3 and 4"):
         read_checkpoint(tmp_path / "old.pth")
 
 
@@ -370,6 +374,28 @@ def test_the_towers_of_a_run_with_one_frozen_can_start_another(frozen_run, tmp_p
         assert all(torch.equal(value, frozen[name]) for name, value in tower.state_dict().items())
 
 
+def test_a_run_of_the_format_before_goes_on(frozen_run, class_folder, tmp_path, quick_report):
+    """Format 3 has SHA-256 in place of XXH3; its frozen tower stays, since checkpoints name its sum."""
+    old = tmp_path / "old"
+    shutil.copytree(frozen_run, old)
+    tower = torch.load(old / "frozen_text_tower.pth", weights_only=True) | {"format": 3}
+    tower.pop("checksum")
+    write_file(old / "frozen_text_tower.pth", tower)
+    for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
+        content = torch.load(old / name, weights_only=True)
+        content.pop("checksum")
+        write_file(old / name, content | {"format": 3, "frozen": {"text_tower": checksum(tower)}})
+    of_before = (old / "frozen_text_tower.pth").read_bytes()
+
+    assert load_trained(old / "checkpoint_best.pth", torch.device("cpu"), with_text=True)
+    assert train(class_folder, old, "--epochs", 3, "--embed-dim", 8, "--resume-from", "auto") == 0
+    latest = read_checkpoint(old / "checkpoint_latest.pth")
+    assert (latest["format"], latest["epoch"]) == (FORMAT, 3)
+    assert (old / "frozen_text_tower.pth").read_bytes() == of_before
+    kept = build_text_tower("bert-tiny-bytes", str(old / "checkpoint_latest.pth")).state_dict()
+    assert all(torch.equal(value, latest["model"][f"text_tower.{name}"]) for name, value in kept.items())
+
+
 def test_the_frozen_tower_of_another_run_is_refused(frozen_run, class_folder, tmp_path, capsys):
     copied = tmp_path / "copied"
     shutil.copytree(frozen_run, copied)
@@ -445,7 +471,7 @@ def test_what_is_written_is_the_moment_it_was_taken(
 
 
 @pytest.mark.parametrize("error", [None, RunFailed("the loss is not finite")])
-def test_writing_takes_a_hundredth_of_the_time_and_what_is_held_comes_at_the_end(
+def test_writing_takes_a_two_hundredth_of_the_time_and_what_is_held_comes_at_the_end(
     tmp_path, monkeypatch, error
 ):
     clock, written = SimpleNamespace(now=100.0), []
@@ -467,16 +493,35 @@ def test_writing_takes_a_hundredth_of_the_time_and_what_is_held_comes_at_the_end
     )
     with contextlib.suppress(RunFailed), CheckpointWriter(tmp_path, torch.device("cpu"), True) as writer:
         for epoch, at, is_best in (
-            (1, 0, True), (2, 30, True), (3, 99, False), (4, 101, False), (5, 110, True), (6, 120, False),
+            (1, 0, True), (2, 30, True), (3, 199, False), (4, 201, False), (5, 210, True), (6, 220, False),
         ):  # fmt: skip
             clock.now = 100.0 + at
-            writer.write({"epoch": epoch}, is_best, now=False)
-        writer.write({"epoch": 7}, False, now=True)  # a signal
+            writer.write(partial(dict, epoch=epoch), is_best, now=False)
+        writer.write(partial(dict, epoch=7), False, now=True)  # a signal
         clock.now += 1
-        writer.write({"epoch": 8}, True, now=False)
+        writer.write(partial(dict, epoch=8), True, now=False)
         if error:
             raise error
-    assert written == [(0, 1, 1), (101, 4, 2), (120, 7, 5), (121, 8, 8)]
+    assert written == [(0, 1, 1), (201, 4, 2), (220, 7, 5), (221, 8, 8)]
+
+
+@pytest.mark.parametrize("save_best", [True, False])
+def test_what_is_replaced_is_let_go_before_it_is_copied_anew(tmp_path, monkeypatch, save_best):
+    """So that a run's state is held once and not twice; of an older best epoch the model alone."""
+    monkeypatch.setattr(state_module, "write_checkpoint", lambda *_: None)
+    held = {}
+
+    def take(epoch):
+        alive = [name for name, kept in held.items() if kept() is not None]
+        assert alive == (["model 2"] if epoch in (3, 4) and save_best else []), epoch
+        model, moments = torch.zeros(3), torch.zeros(3)
+        if epoch > 1:  # the first is being written
+            held.update({f"model {epoch}": weakref.ref(model), f"moments {epoch}": weakref.ref(moments)})
+        return {"epoch": epoch, "model": model, "optimizer": moments}
+
+    with CheckpointWriter(tmp_path, torch.device("cpu"), save_best) as writer:
+        for epoch, is_best in ((1, True), (2, True), (3, False), (4, False), (5, True)):
+            writer.write(partial(take, epoch), is_best, now=False)
 
 
 def test_a_signal_while_the_last_is_awaited_loses_nothing_that_is_held(

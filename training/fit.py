@@ -195,8 +195,8 @@ def fit(
                 tqdm.write(f"stopping: saving after {steps} of epoch {state.epoch + 1}")
             if writer:
                 features = class_features.cpu() if at_an_end else None
-                checkpoint = state.checkpoint({**facts, "class_features": features})
-                writer.write(checkpoint, is_best, now=not at_an_end)
+                take = partial(state.checkpoint, {**facts, "class_features": features})
+                writer.write(take, is_best, now=not at_an_end)
             if not at_an_end:
                 requests.saved()
 

@@ -261,7 +261,7 @@ class CheckpointWriter:
     What kept files from being written is raised at a later `write`, or at the end of the block.
     """
 
-    LARGEST_SHARE = 0.01
+    LARGEST_SHARE = 0.005
 
     def __init__(self, folder: Path, device: torch.device, save_best: bool):
         self.folder, self.device, self.save_best = folder, device, save_best
@@ -274,12 +274,17 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def write(self, checkpoint: Mapping[str, Any], is_best: bool, now: bool) -> None:
-        """Without `now`, when the last one is written and the time it took is a small enough share."""
+    def write(self, take: Callable[[], Mapping[str, Any]], is_best: bool, now: bool) -> None:
+        """What `take` copies of a run: without `now`, when the last one is written and the time it took is a
+        small enough share.
+        """
+        self._latest = None  # what it replaces leaves it its memory: new memory costs ten times the copying
         if is_best:
-            kept = checkpoint if self.save_best else {}
+            self._best = None
+        self._latest = take()
+        if is_best:
+            kept = self._latest if self.save_best else {}
             self._best = {key: value for key, value in kept.items() if key not in NOT_FOR_USE}
-        self._latest = checkpoint
         if now or self._is_due():
             self._write_held()
 
