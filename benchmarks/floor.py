@@ -9,7 +9,6 @@ from statistics import mean, median
 import torch
 
 import common.torchvision_compat  # noqa: F401
-from benchmarks.whole_run import SENTENCE
 from common.device import Hardware
 from models.clip import build_image_tower
 from models.text_encoders import build_text_tower
@@ -97,11 +96,11 @@ def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: 
     return floor
 
 
-def text_alone(text_encoder: str, n_classes: int, hardware: Hardware) -> Callable[[], None]:
-    """A step of the text tower by itself: a sentence per class, forward + backward + AdamW on its weights."""
+def text_alone(text_encoder: str, sentences: Sequence[str], hardware: Hardware) -> Callable[[], None]:
+    """A step of the text tower by itself: forward + backward of these sentences, AdamW on its weights."""
     device = hardware.device
     tower = build_text_tower(text_encoder, "none").to(device).train()
-    tokens, _ = tower.tokenize([SENTENCE.format(i) for i in range(n_classes)])
+    tokens, _ = tower.tokenize(sentences)
     tokens = {key: value.to(device) for key, value in tokens.items()}
     optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=True)
 

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 import common.torchvision_compat  # noqa: F401
 import training.fit
 from benchmarks.floor import in_turn, seconds_of, table, text_alone, tower_alone
-from benchmarks.whole_run import ROOT, whole_run
+from benchmarks.whole_run import ROOT, sentences_of, whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
 from common.errors import UserError
@@ -247,7 +247,7 @@ def row_of(
     train, evaluate = tower_alone(encoder, size, batch, hardware)
     works = [train, evaluate]
     if not frozen:
-        works.append(text_alone(options.text_encoder, len(scan_folder(data_dir).classes), hardware))
+        works.append(text_alone(options.text_encoder, [*sentences_of(data_dir).values()], hardware))
 
     def floor() -> list[float]:
         return in_turn(*works, rounds=1)

@@ -40,6 +40,11 @@ class Run:
     floors: list[list[list[float]]] = field(default_factory=list)
 
 
+def sentences_of(data_dir: Path) -> dict[str, str]:
+    """class -> the sentence that it is trained with."""
+    return {name: SENTENCE.format(name) for name in scan_folder(data_dir).classes}
+
+
 def whole_run(
     data_dir: Path,
     encoder: str,
@@ -53,7 +58,7 @@ def whole_run(
     """
     work.mkdir(exist_ok=True)
     texts = work / "texts.json"
-    write_json(texts, {name: SENTENCE.format(name) for name in scan_folder(data_dir).classes})
+    write_json(texts, sentences_of(data_dir))
     command = [
         sys.executable, str(ROOT / "train_clip.py"), "--data-dir", str(data_dir),
         "--output-dir", str(work / "run"), "--overwrite", "--image-encoder", encoder, "--text-encoder", text,
