@@ -153,12 +153,14 @@ def _folders_of(images: "ImageList") -> set[str]:
 def print_summary(
     arguments: argparse.Namespace, images: "ImageList", classes: Sequence[str], tally: "Tally"
 ) -> None:
+    from evaluation.tables import rounded
+
     n, n_good = len(images.names), int(tally.counts.sum())
     of = f"{n:,} image{'s' * (n != 1)}"
     print(f"\npredicted {n_good:,} of {of} in {tally.seconds:.1f} s ({n / tally.seconds:.0f} images/s)")
     for name, count, confidence in zip(classes, tally.counts, tally.confidences, strict=True):
         mean = f"  mean probability {confidence / count:.3f}" if count else ""
-        print(f"  {count:8,}  {100 * count / max(1, n_good):5.1f} %  {one_line(name)}{mean}")
+        print(f"  {count:8,}  {rounded(100 * count / max(1, n_good), '5.1f')} %  {one_line(name)}{mean}")
     if n_good:
         print(f"mean probability of the predicted class: {tally.confidences.sum() / n_good:.3f}")
     if tally.n_failed:

@@ -37,13 +37,14 @@ def used_up(patience: int | None, epochs_without: int) -> bool:
     return patience is not None and epochs_without >= patience
 
 
-def write_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors (on the CPU) and plain values with their checksum, whole or not at all."""
+def write_file(path: Path, content: Mapping[str, Any]) -> str:
+    """Write tensors (on the CPU) and plain values with their checksum, whole or not at all. Returns that."""
     # Nothing checks zip's own sums when a file is read, and to compute them costs more than to write it.
     torch.serialization.set_crc32_options(False)
     own = checksum(dict(content))
     with whole_file(path) as new, DirectFile(new) as file:
         torch.save({**content, "checksum": own}, file)
+    return own
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -179,8 +180,7 @@ def write_frozen_tower(folder: Path, tower: str, weights: Mapping[str, torch.Ten
     """
     content, file = {"format": FORMAT, "tower": dict(weights)}, folder / frozen_file(tower)
     if not file.exists():
-        write_file(file, content)
-        return checksum(content)
+        return write_file(file, content)
     there = _read(file, str(file), "remove it to start anew")
     own = checksum(there)
     if checksum(content | {"format": there["format"]}) != own:

@@ -12,17 +12,21 @@ from typing import Any
 Builder = Callable[..., Any]
 
 IMAGE_ENCODERS: dict[str, Builder] = {}
-STRIDES: dict[str, int] = {}  # of encoders: images need a multiple of so many pixels
+STRIDES: dict[str, int] = {}  # of image encoders: images need a multiple of so many pixels
 TEXT_ENCODERS: dict[str, Builder] = {}
 
 
 def register(registry: dict[str, Builder], name: str, stride: int = 1) -> Callable[[Builder], Builder]:
-    """Decorator that enters a builder and its stride under `name`. Raises ValueError when that is taken."""
+    """Decorator that enters a builder under `name`, of images with its stride. Raises ValueError when the
+    name is taken.
+    """
 
     def enter(builder: Builder) -> Builder:
         if name in registry:
             raise ValueError(f"encoder {name!r} is registered twice")
-        registry[name], STRIDES[name] = builder, stride
+        registry[name] = builder
+        if registry is IMAGE_ENCODERS:
+            STRIDES[name] = stride
         return builder
 
     return enter

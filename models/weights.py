@@ -142,7 +142,11 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
             )
         content = _content_of(file, option)
         tensors = _tensors_in(content, f"{option} {file}")
-        if checksum({"format": content.get("format"), "tower": tensors}) != frozen[tower]:
+        try:
+            own = checksum({"format": content.get("format"), "tower": tensors})
+        except (ValueError, TypeError) as error:  # it holds what no file of this program does
+            raise UserError(f"{option} {file} cannot be read as weights: {error}") from None
+        if own != frozen[tower]:
             raise UserError(f"{file} is of another run than {path}; put the file of that run beside it")
         return tensors
     return _tensors_in(content, f"{option} {path}")

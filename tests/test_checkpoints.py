@@ -8,17 +8,20 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import threading
 import weakref
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import xxhash
 from quick import a_checkpoint, train
 
 from common.checksum import checksum
@@ -116,6 +119,9 @@ def test_the_checksum_tells_any_two_contents_apart():
     # as the version that wrote format 3 computed it
     of_format_3 = {"format": 3, "model": {"w": torch.arange(6.0).reshape(2, 3)}, "epoch": 1}
     assert checksum(of_format_3) == "f1844596a862e085b1873b6117f0c6573d2bd9da761b297e5b2b04d1e442bd0c"
+    numbers = torch.tensor([1.5, -2.0])
+    content = b"dict2'format':4;'w':torch.float32(2,)" + struct.pack("<2f", 1.5, -2.0)
+    assert checksum({"format": 4, "w": numbers}) == xxhash.xxh3_128_hexdigest(content)
     channels_last = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
     assert checksum(copy.deepcopy(base)) == sums[0]
     assert checksum({"w": channels_last}) == checksum({"w": channels_last.contiguous()})
@@ -386,6 +392,7 @@ def test_a_run_of_the_format_before_goes_on(frozen_run, class_folder, tmp_path, 
         content.pop("checksum")
         write_file(old / name, content | {"format": 3, "frozen": {"text_tower": checksum(tower)}})
     of_before = (old / "frozen_text_tower.pth").read_bytes()
+    moved, best = tmp_path / "elsewhere", (old / "checkpoint_best.pth").read_bytes()
 
     assert load_trained(old / "checkpoint_best.pth", torch.device("cpu"), with_text=True)
     assert train(class_folder, old, "--epochs", 3, "--embed-dim", 8, "--resume-from", "auto") == 0
@@ -394,6 +401,23 @@ def test_a_run_of_the_format_before_goes_on(frozen_run, class_folder, tmp_path, 
     assert (old / "frozen_text_tower.pth").read_bytes() == of_before
     kept = build_text_tower("bert-tiny-bytes", str(old / "checkpoint_latest.pth")).state_dict()
     assert all(torch.equal(value, latest["model"][f"text_tower.{name}"]) for name, value in kept.items())
+
+    flags = ["--epochs", 3, "--embed-dim", 8, "--resume-from", old / "checkpoint_latest.pth"]
+    (old / "checkpoint_best.pth").write_bytes(best)
+    assert train(class_folder, moved, *flags) == 0
+    for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
+        assert load_trained(moved / name, torch.device("cpu"), with_text=True)
+
+
+@pytest.mark.parametrize("wrong", [{"format": torch.zeros(2, 3)}, {"tower": {"w": torch.zeros(1).expand(9)}}])
+def test_a_strangers_frozen_tower_is_refused_as_weights(frozen_run, tmp_path, wrong):
+    copied = tmp_path / "copied"
+    shutil.copytree(frozen_run, copied)
+    torch.save({"format": FORMAT, "tower": {"w": torch.zeros(1)}} | wrong, copied / "frozen_text_tower.pth")
+    with pytest.raises(
+        UserError, match=r"frozen_text_tower\.pth (cannot be read as weights|is of another run)"
+    ):
+        build_text_tower("bert-tiny-bytes", str(copied / "checkpoint_latest.pth"))
 
 
 def test_the_frozen_tower_of_another_run_is_refused(frozen_run, class_folder, tmp_path, capsys):
@@ -509,6 +533,10 @@ def test_writing_takes_a_two_hundredth_of_the_time_and_what_is_held_comes_at_the
 def test_what_is_replaced_is_let_go_before_it_is_copied_anew(tmp_path, monkeypatch, save_best):
     """So that a run's state is held once and not twice; of an older best epoch the model alone."""
     monkeypatch.setattr(state_module, "write_checkpoint", lambda *_: None)
+    clock = SimpleNamespace(
+        monotonic=lambda: 0.0, thread_time=count().__next__
+    )  # after the first none is due
+    monkeypatch.setattr(state_module, "time", clock)
     held = {}
 
     def take(epoch):

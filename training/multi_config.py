@@ -58,11 +58,11 @@ class _Problems:
         for problem in problems:
             self._entries_with.setdefault(problem, []).append(str(number))
 
-    def refuse(self, where: str = "") -> None:
-        """Raises UserError where there is any."""
+    def refuse(self, where: str = "", hints: Sequence[str] = ()) -> None:
+        """Raises UserError where there is any, with `hints` after them."""
         if self._entries_with:
             said = self._entries_with.items()
-            raise UserError(*(f"{where}entry {', '.join(numbers)}: {what}" for what, numbers in said))
+            raise UserError(*(f"{where}entry {', '.join(numbers)}: {what}" for what, numbers in said), *hints)
 
 
 def folder_name(number: int, config: Config, name: str | None) -> str:
@@ -141,17 +141,16 @@ def train_entries(config: Config, typed: Mapping[str, Any]) -> int:
     with first_here_first():  # the others find the shards fetched
         images = scan_images(config.data_dir, cache_dir=config.cache_dir)
     texts = [sentences_and_notes(entry.config, images)[0] for entry in chosen]
-    begun, problems = [], []
+    begun, problems = [], _Problems()
     for entry, own in zip(chosen, texts, strict=True):
         try:
             begun.append(continues(entry.folder, entry.config, own))
             if begun[-1] and is_finished(entry):
                 refuse_other_images(entry.folder, entry.config, images)
         except UserError as error:
-            problems += [f"entry {entry.number}: {problem}" for problem in error.problems]
-    if problems:
-        alone = ["--overwrite replaces all entries; with --config-index N it replaces entry N alone"]
-        raise UserError(*problems, *(alone if n_processes() == 1 else []))
+            problems.add(entry.number, *error.problems)
+    alone = "--overwrite replaces all entries; with --config-index N it replaces entry N alone"
+    problems.refuse(hints=[alone] if n_processes() == 1 else [])
     to_train = [entry for entry, on in zip(chosen, begun, strict=True) if not (on and is_finished(entry))]
     _refuse_by_names(to_train, images)
     failed = []

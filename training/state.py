@@ -30,7 +30,7 @@ from common.device import free_memory
 from common.distributed import n_processes
 from common.errors import UserError, first_line
 from common.files import whole_file, write_json
-from common.run_files import BEST, LATEST, PREVIOUS
+from common.run_files import BEST, LATEST, PREVIOUS, frozen_beside, frozen_file
 from evaluation.checkpoints import (
     FORMAT,
     NOT_FOR_USE,
@@ -215,8 +215,15 @@ def frozen_towers(model: CLIPModel) -> list[str]:
     return [name for name in TOWERS if getattr(model, name) in model.frozen]
 
 
-def keep_frozen_towers(folder: Path, model: CLIPModel) -> dict[str, str]:
-    """Write what does not change once into `folder`. Returns tower -> checksum, for its checkpoints."""
+def keep_frozen_towers(folder: Path, model: CLIPModel, resumed_from: Path | None = None) -> dict[str, str]:
+    """Write what does not change once into `folder`; the files of a checkpoint that comes along, as they are,
+    since it names their checksums. Returns tower -> checksum, for checkpoints.
+    """
+    for tower in frozen_towers(model) if resumed_from else ():
+        source, target = frozen_beside(resumed_from, tower), folder / frozen_file(tower)
+        if source.exists() and not target.exists():
+            with whole_file(target) as new:
+                shutil.copyfile(source, new)
     return {
         tower: write_frozen_tower(
             folder,
@@ -256,7 +263,7 @@ def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], best: Mapping[
 class CheckpointWriter:
     """Writes files while training goes on: at once, or so seldom that writing takes at most LARGEST_SHARE of
     a core. What is not written yet is held, and written when the block is left, however it is left (but not
-    what a GPU holds that has failed).
+    what a GPU holds that has failed, nor what was let go for a copy that fails).
 
     What kept files from being written is raised at a later `write`, or at the end of the block.
     """
@@ -281,10 +288,11 @@ class CheckpointWriter:
         self._latest = None  # what it replaces leaves it its memory: new memory costs ten times the copying
         if is_best:
             self._best = None
-        self._latest = take()
+        taken = take()
         if is_best:
-            kept = self._latest if self.save_best else {}
+            kept = taken if self.save_best else {}
             self._best = {key: value for key, value in kept.items() if key not in NOT_FOR_USE}
+        self._latest = taken  # last: nothing is written without it
         if now or self._is_due():
             self._write_held()
 
