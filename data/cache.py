@@ -28,7 +28,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.errors import number
+from common.errors import first_line, number
 from common.files import write_whole
 from common.progress import progress
 from data.images import Facts, Inspection, Reading, Squares, inspect_images, read_all
@@ -85,6 +85,7 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
     path = cache_file(cache_dir, size, [folder.root for folder in folders])
     stamps = _stamps(files)
 
+    _remove_left_overs(cache_dir)
     try:
         stored = _open(path, size)
     except PermissionError:
@@ -120,6 +121,14 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
             print(f"note: no cache in {cache_dir}: {problem}")
             return inspect_images(files, size)
     return replace(stored.found.take(rows), squares=Squares(stored.array, rows))
+
+
+def _remove_left_overs(cache_dir: Path) -> None:
+    """What runs that were killed have left unfinished, of these images or others."""
+    for left_over in cache_dir.glob(".*px.npy.*.tmp"):
+        with suppress(OSError):  # another run has just renamed it, or it is another user's
+            if time.time() - left_over.stat().st_mtime > DEAD_AFTER:
+                left_over.unlink()
 
 
 def _whole(root: Path) -> str:
@@ -189,10 +198,6 @@ def _no_room(path: Path, n_bytes: int) -> str:
     """Why the cache cannot be built, or "". Makes its folder."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-            with suppress(OSError):  # another run has just renamed it, or it is another user's
-                if time.time() - left_over.stat().st_mtime > DEAD_AFTER:
-                    left_over.unlink()
         if not os.access(path.parent, os.W_OK):
             return "it may not be written"
         free = shutil.disk_usage(path.parent).free
@@ -290,6 +295,6 @@ def _open(path: Path, size: int) -> _Stored:
     except PermissionError:
         raise
     except (OSError, ValueError, TypeError, LookupError) as error:
-        print(f"note: the cache {path} is damaged ({type(error).__name__}) and is made anew")
+        print(f"note: the cache {path} is damaged ({first_line(error)}) and is made anew")
     none = np.zeros(0, np.int64)
     return _Stored(none, Names(), none.reshape(0, 3), none, Inspection.of((), 0, None))

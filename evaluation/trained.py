@@ -59,10 +59,11 @@ def load_trained(path: Path, device: torch.device, *, with_text: bool = False) -
     checkpoint = read_checkpoint(path, "--checkpoint", f"give another one{beside}", with_text=with_text)
     begun = checkpoint.get("in_epoch", {}).get("steps", 0)
     if begun or not checkpoint["epoch"]:
+        best = path.with_name(BEST)
+        instead = f", or give {best}" if best.is_file() else ""
         raise UserError(
             f"--checkpoint {path} was saved in the middle of epoch {checkpoint['epoch'] + 1} (after {begun} "
-            "steps), so nothing is known of how good it is; continue the run to the epoch's end, or give its "
-            f"{BEST}, where there is one"
+            f"steps), so nothing is known of how good it is; continue the run to the epoch's end{instead}"
         )
     config = checkpoint["config"]
     model = build_clip(

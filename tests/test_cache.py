@@ -238,6 +238,11 @@ def test_what_a_killed_run_left_is_removed_when_it_is_old(files, tmp_path):
     os.utime(old, (1, 1))
     inspect(files, tmp_path / "c")
     assert not old.exists() and young.exists()
+    other = path.with_name(".0123456789abcdef_224px.npy.3.x.tmp")  # of another folder or size
+    other.write_bytes(b"half")
+    os.utime(other, (1, 1))
+    inspect(files, tmp_path / "c")  # nothing is built
+    assert not other.exists() and young.exists()
 
 
 def test_only_its_owner_may_look_into_it(files, tmp_path):

@@ -137,8 +137,11 @@ def resolve_auto(typed: Mapping[str, Any], again: bool = False) -> dict[str, Any
         resolved["resume_from"] = "auto" if saved else typed.get("resume_from", "auto")
     if resolved.get("resume_from") == "auto" and not resolved.get("overwrite"):  # else both are refused
         del resolved["resume_from"]
-        if saved and not (typed.get("use_cv") or typed.get("multi_config")):
-            resolved["resume_from"] = str(saved)
+        if not (typed.get("use_cv") or typed.get("multi_config")):
+            if saved:
+                resolved["resume_from"] = str(saved)
+            elif Path(typed.get("output_dir") or "", "config.json").exists():
+                print(f"note: {typed['output_dir']} holds no checkpoint yet: the run starts at its beginning")
     return resolved
 
 
