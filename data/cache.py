@@ -125,10 +125,11 @@ def inspect_cached(folders: Sequence[ImageFolder], size: int, cache_dir: Path) -
 
 def _remove_left_overs(cache_dir: Path) -> None:
     """What runs that were killed have left unfinished, of these images or others."""
-    for left_over in cache_dir.glob(".*px.npy.*.tmp"):
-        with suppress(OSError):  # another run has just renamed it, or it is another user's
-            if time.time() - left_over.stat().st_mtime > DEAD_AFTER:
-                left_over.unlink()
+    with suppress(OSError):  # the folder is another user's
+        for left_over in cache_dir.glob(".*px.npy.*.tmp"):
+            with suppress(OSError):  # or the file is, or another run has just renamed it
+                if time.time() - left_over.stat().st_mtime > DEAD_AFTER:
+                    left_over.unlink()
 
 
 def _whole(root: Path) -> str:

@@ -173,14 +173,18 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
     return [name for name, is_right in right.items() if not is_right]
 
 
-def write_frozen_tower(folder: Path, tower: str, weights: Mapping[str, torch.Tensor]) -> str:
-    """Keep a tower that does not change in `folder`, unless it is there. Returns the checksum of the file.
+def write_frozen_tower(
+    folder: Path, tower: str, weights: Mapping[str, torch.Tensor], known_as: str | None = None
+) -> str:
+    """Keep a tower that does not change in `folder`, unless it is there; in the format in which `known_as` is
+    its checksum, if there is one. Returns the checksum of the file.
 
     Raises UserError when the folder holds another one: checkpoints there may need it.
     """
     content, file = {"format": FORMAT, "tower": dict(weights)}, folder / frozen_file(tower)
     if not file.exists():
-        return write_file(file, content)
+        forms = [content | {"format": form} for form in READ] if known_as else []
+        return write_file(file, next((form for form in forms if checksum(form) == known_as), content))
     there = _read(file, str(file), "remove it to start anew")
     own = checksum(there)
     if checksum(content | {"format": there["format"]}) != own:

@@ -17,7 +17,7 @@ TEXT_ENCODERS: dict[str, Builder] = {}
 
 
 def register(registry: dict[str, Builder], name: str, stride: int = 1) -> Callable[[Builder], Builder]:
-    """Decorator that enters a builder under `name`, of images with its stride. Raises ValueError when the
+    """Decorator that enters a builder under `name`, and an image encoder's stride. Raises ValueError when the
     name is taken.
     """
 

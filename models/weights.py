@@ -144,7 +144,7 @@ def read_state_dict(path: Path, option: str) -> dict[str, torch.Tensor]:
         tensors = _tensors_in(content, f"{option} {file}")
         try:
             own = checksum({"format": content.get("format"), "tower": tensors})
-        except (ValueError, TypeError) as error:  # it holds what no file of this program does
+        except (ValueError, TypeError, RuntimeError) as error:  # it holds what no file of this program does
             raise UserError(f"{option} {file} cannot be read as weights: {error}") from None
         if own != frozen[tower]:
             raise UserError(f"{file} is of another run than {path}; put the file of that run beside it")

@@ -312,14 +312,14 @@ def test_killed_before_the_first_checkpoint_the_same_command_starts_again(
 ):
     out, flags = tmp_path / "out", ["--freeze-text-encoder", "--epochs", 1, "--resume-from", "auto"]
     assert train(class_folder, out, *flags) == 0
-    assert "no checkpoint yet" not in capsys.readouterr().out
+    assert "no checkpoint" not in capsys.readouterr().out
     start = {"config.json", "splits.json", "data_check.json", "frozen_text_tower.pth", kept}
     for path in out.iterdir():
         if path.is_file() and path.name not in start:
             path.unlink()
     other = ["--embed-dim", 8] if epoch else []  # nothing keeps the start of another run
     assert train(class_folder, out, *flags, *other) == 0
-    assert f"{out} holds no checkpoint yet: the run starts at its beginning" in capsys.readouterr().out
+    assert f"note: {out} holds no checkpoint to resume from" in capsys.readouterr().out
     assert read_checkpoint(out / "checkpoint_latest.pth")["epoch"] == 1
 
 

@@ -82,7 +82,9 @@ def train_on_split(
     )
     facts = facts_of(config, ready, split, checkpoint)
     if is_main():
-        facts["frozen"] = keep_frozen_towers(output_dir, model, resumed_from) if frozen is None else frozen
+        if frozen is None:
+            frozen = keep_frozen_towers(output_dir, model, checkpoint and checkpoint["frozen"])
+        facts["frozen"] = frozen
         if checkpoint:  # which all have read now
             take_over(config, resumed_from, output_dir)
         remove_results(output_dir)

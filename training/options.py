@@ -140,8 +140,8 @@ def resolve_auto(typed: Mapping[str, Any], again: bool = False) -> dict[str, Any
         if not (typed.get("use_cv") or typed.get("multi_config")):
             if saved:
                 resolved["resume_from"] = str(saved)
-            elif Path(typed.get("output_dir") or "", "config.json").exists():
-                print(f"note: {typed['output_dir']} holds no checkpoint yet: the run starts at its beginning")
+            elif (output_dir := typed.get("output_dir")) and Path(output_dir, "config.json").exists():
+                print(f"note: {output_dir} holds no checkpoint to resume from")
     return resolved
 
 

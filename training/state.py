@@ -30,7 +30,7 @@ from common.device import free_memory
 from common.distributed import n_processes
 from common.errors import UserError, first_line
 from common.files import whole_file, write_json
-from common.run_files import BEST, LATEST, PREVIOUS, frozen_beside, frozen_file
+from common.run_files import BEST, LATEST, PREVIOUS
 from evaluation.checkpoints import (
     FORMAT,
     NOT_FOR_USE,
@@ -215,15 +215,12 @@ def frozen_towers(model: CLIPModel) -> list[str]:
     return [name for name in TOWERS if getattr(model, name) in model.frozen]
 
 
-def keep_frozen_towers(folder: Path, model: CLIPModel, resumed_from: Path | None = None) -> dict[str, str]:
-    """Write what does not change once into `folder`; the files of a checkpoint that comes along, as they are,
-    since it names their checksums. Returns tower -> checksum, for checkpoints.
+def keep_frozen_towers(
+    folder: Path, model: CLIPModel, known_as: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Write what does not change once into `folder`. Returns tower -> checksum, for checkpoints; those that
+    come along have `known_as`.
     """
-    for tower in frozen_towers(model) if resumed_from else ():
-        source, target = frozen_beside(resumed_from, tower), folder / frozen_file(tower)
-        if source.exists() and not target.exists():
-            with whole_file(target) as new:
-                shutil.copyfile(source, new)
     return {
         tower: write_frozen_tower(
             folder,
@@ -232,6 +229,7 @@ def keep_frozen_towers(folder: Path, model: CLIPModel, resumed_from: Path | None
                 f"{tower}.{name}": value.detach().cpu()
                 for name, value in getattr(model, tower).state_dict().items()
             },
+            (known_as or {}).get(tower),
         )
         for tower in frozen_towers(model)
     }
