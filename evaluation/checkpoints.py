@@ -174,7 +174,7 @@ def _wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
 
 
 def write_frozen_tower(
-    folder: Path, tower: str, weights: Mapping[str, torch.Tensor], known_as: str | None = None
+    folder: Path, tower: str, weights: Mapping[str, torch.Tensor], known_as: str | None
 ) -> str:
     """Keep a tower that does not change in `folder`, unless it is there; in the format in which `known_as` is
     its checksum, if there is one. Returns the checksum of the file.

@@ -535,9 +535,8 @@ def test_writing_takes_a_two_hundredth_of_the_time_and_what_is_held_comes_at_the
 def test_what_is_replaced_is_let_go_before_it_is_copied_anew(tmp_path, monkeypatch, save_best):
     """So that a run's state is held once and not twice; of an older best epoch the model alone."""
     monkeypatch.setattr(state_module, "write_checkpoint", lambda *_: None)
-    clock = SimpleNamespace(
-        monotonic=lambda: 0.0, thread_time=count().__next__
-    )  # after the first none is due
+    # it stands still, so that after the first none is due
+    clock = SimpleNamespace(monotonic=lambda: 0.0, thread_time=count().__next__)
     monkeypatch.setattr(state_module, "time", clock)
     held = {}
 

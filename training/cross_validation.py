@@ -102,7 +102,7 @@ def begin_folds(config: Config, ready: Ready, going_on: bool) -> Folds:
             if not splits_file.exists():
                 write_json(splits_file, splits_record_of(config, data, splits))
             write_json(output_dir / "data_check.json", {"findings": findings})
-            frozen = keep_frozen_towers(output_dir, ready.model)
+            frozen = keep_frozen_towers(output_dir, ready.model, {})
             begun()
             begun_as = (output_dir / "config.json").read_bytes()
     return Folds(splits, initial, frozen, begun_as)

@@ -83,7 +83,7 @@ def train_on_split(
     facts = facts_of(config, ready, split, checkpoint)
     if is_main():
         if frozen is None:
-            frozen = keep_frozen_towers(output_dir, model, checkpoint and checkpoint["frozen"])
+            frozen = keep_frozen_towers(output_dir, model, checkpoint["frozen"] if checkpoint else {})
         facts["frozen"] = frozen
         if checkpoint:  # which all have read now
             take_over(config, resumed_from, output_dir)

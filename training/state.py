@@ -215,11 +215,9 @@ def frozen_towers(model: CLIPModel) -> list[str]:
     return [name for name in TOWERS if getattr(model, name) in model.frozen]
 
 
-def keep_frozen_towers(
-    folder: Path, model: CLIPModel, known_as: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Write what does not change once into `folder`. Returns tower -> checksum, for checkpoints; those that
-    come along have `known_as`.
+def keep_frozen_towers(folder: Path, model: CLIPModel, known_as: Mapping[str, str]) -> dict[str, str]:
+    """Write what does not change once into `folder`. Returns tower -> checksum, for checkpoints; `known_as`:
+    the same in a checkpoint that comes along.
     """
     return {
         tower: write_frozen_tower(
@@ -229,7 +227,7 @@ def keep_frozen_towers(
                 f"{tower}.{name}": value.detach().cpu()
                 for name, value in getattr(model, tower).state_dict().items()
             },
-            (known_as or {}).get(tower),
+            known_as.get(tower),
         )
         for tower in frozen_towers(model)
     }
