@@ -25,8 +25,10 @@ from common.errors import UserError, why_not_loaded
 from common.files import whole_file
 from common.run_files import LATEST, frozen_beside, frozen_file
 
-FORMAT = 4  # 3 added the checksum and put frozen towers into files of their own; 4 has another checksum
-READ = (FORMAT, 3)
+# 3 added the checksum and put frozen towers into files of their own; 4 has another checksum; 5 holds the
+# optimizer's state of those token embeddings alone that are trained
+FORMAT = 5
+READ = (FORMAT, 4, 3)
 DAMAGED = "checkpoint_latest.pth.damaged"  # what a run found as its latest and could not read
 TOWERS = ("image_tower", "text_tower")
 NOT_FOR_USE = ("optimizer", "scheduler", "scaler", "rng", "in_epoch", "early_stopping")

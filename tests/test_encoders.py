@@ -1,3 +1,4 @@
+import copy
 import fnmatch
 import json
 import shutil
@@ -7,12 +8,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CanineConfig, CanineModel
 
 from common.errors import UserError
 from models.clip import build_image_tower
 from models.image_encoders import _TIMM_NAMES, ImageTower, feature_size, timm_repo
 from models.registry import IMAGE_ENCODERS, TEXT_ENCODERS, register
-from models.text_encoders import build_text_tower
+from models.text_encoders import TextTower, build_text_tower
 from models.weights import fetch_from_hub, read_state_dict
 
 SMALL = [
@@ -347,6 +349,7 @@ class _NumbersRead(TorchDispatchMode):
 def test_a_training_step_of_a_bert_reads_no_number_back():
     tower = build_text_tower("bert-tiny-bytes", "none").train()
     tokens, _ = tower.tokenize(["一个类别", "a longer name"])
+    tower.train_only(tokens["input_ids"])
     with _NumbersRead() as numbers:
         tower(**tokens).sum().backward()
     assert numbers.count == 0
@@ -358,6 +361,55 @@ def test_every_parameter_of_a_text_tower_gets_a_gradient():
     tower(**tokens).cos().sum().backward()
     # what is added to all keys of attention changes no softmax: but for rounding, its gradient is zero
     assert [n for n in without_gradient(tower) if not n.endswith("attention.self.key.bias")] == []
+
+
+def test_training_the_embeddings_of_known_tokens_alone_is_training_all():
+    whole = build_text_tower("bert-tiny-bytes", "none").train()
+    some, start = copy.deepcopy(whole), copy.deepcopy(whole.state_dict())
+    tokens, _ = whole.tokenize(["一", "二 three"])  # the first is padded
+    some.train_only(tokens["input_ids"])
+    for tower in (whole, some):
+        trained = [p for p in tower.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            tower(**tokens).cos().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    after, expected = some.state_dict(), whole.state_dict()
+    assert list(after) == list(expected)
+    name = "encoder.embeddings.word_embeddings.weight"
+    unused = torch.ones(384, dtype=torch.bool)
+    unused[tokens["input_ids"]] = False
+    torch.testing.assert_close(after[name][unused], start[name][unused], rtol=0, atol=0)
+    expected[name][unused] = start[name][unused]  # there they decayed, which nothing of a run sees
+    torch.testing.assert_close(after, expected)
+    assert after[name].ne(start[name]).any(dim=1).sum() == (~unused).sum() - 1  # padding: zeros, no gradient
+
+
+def test_a_tower_of_known_tokens_takes_and_gives_a_whole_table():
+    torch.manual_seed(0)
+    some, whole = (build_text_tower("bert-tiny-bytes", "none").eval() for _ in range(2))
+    tokens, _ = whole.tokenize(["一", "二 three"])
+    other, _ = whole.tokenize(["四"])
+    some.train_only(tokens["input_ids"])
+    with pytest.raises(IndexError):
+        some(**other)
+    some.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(some(**tokens), whole(**tokens))
+    with torch.no_grad():
+        next(p for name, p in some.named_parameters() if name.endswith("rows")).mul_(2)
+    whole.load_state_dict(some.state_dict())
+    torch.testing.assert_close(some(**tokens), whole(**tokens))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        some.load_state_dict({})
+
+
+def test_an_encoder_without_a_table_of_its_tokens_is_trained_whole():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = CanineModel(CanineConfig(**sizes, num_hash_buckets=16), add_pooling_layer=False)
+    tower = TextTower(encoder, 32, None)
+    tower.train_only(torch.tensor([[1, 2]]))
+    assert all(p.requires_grad for p in tower.parameters())
 
 
 def test_a_sentence_that_is_cut_is_said():

@@ -12,7 +12,9 @@ from quick import Killed, history_of, quick_clip, raising_at, train
 import training.fit as fit_module
 from common.errors import UserError
 from evaluation.checkpoints import read_checkpoint
+from models.text_encoders import TextTower
 from train_clip import main
+from training import state as state_module
 from training.options import make_config
 from training.resume import config_of_resumed_run
 from training.state import EarlyStopping
@@ -48,6 +50,36 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(class_folder, tmp_p
         k: v for k, v in cut["history"].items() if k not in timing
     }
     assert whole["best"] == cut["best"] and whole["early_stopping"] == cut["early_stopping"]
+
+
+def test_a_run_that_trained_the_embeddings_of_all_tokens_goes_on(class_folder, tmp_path, monkeypatch):
+    """As before format 5."""
+    flags = ["--epochs", 2, "--weight-decay", 0.1]
+    assert train(class_folder, tmp_path / "whole", *flags) == 0
+
+    killed_in_the_second_epoch, _ = raising_at(2, fit_module.validate)
+    with monkeypatch.context() as before:
+        before.setattr(fit_module, "validate", killed_in_the_second_epoch)
+        before.setattr(TextTower, "train_only", lambda tower, token_ids: None)
+        before.setattr(state_module, "FORMAT", 4)
+        with pytest.raises(Killed):
+            train(class_folder, tmp_path / "cut", *flags)
+    latest = tmp_path / "cut" / "checkpoint_latest.pth"
+    state = torch.load(latest, weights_only=True)["optimizer"]["state"]
+    assert (384, 128) in [own["exp_avg"].shape for own in state.values()]
+    assert train(class_folder, tmp_path / "cut", *flags, "--resume-from", latest) == 0
+    for key in ("train_loss", "val_loss"):
+        assert history_of(tmp_path / "cut")[key] == pytest.approx(history_of(tmp_path / "whole")[key], 1e-5)
+
+
+def test_an_optimizer_of_other_tokens_is_refused(class_folder, tmp_path, monkeypatch, capsys):
+    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 0
+    every = TextTower.train_only
+    one_more = lambda tower, ids: every(tower, torch.cat([ids.flatten(), torch.tensor([300])]))  # noqa: E731
+    monkeypatch.setattr(TextTower, "train_only", one_more)
+    latest = tmp_path / "run" / "checkpoint_latest.pth"
+    assert train(class_folder, tmp_path / "run", "--epochs", 2, "--resume-from", latest) == 2
+    assert "has the tokenizer changed?" in capsys.readouterr().err
 
 
 def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_folder, tmp_path, capsys):

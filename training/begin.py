@@ -92,8 +92,8 @@ def build_and_read(config: Config, found: Found, checkpoint: Mapping[str, Any] |
     if hardware.device.type == "cpu" and torch.get_num_threads() > 1:
         say_what_holds_threads_up(config)
     model = build_model(config, hardware, checkpoint)
-    refuse_full_disk(Path(config.output_dir), model, config)
     sentences = tokenise(model, found.texts)
+    refuse_full_disk(Path(config.output_dir), model, config)
     at_least = 2 if found.val_folder is None else 1
     with first_here_first():  # the others find the cache made
         data = read_images(config, found.folder, found.val_folder, found.patients, at_least)

@@ -90,11 +90,14 @@ def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardw
 
 
 def n_parameters(model: CLIPModel) -> int:
-    return sum(p.numel() for p in model.parameters())
+    saved = model.state_dict()  # which holds the rows of a table as part of it
+    return sum(p.numel() for name, p in model.named_parameters() if name in saved)
 
 
 def tokenise(model: CLIPModel, texts: Mapping[str, Sequence[str]]) -> ClassSentences:
     sentences = ClassSentences(model, texts)
+    if model.text_tower not in model.frozen:
+        model.text_tower.train_only(sentences.tokens["input_ids"])
     for note in sentences.notes:
         print(f"note: {note}")
     return sentences

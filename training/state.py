@@ -40,6 +40,7 @@ from evaluation.checkpoints import (
     write_frozen_tower,
 )
 from models.clip import CLIPModel
+from models.text_encoders import TrainedRows
 from training.step import StepModel, step_model_of
 
 HISTORY_KEYS = (
@@ -169,7 +170,12 @@ class TrainState:
                 {key: group[key] for key in ("peak_lr", "weight_decay")}
                 for group in self.optimizer.param_groups
             ]
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer = checkpoint["optimizer"]
+            if checkpoint["format"] < 5:
+                optimizer = _of_trained_rows(optimizer, self.model, self.optimizer)
+            self.optimizer.load_state_dict(optimizer)
+            if any(own["exp_avg"].shape != p.shape for p, own in self.optimizer.state.items()):
+                raise ValueError("the optimizer's state is of other shapes; has the tokenizer changed?")
             for group, own in zip(self.optimizer.param_groups, rates, strict=True):
                 group |= own  # the options may have changed; moments and step counts are the checkpoint's
             if checkpoint["scaler"]:  # empty where the run so far used no scaler
@@ -192,6 +198,21 @@ class TrainState:
             raise UserError(
                 f"--resume-from {path} does not fit this model or is incomplete: {first_line(error)}"
             ) from None
+
+
+def _of_trained_rows(
+    saved: Mapping[str, Any], model: CLIPModel, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """AdamW's state of a version that trained the embeddings of all tokens."""
+    parameters = [own for group in optimizer.param_groups for own in group["params"]]
+    state = dict(saved["state"])
+    for table in (module for module in model.modules() if isinstance(module, TrainedRows)):
+        number = next(i for i, own in enumerate(parameters) if own is table.rows)
+        state[number] = {
+            key: value[table.tokens.cpu()] if value.shape == table.weight.shape else value
+            for key, value in state[number].items()
+        }
+    return {**saved, "state": state}
 
 
 def _with_each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
