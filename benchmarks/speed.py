@@ -266,7 +266,7 @@ def row_of(
     step, forward = (batch / harmonic_mean([row[i] for row in floors]) for i in range(2))
     state, _, _, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
     predict = own_prediction(state.model, images, batch, hardware)
-    predicted, passes = in_turn(predict, lambda: [evaluate() for _ in range(8)])
+    predicted, passes = in_turn(predict, lambda: [evaluate() for _ in range(8)], rounds=24)
     return (
         encoder, f"{step:.1f} / {forward:.0f}",
         f"{mean(cold.epochs[1:]):.1f} s", f"{mean(at_floor[1:]):.1f} s",
