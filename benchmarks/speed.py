@@ -6,13 +6,13 @@
 
 The floor is the image tower alone: same architecture, precision, batch and size, on random tensors in memory,
 forward + backward + AdamW for training and forward for validation; where the text tower is trained, also its
-forward + backward + AdamW. It is measured in turn with the run: after every five seconds the run is stopped
-for two steps of the floor, of which the second counts, so that both meet the same machine even where its
-speed drifts. A run's share of it is the time its images would take at the floor over the time they took,
-everything included: from one epoch's line on the screen to the next, with validation and checkpoints (of
-which such a run writes more than it would by itself, since its clock goes on while it is stopped). The first
-epoch counts from where images begin to be read, with no cache. A CPU alone: benchmarks.speed_gpu measures a
-GPU.
+forward + backward + AdamW. It is measured before the first epoch and after each, while the run is stopped,
+seven steps of which six count; an epoch is held against what was measured on both its sides, so that both
+meet the same machine even where its speed drifts. A run's share of the floor is the time its images would
+take there over the time they took, everything included: from one epoch's line on the screen to the next, with
+validation and checkpoints (of which such a run writes more than it would by itself, since its clock goes on
+while it is stopped). The first epoch counts from where images begin to be read, with no cache. A CPU alone:
+benchmarks.speed_gpu measures a GPU.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from statistics import harmonic_mean, mean, median
+from statistics import mean, median
 from unittest.mock import patch
 
 import numpy as np
@@ -250,20 +250,19 @@ def row_of(
         works.append(text_alone(options.text_encoder, [*sentences_of(data_dir).values()], hardware))
 
     def floor() -> list[float]:
-        return in_turn(*works, rounds=1)
+        return in_turn(*works)
 
-    floor()  # memory is new to the first two steps
+    floor()  # memory is new to the first steps
     run = partial(whole_run, data_dir, encoder, options.text_encoder, work=work)
     cold = run([*flags, "--epochs", str(options.epochs)], floor=floor)
     warm = run([*flags, "--epochs", "1"])
-    # [epoch, work]: seconds of the tower's training step, of its forward pass, and of the text tower's step.
-    # They were taken at even distances in time, so it is speeds that have a mean.
-    floors = [[harmonic_mean(of_one) for of_one in zip(*measured, strict=True)] for measured in cold.floors]
+    # [epoch, work]: seconds of the tower's training step, of its forward pass, and of the text tower's step
+    floors = (np.array(cold.floors[:-1]) + cold.floors[1:]) / 2
     times = [cold.n_train / batch, cold.n_val / batch, -(-cold.n_train // batch)][: len(works)]
-    at_floor = [sum(n * seconds for n, seconds in zip(times, row, strict=True)) for row in floors]
+    at_floor = floors @ times
     shares = " ".join(f"{a / b:.2f}" for a, b in zip(at_floor, cold.epochs, strict=True))
     first = cold.epochs[0] + cold.read
-    step, forward = (batch / harmonic_mean([row[i] for row in floors]) for i in range(2))
+    step, forward = batch / floors.mean(axis=0)[:2]
     state, _, _, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
     predict = own_prediction(state.model, images, batch, hardware)
     predicted, passes = in_turn(predict, lambda: [evaluate() for _ in range(8)], rounds=24)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import RunFailed, UserError
+from common.errors import RunFailed
 from common.files import write_json
 from data.scan import scan_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-TURN = 5.0  # seconds that a run trains between two measurements of its floor
 TRAINING = "training on "  # how the line begins that is printed before the first step
 SENTENCE = "这是一张{}的胸部X光图像，可见双肺纹理、心影与膈面，供放射科医师参考诊断之用，请结合临床"
 
@@ -26,8 +25,8 @@ SENTENCE = "这是一张{}的胸部X光图像，可见双肺纹理、心影与�
 class Run:
     """A whole run, in seconds: to read the images; each epoch; from the start to where the first step begins.
 
-    ended: when the last epoch did, by time.perf_counter. memory: MB held at each epoch's end. floors: for
-    each epoch what was measured while it was stopped.
+    ended: when the last epoch did, by time.perf_counter. memory: MB held at each epoch's end. floors: what
+    was measured before the first epoch and after each, while the run was stopped.
     """
 
     n_train: int = 0
@@ -37,7 +36,7 @@ class Run:
     ended: float = 0.0
     epochs: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
-    floors: list[list[list[float]]] = field(default_factory=list)
+    floors: list[list[float]] = field(default_factory=list)
 
 
 def sentences_of(data_dir: Path) -> dict[str, str]:
@@ -54,7 +53,7 @@ def whole_run(
     floor: Callable[[], list[float]] | None = None,
 ) -> Run:
     """Train as a user would, in a process of its own, and note when it prints what. With `floor` the training
-    is stopped after every `TURN` seconds to call it; that time does not count.
+    is stopped before the first epoch and after each to call it; that time does not count.
     """
     work.mkdir(exist_ok=True)
     texts = work / "texts.json"
@@ -65,13 +64,13 @@ def whole_run(
         "--image-weights", "none", "--text-weights", "none",
         "--class-texts-file", str(texts), "--cache-dir", str(work / "cache"), *options,
     ]  # fmt: skip
-    found, floors = Run(), []
-    turn = None if floor is None else lambda: floors.append(floor())
+    found = Run()
+    between = None if floor is None else lambda: found.floors.append(floor())
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = last = time.perf_counter()
     with open(work / "errors.txt", "w") as errors, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
-    ) as run, _watched(run, turn) as lines:  # fmt: skip
+    ) as run, _watched(run, between) as lines:  # fmt: skip
         for now, line in lines:
             if line.startswith("read "):
                 found.read = float(line.split(" images in ")[1].split()[0])
@@ -80,13 +79,10 @@ def whole_run(
                 found.n_val = int(line.split("validating on ")[1].split()[0])
                 found.start, last = now - started, now
             elif line.startswith("epoch "):
-                if floor and not floors:
-                    raise UserError(f"{data_dir}: too few images, an epoch takes less than {TURN:g} s")
                 found.epochs.append(now - last)
                 found.ended = time.perf_counter()
-                found.floors.append(floors)
                 found.memory += memory_of(run.pid)
-                last, floors = now, []
+                last = now
             elif line.startswith("warning: torch.compile cannot"):
                 raise RunFailed(line.strip())
             elif line.startswith("done:"):
@@ -97,11 +93,11 @@ def whole_run(
 
 @contextlib.contextmanager
 def _watched(
-    run: subprocess.Popen, turn: Callable[[], object] | None
+    run: subprocess.Popen, between: Callable[[], object] | None
 ) -> Iterator[Iterator[tuple[float, str]]]:
-    """In the block: each line of `run` and when it came, by a clock that stands still while `run` does. From
-    where it trains on it is stopped for `turn`, where there is one, when it was silent for `TURN` seconds.
-    After the block it is killed, with the processes that load its images.
+    """In the block: each line of `run` and when it came, by a clock that stands still while `run` does: it is
+    stopped for `between`, where there is one, before its first epoch and after each. After the block it is
+    killed, with the processes that load its images.
     """
     printed: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -113,22 +109,15 @@ def _watched(
             printed.put("")
 
     def lines() -> Iterator[tuple[float, str]]:
-        stopped, wait = 0.0, None  # seconds
-        while True:
-            try:
-                line = printed.get(timeout=wait)
-            except queue.Empty:
+        stopped = 0.0  # seconds
+        while line := printed.get():
+            came = time.perf_counter()
+            if between and line.startswith((TRAINING, "epoch ")):
                 os.killpg(run.pid, signal.SIGSTOP)
-                began = time.perf_counter()
-                turn()
-                stopped += time.perf_counter() - began
+                between()
                 os.killpg(run.pid, signal.SIGCONT)
-                continue
-            if not line:
-                return
-            if turn and line.startswith(TRAINING):
-                wait = TURN
-            yield time.perf_counter() - stopped, line
+            now, stopped = came - stopped, stopped + time.perf_counter() - came
+            yield now, line
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()

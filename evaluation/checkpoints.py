@@ -25,7 +25,7 @@ from common.errors import UserError, why_not_loaded
 from common.files import whole_file
 from common.run_files import LATEST, frozen_beside, frozen_file
 
-# 3 added the checksum and put frozen towers into files of their own; 4 has another checksum; 5 holds the
+# 3 added the checksum and put frozen towers into files of their own; 4 has another checksum; 5 has the
 # optimizer's state of those token embeddings alone that are trained
 FORMAT = 5
 READ = (FORMAT, 4, 3)
@@ -58,7 +58,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError("it has no format")
     if content["format"] not in READ:
-        known = " and ".join(map(str, sorted(READ)))
+        known = ", ".join(map(str, sorted(READ)))
         raise ValueError(f"it is of format {content['format']!r}; this version reads {known}")
     if content.pop("checksum", None) != checksum(content):
         raise ValueError("its checksum is wrong: it was changed after it was written")

@@ -82,19 +82,28 @@ class TextTower(nn.Module):
         )
         return {key: batch[key] for key in ("input_ids", "attention_mask")}, notes
 
-    def train_only(self, token_ids: torch.Tensor) -> None:
-        """Of the token embeddings train those of `token_ids` alone, where the encoder has a plain table of
-        them. No gradient reaches the others, yet an optimizer would go over all of them at every step: of
-        bert-base-chinese 16 of 102 million numbers, of xlm-roberta-base 192 of 278.
+    def train_only(self, tokens: Mapping[str, torch.Tensor]) -> None:
+        """Of the token embeddings train those alone that are looked up for `tokens`, as `tokenize` gives
+        them, where the encoder has a plain table. No gradient reaches the others, yet an optimizer would go
+        over all of them at every step: of bert-base-chinese 16 of 102 million numbers, of xlm-roberta-base
+        192 of 278.
         """
         try:
             table = self.encoder.get_input_embeddings()
         except NotImplementedError:  # such as CANINE, which has hashes instead
             return
+        if type(table) is not nn.Embedding:
+            return
         uses = sum(own is table.weight for _, own in self.named_parameters(remove_duplicate=False))
-        plain = type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
-        if plain and uses == 1:
-            self.encoder.set_input_embeddings(TrainedRows(table, token_ids.unique()))
+        looked_up, was_training = [], self.training
+        hook = table.register_forward_pre_hook(lambda _, ids: looked_up.append(ids[0].flatten()))
+        with torch.no_grad():  # some look up more than they are given, such as padding of their own
+            self.eval()(**{key: value[:1] for key, value in tokens.items()})
+        hook.remove()
+        self.train(was_training)
+        if uses == 1 and looked_up:
+            every = torch.cat([tokens["input_ids"].flatten(), *looked_up])
+            self.encoder.set_input_embeddings(TrainedRows(table, every.unique()))
 
     def checkpoint_gradients(self, name: str) -> None:
         """As `ImageTower.checkpoint_gradients`."""
@@ -147,6 +156,10 @@ class TrainedRows(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         super()._load_from_state_dict({**state_dict, f"{prefix}rows": self.rows}, prefix, *others)
         self.rows.copy_(self.weight[self.tokens])
+
+
+def trained_rows(model: nn.Module) -> TrainedRows | None:
+    return next((module for module in model.modules() if isinstance(module, TrainedRows)), None)
 
 
 def _random_encoder(config: Any) -> nn.Module:

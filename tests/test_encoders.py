@@ -2,19 +2,21 @@ import copy
 import fnmatch
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CanineConfig, CanineModel
+from transformers import CanineConfig, CanineModel, LongformerConfig, LongformerModel
 
 from common.errors import UserError
 from models.clip import build_image_tower
 from models.image_encoders import _TIMM_NAMES, ImageTower, feature_size, timm_repo
 from models.registry import IMAGE_ENCODERS, TEXT_ENCODERS, register
-from models.text_encoders import TextTower, build_text_tower
+from models.text_encoders import TextTower, TrainedRows, build_text_tower, trained_rows
 from models.weights import fetch_from_hub, read_state_dict
 
 SMALL = [
@@ -349,7 +351,7 @@ class _NumbersRead(TorchDispatchMode):
 def test_a_training_step_of_a_bert_reads_no_number_back():
     tower = build_text_tower("bert-tiny-bytes", "none").train()
     tokens, _ = tower.tokenize(["一个类别", "a longer name"])
-    tower.train_only(tokens["input_ids"])
+    tower.train_only(tokens)
     with _NumbersRead() as numbers:
         tower(**tokens).sum().backward()
     assert numbers.count == 0
@@ -367,7 +369,7 @@ def test_training_the_embeddings_of_known_tokens_alone_is_training_all():
     whole = build_text_tower("bert-tiny-bytes", "none").train()
     some, start = copy.deepcopy(whole), copy.deepcopy(whole.state_dict())
     tokens, _ = whole.tokenize(["一", "二 three"])  # the first is padded
-    some.train_only(tokens["input_ids"])
+    some.train_only(tokens)
     for tower in (whole, some):
         trained = [p for p in tower.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
@@ -391,7 +393,7 @@ def test_a_tower_of_known_tokens_takes_and_gives_a_whole_table():
     some, whole = (build_text_tower("bert-tiny-bytes", "none").eval() for _ in range(2))
     tokens, _ = whole.tokenize(["一", "二 three"])
     other, _ = whole.tokenize(["四"])
-    some.train_only(tokens["input_ids"])
+    some.train_only(tokens)
     with pytest.raises(IndexError):
         some(**other)
     some.load_state_dict(whole.state_dict())
@@ -408,8 +410,68 @@ def test_an_encoder_without_a_table_of_its_tokens_is_trained_whole():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     encoder = CanineModel(CanineConfig(**sizes, num_hash_buckets=16), add_pooling_layer=False)
     tower = TextTower(encoder, 32, None)
-    tower.train_only(torch.tensor([[1, 2]]))
+    tower.train_only({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2).long()})
     assert all(p.requires_grad for p in tower.parameters())
+
+
+@pytest.mark.parametrize("padding", [None, 7, 9, 3])
+def test_rows_of_a_table_have_the_gradients_that_the_table_has(padding):
+    """Of padding none, whether it is among the tokens or not."""
+    torch.manual_seed(0)
+    table, ids = nn.Embedding(20, 4, padding_idx=padding), torch.tensor([[9, 2, 9], [11, 7, 2]])
+    nn.init.normal_(table.weight)
+    table(ids).cos().sum().backward()
+    expected = table.weight.grad[[2, 7, 9, 11]]
+    rows = TrainedRows(table, ids.unique())
+    rows(ids).cos().sum().backward()
+    torch.testing.assert_close(rows.rows.grad, expected)
+
+
+class _Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+class _AnEncoder(nn.Module):
+    """With a table of 9 tokens, that is scaled, or used twice, or none but its weight is used."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.config = None
+        self.table, self.kind = _Scaled(9, 4) if kind == "scaled" else nn.Embedding(9, 4), kind
+        self.head = nn.Linear(4, 9, bias=False)
+        if kind == "tied":
+            self.head.weight = self.table.weight
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def set_input_embeddings(self, table):
+        self.table = table
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.table.weight[input_ids] if self.kind == "weight" else self.table(input_ids)
+        return SimpleNamespace(last_hidden_state=self.head(hidden))
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled", "tied", "weight"])
+def test_a_table_that_is_more_than_a_table_is_trained_whole(kind):
+    tower = TextTower(_AnEncoder(kind), 9, None)
+    tower.train_only({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2).long()})
+    assert (trained_rows(tower) is not None) == (kind == "plain")
+    assert all(p.requires_grad for p in tower.parameters()) == (kind != "plain")
+
+
+def test_what_an_encoder_looks_up_by_itself_is_trained_too():
+    """Longformer pads what it is given to its windows."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LongformerConfig(vocab_size=30, attention_window=4, pad_token_id=1, **sizes)
+    tower = TextTower(LongformerModel(config, add_pooling_layer=False), 16, None).eval()
+    tokens = {"input_ids": torch.tensor([[5, 6, 7], [5, 8, 7]]), "attention_mask": torch.ones(2, 3).long()}
+    expected = tower(**tokens)
+    tower.train_only(tokens)
+    assert trained_rows(tower).tokens.tolist() == [1, 5, 6, 7, 8]
+    torch.testing.assert_close(tower(**tokens), expected)
 
 
 def test_a_sentence_that_is_cut_is_said():

@@ -60,7 +60,7 @@ def test_a_run_that_trained_the_embeddings_of_all_tokens_goes_on(class_folder, t
     killed_in_the_second_epoch, _ = raising_at(2, fit_module.validate)
     with monkeypatch.context() as before:
         before.setattr(fit_module, "validate", killed_in_the_second_epoch)
-        before.setattr(TextTower, "train_only", lambda tower, token_ids: None)
+        before.setattr(TextTower, "train_only", lambda tower, tokens: None)
         before.setattr(state_module, "FORMAT", 4)
         with pytest.raises(Killed):
             train(class_folder, tmp_path / "cut", *flags)
@@ -74,9 +74,13 @@ def test_a_run_that_trained_the_embeddings_of_all_tokens_goes_on(class_folder, t
 
 def test_an_optimizer_of_other_tokens_is_refused(class_folder, tmp_path, monkeypatch, capsys):
     assert train(class_folder, tmp_path / "run", "--epochs", 1) == 0
-    every = TextTower.train_only
-    one_more = lambda tower, ids: every(tower, torch.cat([ids.flatten(), torch.tensor([300])]))  # noqa: E731
-    monkeypatch.setattr(TextTower, "train_only", one_more)
+    tokenize = TextTower.tokenize
+
+    def another(tower, sentences):
+        tokens, notes = tokenize(tower, sentences)
+        return {**tokens, "input_ids": tokens["input_ids"].where(tokens["input_ids"] != 1, 2)}, notes
+
+    monkeypatch.setattr(TextTower, "tokenize", another)
     latest = tmp_path / "run" / "checkpoint_latest.pth"
     assert train(class_folder, tmp_path / "run", "--epochs", 2, "--resume-from", latest) == 2
     assert "has the tokenizer changed?" in capsys.readouterr().err

@@ -13,11 +13,12 @@ from training.step import loss_and_gradients, parts_of, step_model_of
 
 LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 1])
 TEXTS = {"正常": ["正常"], "肺炎": ["肺炎"], "气胸": ["气胸"]}
+TABLE = "text_tower.encoder.embeddings.word_embeddings.weight"
 SCALER = torch.amp.GradScaler(enabled=False)
 
 
-def a_model(encoder, size, **options):
-    """In float64, with dropout in the text tower, and the class sentences."""
+def a_model(encoder, size, rows=False, **options):
+    """In float64, with dropout in the text tower, and the class sentences. rows: as a run trains it."""
     torch.manual_seed(1)
     options |= {"img_size": size, "embed_dim": 16, "temperature": 0.1, "image_weights": "none"}
     model = build_clip(encoder, "bert-tiny-bytes", **options).double()
@@ -25,6 +26,8 @@ def a_model(encoder, size, **options):
         if isinstance(module, nn.Dropout):
             module.p = 0.2
     sentences = ClassSentences(model, TEXTS)
+    if rows and model.text_tower not in model.frozen:
+        model.text_tower.train_only(sentences.tokens)
     sentences.prepare(torch.device("cpu"), center=True)
     return model.train(), sentences.for_step(torch.Generator())
 
@@ -34,13 +37,16 @@ def images_of(size):
     return torch.randint(0, 256, (len(LABELS), 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def state_of(model):
+def state_of(model, tokens):
+    """Of what a run trains: of the table of embeddings the rows of `tokens`."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    if TABLE in gradients:
+        gradients[TABLE.replace("weight", "rows")] = gradients.pop(TABLE)[tokens.unique()]
     return gradients, {name: value for name, value in model.named_buffers() if "running" in name}
 
 
 def of_the_step(encoder, size, kind, most, **options):
-    model, texts = a_model(encoder, size, **options)
+    model, texts = a_model(encoder, size, rows=True, **options)
     torch.manual_seed(3)
     parts = parts_of(images_of(size), torch.arange(len(LABELS)), most)
     assert most is None or max(len(own) for own, _ in parts) <= most
@@ -49,7 +55,7 @@ def of_the_step(encoder, size, kind, most, **options):
         partial(contrastive_loss, kind), SCALER,
         lambda: torch.autocast("cpu", enabled=False),
     )  # fmt: skip
-    return loss, over_classes, logits, *state_of(model), torch.rand(2)
+    return loss, over_classes, logits, *state_of(model, texts.get("input_ids")), torch.rand(2)
 
 
 def by_the_formula(encoder, size, kind, part_sizes, **options):
@@ -63,7 +69,8 @@ def by_the_formula(encoder, size, kind, part_sizes, **options):
     logits = model.logit_scale.exp() * images @ sentences.T
     loss, over_classes = contrastive_loss(kind, logits, LABELS)
     loss.backward()
-    return loss.detach(), over_classes.detach(), logits.detach(), *state_of(model), torch.rand(2)
+    state = state_of(model, texts.get("input_ids"))
+    return loss.detach(), over_classes.detach(), logits.detach(), *state, torch.rand(2)
 
 
 @pytest.mark.parametrize("kind", ["unicl", "clip", "ce"])

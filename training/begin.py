@@ -93,6 +93,9 @@ def build_and_read(config: Config, found: Found, checkpoint: Mapping[str, Any] |
         say_what_holds_threads_up(config)
     model = build_model(config, hardware, checkpoint)
     sentences = tokenise(model, found.texts)
+    if model.text_tower not in model.frozen:
+        model.text_tower.train_only(sentences.tokens)
+    # only now: what is not trained has no state of an optimizer
     refuse_full_disk(Path(config.output_dir), model, config)
     at_least = 2 if found.val_folder is None else 1
     with first_here_first():  # the others find the cache made

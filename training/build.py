@@ -16,7 +16,7 @@ from data.groups import patient_pattern
 from data.texts import check_template, read_texts
 from models.clip import ClassSentences, CLIPModel, build_clip, check_image_encoder
 from models.sync_batchnorm import synchronise_batchnorm
-from models.text_encoders import check_text_encoder
+from models.text_encoders import check_text_encoder, trained_rows
 from training.config import Config
 from training.optim import parameter_groups, warmup_steps
 from training.state import EarlyStopping, TrainState
@@ -90,14 +90,13 @@ def compile_image_tower(model: CLIPModel, config: Config, batch_size: int, hardw
 
 
 def n_parameters(model: CLIPModel) -> int:
-    saved = model.state_dict()  # which holds the rows of a table as part of it
-    return sum(p.numel() for name, p in model.named_parameters() if name in saved)
+    rows = trained_rows(model)
+    twice = rows.rows.numel() if rows else 0  # by itself, and in its table
+    return sum(p.numel() for p in model.parameters()) - twice
 
 
 def tokenise(model: CLIPModel, texts: Mapping[str, Sequence[str]]) -> ClassSentences:
     sentences = ClassSentences(model, texts)
-    if model.text_tower not in model.frozen:
-        model.text_tower.train_only(sentences.tokens["input_ids"])
     for note in sentences.notes:
         print(f"note: {note}")
     return sentences

@@ -40,7 +40,7 @@ from evaluation.checkpoints import (
     write_frozen_tower,
 )
 from models.clip import CLIPModel
-from models.text_encoders import TrainedRows
+from models.text_encoders import TrainedRows, trained_rows
 from training.step import StepModel, step_model_of
 
 HISTORY_KEYS = (
@@ -122,10 +122,11 @@ class TrainState:
 
         `facts`: what is not state (config, classes, sentences, ...).
         """
-        frozen = frozen_towers(self.model)
+        frozen, rows = frozen_towers(self.model), trained_rows(self.model)
         now = {
             "format": FORMAT,
             **facts,
+            "trained_tokens": rows.tokens if rows else None,
             "model": {
                 name: value
                 for name, value in self.model.state_dict().items()
@@ -156,7 +157,8 @@ class TrainState:
         }
         device = self.model.logit_scale.device
         if device.type == "cuda":
-            n_bytes = 3 * sum(p.nbytes for p in self.model.parameters())  # AdamW keeps two numbers for each
+            # AdamW keeps two numbers for each that is trained
+            n_bytes = sum(p.nbytes * (3 if p.requires_grad else 1) for p in self.model.parameters())
             if n_bytes <= COPY_OF_GPU * free_memory(device):
                 return _with_each_tensor(now, lambda tensor: tensor.detach().clone())
         return _with_each_tensor(now, lambda tensor: tensor.detach().to("cpu", copy=True))
@@ -170,12 +172,9 @@ class TrainState:
                 {key: group[key] for key in ("peak_lr", "weight_decay")}
                 for group in self.optimizer.param_groups
             ]
-            optimizer = checkpoint["optimizer"]
-            if checkpoint["format"] < 5:
-                optimizer = _of_trained_rows(optimizer, self.model, self.optimizer)
-            self.optimizer.load_state_dict(optimizer)
-            if any(own["exp_avg"].shape != p.shape for p, own in self.optimizer.state.items()):
-                raise ValueError("the optimizer's state is of other shapes; has the tokenizer changed?")
+            self.optimizer.load_state_dict(
+                _optimizer_of(checkpoint, trained_rows(self.model), self.optimizer)
+            )
             for group, own in zip(self.optimizer.param_groups, rates, strict=True):
                 group |= own  # the options may have changed; moments and step counts are the checkpoint's
             if checkpoint["scaler"]:  # empty where the run so far used no scaler
@@ -200,19 +199,27 @@ class TrainState:
             ) from None
 
 
-def _of_trained_rows(
-    saved: Mapping[str, Any], model: CLIPModel, optimizer: torch.optim.Optimizer
+def _optimizer_of(
+    checkpoint: Mapping[str, Any], rows: TrainedRows | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """AdamW's state of a version that trained the embeddings of all tokens."""
+    """AdamW's state in `checkpoint`, of a format before 5 without what belongs to tokens that no sentence
+    has. Raises ValueError when it is of other tokens than `rows`.
+    """
+    saved = checkpoint["optimizer"]
+    if rows is None:
+        return saved
+    tokens = rows.tokens.cpu()
+    if checkpoint["format"] >= 5:
+        if not torch.equal(checkpoint["trained_tokens"], tokens):
+            raise ValueError("the class sentences have other tokens now; has the tokenizer changed?")
+        return saved
     parameters = [own for group in optimizer.param_groups for own in group["params"]]
-    state = dict(saved["state"])
-    for table in (module for module in model.modules() if isinstance(module, TrainedRows)):
-        number = next(i for i, own in enumerate(parameters) if own is table.rows)
-        state[number] = {
-            key: value[table.tokens.cpu()] if value.shape == table.weight.shape else value
-            for key, value in state[number].items()
-        }
-    return {**saved, "state": state}
+    number = next(i for i, own in enumerate(parameters) if own is rows.rows)
+    moments = {
+        key: value[tokens] if value.shape == rows.weight.shape else value
+        for key, value in saved["state"][number].items()
+    }
+    return {**saved, "state": {**saved["state"], number: moments}}
 
 
 def _with_each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
