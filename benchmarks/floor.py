@@ -97,10 +97,14 @@ def floor_of(encoder: str, size: int, batch: int, hardware: Hardware, compiled: 
 
 
 def text_alone(text_encoder: str, sentences: Sequence[str], hardware: Hardware) -> Callable[[], None]:
-    """A step of the text tower by itself: forward + backward of these sentences, AdamW on its weights."""
+    """A step of the text tower by itself: forward + backward of these sentences, AdamW on the weights that
+    they use.
+    """
     device = hardware.device
-    tower = build_text_tower(text_encoder, "none").to(device).train()
+    tower = build_text_tower(text_encoder, "none").train()
     tokens, _ = tower.tokenize(sentences)
+    tower.train_only(tokens)
+    tower.to(device)
     tokens = {key: value.to(device) for key, value in tokens.items()}
     optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=True)
 

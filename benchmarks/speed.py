@@ -1,14 +1,14 @@
 """Where the time goes: whole training runs against their floor, in one run on one machine, as Markdown.
 
-    python -m benchmarks.speed --data-dir xray3     # some 20 minutes on two cores
+    python -m benchmarks.speed --data-dir xray3     # some 25 minutes on two cores
     python -m benchmarks.speed --data-dir xray3 --image-encoder resnet18 --text-encoder bert-base-chinese
     python -m benchmarks.speed --data-dir xray3 --upscale 1024     # the same images as large originals
 
 The floor is the image tower alone: same architecture, precision, batch and size, on random tensors in memory,
 forward + backward + AdamW for training and forward for validation; where the text tower is trained, also its
 forward + backward + AdamW. It is measured before the first epoch and after each, while the run is stopped,
-seven steps of which six count; an epoch is held against what was measured on both its sides, so that both
-meet the same machine even where its speed drifts. A run's share of the floor is the time its images would
+seven steps of which six count; an epoch is held against what was measured on both its sides, so that a slow
+drift of the machine's speed meets both. A run's share of the floor is the time its images would
 take there over the time they took, everything included: from one epoch's line on the screen to the next, with
 validation and checkpoints (of which such a run writes more than it would by itself, since its clock goes on
 while it is stopped). The first epoch counts from where images begin to be read, with no cache. A CPU alone:
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 import common.torchvision_compat  # noqa: F401
 import training.fit
 from benchmarks.floor import in_turn, seconds_of, table, text_alone, tower_alone
-from benchmarks.whole_run import ROOT, sentences_of, whole_run
+from benchmarks.whole_run import ROOT, Run, sentences_of, whole_run
 from common.cli import Parser, exit_code_of
 from common.device import Hardware, choose_hardware, keep_freed_memory
 from common.errors import UserError
@@ -237,6 +237,15 @@ HEAD = (
 )  # fmt: skip
 
 
+def seconds_at_floor(run: Run, batch: int) -> np.ndarray:
+    """For each epoch, what its images would take at the floor. run.floors: seconds of a training step of a
+    batch of images, of a forward pass of one, and where it is trained of a text tower's step.
+    """
+    speeds = 1 / np.array(run.floors)  # which have a mean, where seconds do not
+    times = [run.n_train / batch, run.n_val / batch, -(-run.n_train // batch)]
+    return 2 / (speeds[:-1] + speeds[1:]) @ times[: speeds.shape[1]]
+
+
 def row_of(
     encoder: str, data_dir: Path, options: argparse.Namespace, hardware: Hardware, work: Path
 ) -> tuple[str, ...]:
@@ -256,13 +265,10 @@ def row_of(
     run = partial(whole_run, data_dir, encoder, options.text_encoder, work=work)
     cold = run([*flags, "--epochs", str(options.epochs)], floor=floor)
     warm = run([*flags, "--epochs", "1"])
-    # [epoch, work]: seconds of the tower's training step, of its forward pass, and of the text tower's step
-    floors = (np.array(cold.floors[:-1]) + cold.floors[1:]) / 2
-    times = [cold.n_train / batch, cold.n_val / batch, -(-cold.n_train // batch)][: len(works)]
-    at_floor = floors @ times
+    at_floor = seconds_at_floor(cold, batch)
     shares = " ".join(f"{a / b:.2f}" for a, b in zip(at_floor, cold.epochs, strict=True))
     first = cold.epochs[0] + cold.read
-    step, forward = batch / floors.mean(axis=0)[:2]
+    step, forward = batch * (1 / np.array(cold.floors)).mean(axis=0)[:2]
     state, _, _, images = in_memory(encoder, size, batch, 3, 8 * batch, hardware)
     predict = own_prediction(state.model, images, batch, hardware)
     predicted, passes = in_turn(predict, lambda: [evaluate() for _ in range(8)], rounds=24)

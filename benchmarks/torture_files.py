@@ -191,8 +191,11 @@ def checkpoints(times: int, draw: random.Random, folder: Path) -> Iterator[Calla
     whole = run / "checkpoint_latest.pth"
     data, content = whole.read_bytes(), read_checkpoint(whole)
     wanted = checksum(content)
+    model = load_trained(whole, torch.device("cpu"), with_text=True).model
+    every = [sentence for own in content["class_texts"].values() for sentence in own]
+    model.text_tower.train_only(model.text_tower.tokenize(every)[0])
     state = TrainState(
-        model := load_trained(whole, torch.device("cpu"), with_text=True).model,
+        model,
         torch.optim.AdamW(parameter_groups(model, learning_rate=1e-4, new_lr_ratio=1, text_lr_ratio=1,
                                            weight_decay=0.1), fused=True),
         torch.amp.GradScaler("cpu", enabled=False), EarlyStopping("val_acc", None, 0.0), 6, 6, 1,

@@ -25,8 +25,8 @@ SENTENCE = "这是一张{}的胸部X光图像，可见双肺纹理、心影与�
 class Run:
     """A whole run, in seconds: to read the images; each epoch; from the start to where the first step begins.
 
-    ended: when the last epoch did, by time.perf_counter. memory: MB held at each epoch's end. floors: what
-    was measured before the first epoch and after each, while the run was stopped.
+    ended: when the last epoch did, by time.perf_counter, where no floor was measured. memory: MB held at each
+    epoch's end. floors: what was measured before the first epoch and after each, while the run was stopped.
     """
 
     n_train: int = 0

@@ -94,16 +94,20 @@ class TextTower(nn.Module):
             return
         if type(table) is not nn.Embedding:
             return
-        uses = sum(own is table.weight for _, own in self.named_parameters(remove_duplicate=False))
+        uses = [own for _, own in self.named_parameters(remove_duplicate=False) if own is table.weight]
+        if len(uses) > 1:
+            return
         looked_up, was_training = [], self.training
         hook = table.register_forward_pre_hook(lambda _, ids: looked_up.append(ids[0].flatten()))
         with torch.no_grad():  # some look up more than they are given, such as padding of their own
             self.eval()(**{key: value[:1] for key, value in tokens.items()})
         hook.remove()
         self.train(was_training)
-        if uses == 1 and looked_up:
+        if looked_up:
             every = torch.cat([tokens["input_ids"].flatten(), *looked_up])
-            self.encoder.set_input_embeddings(TrainedRows(table, every.unique()))
+            name = next(name for name, module in self.named_modules() if module is table)
+            parent, _, own = name.rpartition(".")
+            setattr(self.get_submodule(parent), own, TrainedRows(table, every.unique()))
 
     def checkpoint_gradients(self, name: str) -> None:
         """As `ImageTower.checkpoint_gradients`."""
@@ -154,6 +158,7 @@ class TrainedRows(nn.Module):
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        self.weight[self.tokens] = self.rows  # which stay as they are where nothing is loaded
         super()._load_from_state_dict({**state_dict, f"{prefix}rows": self.rows}, prefix, *others)
         self.rows.copy_(self.weight[self.tokens])
 

@@ -72,8 +72,7 @@ def test_a_run_that_trained_the_embeddings_of_all_tokens_goes_on(class_folder, t
         assert history_of(tmp_path / "cut")[key] == pytest.approx(history_of(tmp_path / "whole")[key], 1e-5)
 
 
-def test_an_optimizer_of_other_tokens_is_refused(class_folder, tmp_path, monkeypatch, capsys):
-    assert train(class_folder, tmp_path / "run", "--epochs", 1) == 0
+def one_token_replaced(monkeypatch):
     tokenize = TextTower.tokenize
 
     def another(tower, sentences):
@@ -81,9 +80,25 @@ def test_an_optimizer_of_other_tokens_is_refused(class_folder, tmp_path, monkeyp
         return {**tokens, "input_ids": tokens["input_ids"].where(tokens["input_ids"] != 1, 2)}, notes
 
     monkeypatch.setattr(TextTower, "tokenize", another)
-    latest = tmp_path / "run" / "checkpoint_latest.pth"
-    assert train(class_folder, tmp_path / "run", "--epochs", 2, "--resume-from", latest) == 2
-    assert "has the tokenizer changed?" in capsys.readouterr().err
+
+
+def all_tokens_trained(monkeypatch):
+    monkeypatch.setattr(TextTower, "train_only", lambda tower, tokens: None)
+
+
+@pytest.mark.parametrize("change", [one_token_replaced, all_tokens_trained])
+def test_an_optimizer_of_other_tokens_is_refused(class_folder, tmp_path, monkeypatch, capsys, change):
+    """And the other way about."""
+    out = tmp_path / "run"
+    assert train(class_folder, out, "--epochs", 1) == 0
+    with monkeypatch.context() as changed:
+        change(changed)
+        resumed = ["--epochs", 2, "--resume-from", out / "checkpoint_latest.pth"]
+        assert train(class_folder, out, *resumed) == 2
+        assert "had other tokens" in capsys.readouterr().err
+        assert train(class_folder, out, "--epochs", 1, "--overwrite") == 0
+    assert train(class_folder, out, *resumed) == 2
+    assert "had other tokens" in capsys.readouterr().err
 
 
 def test_resuming_takes_untyped_options_from_the_checkpoint(finished, class_folder, tmp_path, capsys):
@@ -248,7 +263,8 @@ def test_a_run_without_a_scaler_can_be_resumed_with_one(finished):
     assert checkpoint["scaler"] == {}
     model = quick_clip()
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    of_the_model = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "trained_tokens": None}
+    checkpoint |= of_the_model
     for group in optimizer.param_groups:
         group |= {"peak_lr": 1.0}
     scaler = torch.amp.GradScaler("cpu", enabled=True)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import whole_run
 from benchmarks.floor import floor_of, in_turn
-from benchmarks.speed import own_steps, parts_of_a_step, turned_copies, upscaled
+from benchmarks.speed import own_steps, parts_of_a_step, seconds_at_floor, turned_copies, upscaled
 from benchmarks.speed_gpu import Utilisation, main
 from common.device import choose_hardware
 from common.errors import RunFailed
@@ -88,6 +88,14 @@ def test_a_run_that_fails_is_reported_with_its_last_words(class_folder, tmp_path
     run = StandIn(tmp_path, monkeypatch, "raise SystemExit('no room')")
     with pytest.raises(RunFailed, match="no room"):
         whole_run.whole_run(class_folder, "resnet18", "none", [], tmp_path / "work", run.floor)
+
+
+def test_an_epoch_is_held_against_the_floor_on_both_its_sides():
+    run = whole_run.Run(n_train=9, n_val=6, floors=[[2.0, 1.0, 3.0], [6.0, 1.0, 3.0], [6.0, 3.0, 6.0]])
+    # mean speeds: 1/3 and 1/6 of a step a second, 1 and 2/3 of a pass, 1/3 and 1/4 of the text tower's
+    assert seconds_at_floor(run, 4) == pytest.approx([9 / 4 * 3 + 1.5 + 9, 9 / 4 * 6 + 1.5 * 1.5 + 12])
+    run.floors = [own[:2] for own in run.floors]
+    assert seconds_at_floor(run, 4) == pytest.approx([9 / 4 * 3 + 1.5, 9 / 4 * 6 + 1.5 * 1.5])
 
 
 def test_folders_for_measuring_hold_the_same_classes(class_folder, tmp_path):

@@ -205,13 +205,13 @@ def _optimizer_of(
     """AdamW's state in `checkpoint`, of a format before 5 without what belongs to tokens that no sentence
     has. Raises ValueError when it is of other tokens than `rows`.
     """
-    saved = checkpoint["optimizer"]
-    if rows is None:
-        return saved
-    tokens = rows.tokens.cpu()
+    saved, tokens = checkpoint["optimizer"], rows.tokens.tolist() if rows else None
     if checkpoint["format"] >= 5:
-        if not torch.equal(checkpoint["trained_tokens"], tokens):
-            raise ValueError("the class sentences have other tokens now; has the tokenizer changed?")
+        before = checkpoint["trained_tokens"]
+        if (None if before is None else before.tolist()) != tokens:
+            raise ValueError("its sentences had other tokens (another tokenizer?); start a new run elsewhere")
+        return saved
+    if tokens is None:
         return saved
     parameters = [own for group in optimizer.param_groups for own in group["params"]]
     number = next(i for i, own in enumerate(parameters) if own is rows.rows)
