@@ -8,10 +8,10 @@ The floor is the image tower alone: same architecture, precision, batch and size
 forward + backward + AdamW for training and forward for validation; where the text tower is trained, also its
 forward + backward + AdamW. It is measured before the first epoch and after each, while the run is stopped,
 seven steps of which six count; an epoch is held against what was measured on both its sides, so that a slow
-drift of the machine's speed meets both. A run's share of the floor is the time its images would
-take there over the time they took, everything included: from one epoch's line on the screen to the next, with
-validation and checkpoints (of which such a run writes more than it would by itself, since its clock goes on
-while it is stopped). The first epoch counts from where images begin to be read, with no cache. A CPU alone:
+drift of the machine's speed meets both. A run's share of the floor is the time its images would take there
+over the time they took, everything included: from one epoch's line on the screen to the next, with validation
+and checkpoints (of which such a run writes more than it would by itself, since its clock goes on while it is
+stopped). The first epoch counts from where images begin to be read, with no cache. A CPU alone:
 benchmarks.speed_gpu measures a GPU.
 """
 

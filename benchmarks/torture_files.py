@@ -42,6 +42,7 @@ from data.pixels import UnreadableImage
 from data.texts import class_sentences, read_texts
 from evaluation.checkpoints import read_checkpoint, write_file
 from evaluation.trained import load_trained
+from models.clip import ClassSentences
 from training.config import Config
 from training.optim import parameter_groups
 from training.options import make_config, read_config_file
@@ -192,8 +193,7 @@ def checkpoints(times: int, draw: random.Random, folder: Path) -> Iterator[Calla
     data, content = whole.read_bytes(), read_checkpoint(whole)
     wanted = checksum(content)
     model = load_trained(whole, torch.device("cpu"), with_text=True).model
-    every = [sentence for own in content["class_texts"].values() for sentence in own]
-    model.text_tower.train_only(model.text_tower.tokenize(every)[0])
+    model.text_tower.train_only(ClassSentences(model, content["class_texts"]).tokens)
     state = TrainState(
         model,
         torch.optim.AdamW(parameter_groups(model, learning_rate=1e-4, new_lr_ratio=1, text_lr_ratio=1,

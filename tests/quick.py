@@ -50,6 +50,11 @@ def raising_at(number, function, error=Killed):
     return called, calls
 
 
+def without_gradient(tower) -> list[str]:
+    """The parameters that get none, or zeros."""
+    return [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()]
+
+
 def quick_clip():
     """The model that QUICK trains."""
     return build_clip(

@@ -52,6 +52,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(class_folder, tmp_p
     assert whole["best"] == cut["best"] and whole["early_stopping"] == cut["early_stopping"]
 
 
+def all_tokens_trained(monkeypatch):
+    monkeypatch.setattr(TextTower, "train_only", lambda tower, tokens: None)
+
+
 def test_a_run_that_trained_the_embeddings_of_all_tokens_goes_on(class_folder, tmp_path, monkeypatch):
     """As before format 5."""
     flags = ["--epochs", 2, "--weight-decay", 0.1]
@@ -60,7 +64,7 @@ def test_a_run_that_trained_the_embeddings_of_all_tokens_goes_on(class_folder, t
     killed_in_the_second_epoch, _ = raising_at(2, fit_module.validate)
     with monkeypatch.context() as before:
         before.setattr(fit_module, "validate", killed_in_the_second_epoch)
-        before.setattr(TextTower, "train_only", lambda tower, tokens: None)
+        all_tokens_trained(before)
         before.setattr(state_module, "FORMAT", 4)
         with pytest.raises(Killed):
             train(class_folder, tmp_path / "cut", *flags)
@@ -80,10 +84,6 @@ def one_token_replaced(monkeypatch):
         return {**tokens, "input_ids": tokens["input_ids"].where(tokens["input_ids"] != 1, 2)}, notes
 
     monkeypatch.setattr(TextTower, "tokenize", another)
-
-
-def all_tokens_trained(monkeypatch):
-    monkeypatch.setattr(TextTower, "train_only", lambda tower, tokens: None)
 
 
 @pytest.mark.parametrize("change", [one_token_replaced, all_tokens_trained])
